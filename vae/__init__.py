@@ -1,0 +1,46 @@
+"""Train, fine-tune and measure Stable-Diffusion-style KL autoencoders.
+
+The names below are the public API; each is imported when first used, so that `import vae` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vae.checkpoints import load_autoencoder, save_autoencoder
+    from vae.latents import LatentStatistics, scale_latents, unscale_latents
+    from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
+    from vae.models.lpips import LPIPS
+    from vae.models.posterior import DiagonalGaussian
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AutoencoderConfig": "vae.models.autoencoder",
+    "AutoencoderKL": "vae.models.autoencoder",
+    "DiagonalGaussian": "vae.models.posterior",
+    "LPIPS": "vae.models.lpips",
+    "LatentStatistics": "vae.latents",
+    "load_autoencoder": "vae.checkpoints",
+    "save_autoencoder": "vae.checkpoints",
+    "scale_latents": "vae.latents",
+    "unscale_latents": "vae.latents",
+}
+
+__all__ = [
+    "LPIPS",
+    "AutoencoderConfig",
+    "AutoencoderKL",
+    "DiagonalGaussian",
+    "LatentStatistics",
+    "load_autoencoder",
+    "save_autoencoder",
+    "scale_latents",
+    "unscale_latents",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vae' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,88 @@
+"""The shape of `configs/train.yaml` and `configs/evaluate.yaml`, assembled from what each part configures."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vae.data.loading import DataConfig
+from vae.errors import require
+from vae.losses.objective import LossConfig
+from vae.metrics.paired import PAIRED_METRICS
+from vae.models.autoencoder import AutoencoderConfig
+from vae.training.optim import OptimConfig
+
+LOGGERS = ("csv", "wandb", "tensorboard")
+SMALLEST_PERCEPTUAL_IMAGE = 32  # AlexNet's last feature map vanishes below
+
+
+@dataclass
+class TrainConfig:
+    """A training run. Everything is counted in `updates`: optimiser steps of the autoencoder.
+
+    `resume` names a run's directory to go on with; `trainer` holds further keyword arguments of lightning.Trainer.
+    """
+
+    name: str = "run"
+    output: str = "runs"
+    seed: int = 0
+    updates: int = 100_000
+    validate_every: int = 5_000
+    logger: str = "csv"
+    resume: str | None = None
+    channels_last: bool = False
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(source="photos"))
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require(self.logger in LOGGERS, f"logger={self.logger!r}", f"one of {list(LOGGERS)}")
+        require(self.updates >= 1, f"updates={self.updates}", "1 or more")
+        require(self.validate_every >= 1, f"validate_every={self.validate_every}", "1 or more")
+        require(self.seed >= 0, f"seed={self.seed}", "0 or more")
+        plain = bool(self.name) and "/" not in self.name and not self.name.startswith(".")
+        require(plain, f"name={self.name!r}", "a plain folder name; output= says where that folder lies")
+        self._check_images()
+
+    def _check_images(self) -> None:
+        resolution, factor = self.data.resolution, self.model.downsample_factor
+        given, weights = f"data.resolution={resolution}", self.loss.weights
+        nearest = max(1, round(resolution / factor)) * factor
+        require(
+            resolution % factor == 0, given, f"a multiple of the model's downsampling factor {factor}, e.g. {nearest}"
+        )
+        channels = (self.model.in_channels, self.model.out_channels)
+        require(
+            channels in ((1, 1), (3, 3)),
+            f"model.in_channels={channels[0]} and model.out_channels={channels[1]}",
+            "both 1 (greyscale) or both 3 (RGB) to train",
+        )
+        smallest, layers = self.loss.discriminator.smallest_image, self.loss.discriminator.layers
+        enough = f"at least {smallest} for loss.discriminator.layers={layers}; lower the layers"
+        require(not weights.adversarial or resolution >= smallest, given, enough)
+        enough = f"at least {SMALLEST_PERCEPTUAL_IMAGE} for the perceptual loss; or set loss.weights.perceptual=0"
+        require(not weights.perceptual or resolution >= SMALLEST_PERCEPTUAL_IMAGE, given, enough)
+
+
+@dataclass
+class EvaluateConfig:
+    """`model`: one autoencoder or a list of several, each an export, a weights file or a run's directory."""
+
+    model: Any = None  # str | list[str]; OmegaConf has no such union
+    name: str = "evaluation"
+    output: str = "evaluations"
+    device: str = "auto"
+    metrics: list[str] = field(default_factory=lambda: list(PAIRED_METRICS))
+    data: DataConfig = field(default_factory=lambda: DataConfig(source="photos"))
+
+    def __post_init__(self) -> None:
+        named = bool(self.models) and all(isinstance(model, str) for model in self.models)
+        require(named, f"model={self.model!r}", "a path or a list of paths, e.g. model=runs/first")
+        known = bool(self.metrics) and set(self.metrics) <= set(PAIRED_METRICS)
+        require(known, f"metrics={self.metrics}", f"some of {list(PAIRED_METRICS)}")
+
+    @property
+    def models(self) -> list[str]:
+        return self.model if isinstance(self.model, list) else [self.model]

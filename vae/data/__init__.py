@@ -1,0 +1,1 @@
+"""Images: opening, cropping, ordering, batching, and showing them."""

@@ -1,0 +1,82 @@
+"""The Hydra door: from YAML groups and overrides to a typed configuration, or to one line that says what is wrong.
+
+Below it there is no DictConfig. `HYDRA_FULL_ERROR=1` shows tracebacks.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vae.errors import InputError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+BAD_INPUT = 2
+Config = TypeVar("Config")
+
+
+def run(name: str, schema: type[Config], action: Callable[[Config], object]) -> None:
+    """Compose `configs/{name}.yaml` with the command line's overrides into `schema`, then `action(config)`.
+
+    Input that is refused ends the process with status 2 and one line on stderr.
+    """
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra is to raise here, not to print and exit
+
+    @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)
+    def command(cfg: Any) -> None:
+        try:
+            action(cast(Config, OmegaConf.to_object(cfg)))
+        except (InputError, OmegaConfBaseException) as error:
+            if wants_traceback:
+                raise
+            _refuse(_sentence(error))
+
+    try:
+        command()
+    except (HydraException, OmegaConfBaseException) as error:
+        if wants_traceback:
+            raise
+        _refuse(_sentence(error))
+
+
+def _refuse(sentence: str) -> None:
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(BAD_INPUT)
+
+
+def _sentence(error: BaseException) -> str:
+    """The innermost cause as one line, with the key it is about and the nearest known one."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    for cause in reversed(causes):
+        if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+            return f"{cause.full_key}: {_first_line(cause)}{_suggestion(cause)}"
+    own = next((cause for cause in causes if isinstance(cause, InputError)), error)
+    return " ".join(str(own).split())
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _suggestion(error: OmegaConfBaseException) -> str:
+    owner = error.object_type
+    if owner is None or not is_dataclass(owner) or not isinstance(error.key, str):
+        return ""
+    known = [field.name for field in fields(owner)]
+    if error.key in known:
+        return ""
+    near = difflib.get_close_matches(error.key, known, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"

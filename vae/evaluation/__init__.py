@@ -1,0 +1,1 @@
+"""Evaluation: `vae.evaluation.run.evaluate` measures models on images."""

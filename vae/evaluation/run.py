@@ -1,0 +1,144 @@
+"""`evaluate`: one or several autoencoders on the same images, image by image."""
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import vae
+from vae.checkpoints.safe import replacing, write_text
+from vae.config import EvaluateConfig
+from vae.data.loading import Batch, open_sources, validation_loader
+from vae.data.transforms import to_model_range, to_uint8
+from vae.errors import InputError
+from vae.evaluation.models import load_models
+from vae.evaluation.protocol import DEFAULT_V1
+from vae.metrics.paired import HIGHER_IS_BETTER, PairedMetrics
+from vae.models.autoencoder import AutoencoderKL
+
+Row = dict[str, Any]  # image, model and one number per metric
+
+
+def evaluate(config: EvaluateConfig) -> Path:
+    """Measure `config.models` by protocol default-v1, print the table, write JSON and CSV; returns their folder."""
+    folder = Path(config.output) / config.name
+    _, images = open_sources(config.data, channels=3)
+    device = _device(config.device)
+    models = {name: model.to(device) for name, model in load_models(config.models).items()}
+    _check_sizes(models, config.data.resolution)
+    metrics = PairedMetrics(tuple(config.metrics)).to(device)
+    batches = validation_loader(images, config.data, rank=0, world_size=1)
+    total = math.ceil(len(images) / config.data.validation_batch_size)
+    with _exact_arithmetic():
+        rows = list(_measure(models, track(batches, "Measuring", total, console=Console(stderr=True)), metrics, device))
+    for row in rows:
+        row["image"] = images.names[row["image"]]
+    measured = [name for name in config.metrics if name not in metrics.missing]
+    summary = {model: _summarise([row for row in rows if row["model"] == model], measured) for model in models}
+    _print(summary, measured, metrics.missing, len(images), config.data.resolution)
+    _write(folder, rows, measured, {"images": len(images), "metrics": summary, "missing": metrics.missing}, config)
+    Console().print(f"written  {folder}/metrics.json and {folder}/images.csv", highlight=False, soft_wrap=True)
+    return folder
+
+
+@torch.no_grad()
+def _measure(
+    models: dict[str, AutoencoderKL], batches: Iterable[Batch], metrics: PairedMetrics, device: torch.device
+) -> Iterator[Row]:
+    for batch in batches:
+        images = batch.images.to(device)
+        for name, model in models.items():
+            reconstructions = to_uint8(model.decode(model.encode(to_model_range(images)).mode()))
+            values = {metric: column.tolist() for metric, column in metrics(images, reconstructions).items()}
+            for row, position in enumerate(batch.positions):
+                yield {"image": position, "model": name} | {metric: column[row] for metric, column in values.items()}
+
+
+def _summarise(rows: list[Row], measured: list[str]) -> dict[str, dict[str, float | int | None]]:
+    """Per metric: mean, standard deviation and count of the finite values, and how many were not."""
+    summary: dict[str, dict[str, float | int | None]] = {}
+    for name in measured:
+        values = torch.tensor([row[name] for row in rows], dtype=torch.float64)
+        finite = values[torch.isfinite(values)]
+        summary[name] = {
+            "mean": finite.mean().item() if len(finite) else None,
+            "std": finite.std().item() if len(finite) > 1 else None,
+            "images": len(finite),
+            "identical": int(torch.isposinf(values).sum()),
+        }
+    return summary
+
+
+def _print(
+    summary: dict[str, dict[str, Any]], measured: list[str], missing: dict[str, str], images: int, resolution: int
+) -> None:
+    console = Console()
+    console.print(f"{DEFAULT_V1}\n{images} images at {resolution}x{resolution}\n", highlight=False, soft_wrap=True)
+    arrows = {name: "higher" if HIGHER_IS_BETTER[name] else "lower" for name in measured}
+    table = Table("model", *(f"{name}\n({arrows[name]} is better)" for name in measured))
+    for model, by_name in summary.items():
+        cells = [by_name[name] for name in measured]
+        table.add_row(model, *("-" if cell["mean"] is None else f"{cell['mean']:.4f}" for cell in cells))
+    console.print(table)
+    for model, by_name in summary.items():
+        if by_name.get("psnr", {}).get("identical"):
+            console.print(f"{model}: {by_name['psnr']['identical']} identical images left out of the mean PSNR")
+    for name, reason in missing.items():
+        console.print(f"{name}: not measured. {reason}", highlight=False, soft_wrap=True)
+
+
+def _write(folder: Path, rows: list[Row], measured: list[str], result: dict[str, Any], config: EvaluateConfig) -> None:
+    protocol = {"name": DEFAULT_V1.name, "version": DEFAULT_V1.version, "sha256": DEFAULT_V1.sha256}
+    library = {"vae": vae.__version__, "torch": torch.__version__}
+    document = {
+        "protocol": protocol,
+        "resolution": config.data.resolution,
+        "models": config.models,
+        "library": library,
+    } | result
+    try:
+        write_text(folder / "metrics.json", json.dumps(document, indent=2, allow_nan=False) + "\n")
+        with replacing(folder / "images.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["image", "model", *measured])
+            writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise InputError(f"output={config.output!r}: cannot write there ({error}); choose another folder") from error
+
+
+def _check_sizes(models: dict[str, AutoencoderKL], resolution: int) -> None:
+    for name, model in models.items():
+        factor, channels = model.config.downsample_factor, model.config.in_channels
+        if resolution % factor:
+            raise InputError(f"data.resolution={resolution} is not a multiple of {factor}, the factor of {name}")
+        if channels != 3:
+            raise InputError(f"{name} takes {channels} channels, expected 3")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise InputError(f"device={name!r} is not to be had ({first}); choose 'auto' or 'cpu'") from error
+
+
+@contextmanager
+def _exact_arithmetic() -> Iterator[None]:
+    """No TF32 in matrix products and convolutions; the previous settings come back."""
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn

@@ -1,0 +1,73 @@
+"""Between an autoencoder's raw latents and what a diffusion model sees, and the statistics that join the two."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from vae.models.autoencoder import AutoencoderConfig
+from vae.models.posterior import DiagonalGaussian
+
+
+def scale_latents(latents: Tensor, config: AutoencoderConfig) -> Tensor:
+    """Raw latents -> (latents - shift_factor) * scaling_factor, the input of a diffusion model."""
+    return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
+
+
+def unscale_latents(latents: Tensor, config: AutoencoderConfig) -> Tensor:
+    """The inverse of `scale_latents`."""
+    return latents / config.scaling_factor + (config.shift_factor or 0.0)
+
+
+class LatentStatistics:
+    """Mean and variance of posterior samples per channel and over all, streamed in float64.
+
+    Exact for any batch sizes and order (Chan et al., 1979). By the law of total variance the variance of the samples is
+    that of the means plus the mean of the variances: no noise is drawn.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.count = 0
+        self._mean = torch.zeros(channels, dtype=torch.float64)
+        self._squares = torch.zeros(channels, dtype=torch.float64)  # summed squared distances from the mean
+
+    def update(self, posterior: DiagonalGaussian) -> None:
+        mean = posterior.mean.detach().double().transpose(0, 1).flatten(1).cpu()  # (channels, elements)
+        noise = posterior.logvar.detach().double().exp().transpose(0, 1).flatten(1).cpu()
+        other = LatentStatistics(len(mean))
+        other.count = mean.shape[1]
+        other._mean = mean.mean(dim=1)
+        other._squares = (mean - other._mean[:, None]).square().sum(dim=1) + noise.sum(dim=1)
+        self.merge(other)
+
+    def merge(self, other: "LatentStatistics") -> None:
+        count = self.count + other.count
+        if not other.count:
+            return
+        difference = other._mean - self._mean
+        self._squares += other._squares + difference.square() * (self.count * other.count / count)
+        self._mean += difference * (other.count / count)
+        self.count = count
+
+    @property
+    def channel_mean(self) -> Tensor:
+        return self._mean.clone()
+
+    @property
+    def channel_std(self) -> Tensor:
+        return (self._squares / self.count).sqrt()
+
+    @property
+    def mean(self) -> float:
+        return self._mean.mean().item()
+
+    @property
+    def std(self) -> float:
+        within = (self._squares / self.count).mean()
+        between = (self._mean - self._mean.mean()).square().mean()
+        return math.sqrt((within + between).item())
+
+    @property
+    def scaling_factor(self) -> float:
+        """What brings the latents to unit standard deviation: 1 / std, over all channels (LDM, appendix G)."""
+        return 1.0 / self.std

@@ -1,0 +1,1 @@
+"""Functions of tensors that give raw scalars, and their weighted sum."""

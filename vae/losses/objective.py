@@ -1,0 +1,110 @@
+"""The training objective: raw terms by name, their weights, and one sum.
+
+total = pixel + perceptual + kl + adversarial, each times its weight; the adversarial term besides times the adaptive
+weight and a ramp. Every term is a mean per image element, so weights mean the same at any size of image and batch.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from vae.errors import require
+from vae.losses.adversarial import ADVERSARIAL_LOSSES
+from vae.losses.latent import kl_per_element
+from vae.losses.pixel import PIXEL_LOSSES
+from vae.models.backbones import BACKBONES
+from vae.models.discriminator import DiscriminatorConfig
+from vae.models.lpips import LPIPS
+from vae.models.posterior import DiagonalGaussian
+
+
+@dataclass
+class LossWeights:
+    """Zero means not computed. The defaults are LDM's."""
+
+    pixel: float = 1.0
+    perceptual: float = 1.0
+    kl: float = 1.0e-6
+    adversarial: float = 0.5
+
+    def __post_init__(self) -> None:
+        for term in fields(self):
+            value = getattr(self, term.name)
+            require(0 <= value < math.inf, f"loss.weights.{term.name}={value}", "0 or more")
+        require(
+            bool(self.pixel or self.perceptual),
+            "loss.weights.pixel=0 and loss.weights.perceptual=0",
+            "one above 0: there is nothing to reconstruct with",
+        )
+
+
+@dataclass
+class LossConfig:
+    """`discriminator_start` and `adversarial_start` count `updates`: the discriminator learns from the first on, the
+    autoencoder feels it from the second on, at full weight after `adversarial_ramp` more."""
+
+    pixel: str = "l1"
+    perceptual_net: str = "vgg"
+    perceptual_weights: str | None = None
+    adversarial: str = "hinge"
+    adaptive: bool = True
+    adaptive_maximum: float = 1.0e4
+    discriminator_start: int = 45_000
+    adversarial_start: int = 50_000
+    adversarial_ramp: int = 1_000
+    weights: LossWeights = field(default_factory=LossWeights)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+
+    def __post_init__(self) -> None:
+        for key, choices in {
+            "pixel": PIXEL_LOSSES,
+            "perceptual_net": BACKBONES,
+            "adversarial": ADVERSARIAL_LOSSES,
+        }.items():
+            require(getattr(self, key) in choices, f"loss.{key}={getattr(self, key)!r}", f"one of {sorted(choices)}")
+        require(
+            0 <= self.discriminator_start <= self.adversarial_start,
+            f"loss.discriminator_start={self.discriminator_start}",
+            f"from 0 to loss.adversarial_start={self.adversarial_start}: the discriminator learns before it counts",
+        )
+        require(self.adversarial_ramp >= 0, f"loss.adversarial_ramp={self.adversarial_ramp}", "0 or more updates")
+        require(self.adaptive_maximum > 0, f"loss.adaptive_maximum={self.adaptive_maximum}", "a positive number")
+
+
+class Objective:
+    """(images, reconstructions, posterior) -> {"pixel", "perceptual", "kl"}: raw scalars, those with a weight only.
+
+    Not a module, on purpose: the frozen LPIPS inside belongs to no optimiser, no checkpoint and no DDP bucket.
+    """
+
+    def __init__(self, config: LossConfig) -> None:
+        self.weights = config.weights
+        self.pixel = PIXEL_LOSSES[config.pixel]
+        self.lpips = LPIPS(config.perceptual_net, config.perceptual_weights) if config.weights.perceptual else None
+
+    def to(self, device: torch.device) -> "Objective":
+        if self.lpips is not None:
+            self.lpips.to(device)
+        return self
+
+    def __call__(self, images: Tensor, reconstructions: Tensor, posterior: DiagonalGaussian) -> dict[str, Tensor]:
+        terms: dict[str, Tensor] = {}
+        if self.weights.pixel:
+            terms["pixel"] = self.pixel(images, reconstructions)
+        if self.lpips is not None:
+            terms["perceptual"] = self.lpips(images, reconstructions).mean()
+        if self.weights.kl:
+            terms["kl"] = kl_per_element(posterior, images)
+        return terms
+
+
+def weighted_sum(terms: Mapping[str, Tensor], weights: LossWeights) -> Tensor:
+    """Sum of weight * term. A term without a weight of its name is an error."""
+    names = {term.name for term in fields(weights)}
+    unknown = sorted(set(terms) - names)
+    if unknown:
+        raise KeyError(f"loss terms {unknown} have no weight; known are {sorted(names)}")
+    return torch.stack([getattr(weights, name) * term for name, term in terms.items()]).sum()

@@ -1,0 +1,184 @@
+"""AutoencoderKL: the encoder and decoder of Stable Diffusion, for any widths, depths and channels.
+
+Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (2022), appendix G.
+Parameter names and configuration fields are those of diffusers.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vae.errors import InputError, require
+from vae.models.layers import DownBlock, MidBlock, UpBlock, group_norm
+from vae.models.posterior import DiagonalGaussian
+
+
+@dataclass
+class AutoencoderConfig:
+    """The shape of an AutoencoderKL and the facts that travel with its weights. Defaults are SD 1.x and 2.x.
+
+    `attention_levels` names the levels (0 = full resolution) whose every resnet is followed by attention, as in LDM's
+    kl-f16 and kl-f32. Diffusion models see `(latents - shift_factor) * scaling_factor`; the autoencoder never does.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: list[int] = field(default_factory=lambda: [128, 256, 512, 512])
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+    attention_levels: list[int] = field(default_factory=list)
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    latents_mean: list[float] | None = None
+    latents_std: list[float] | None = None
+    force_upcast: bool = True
+    sample_size: int = 512
+
+    def __post_init__(self) -> None:
+        counts = (
+            "in_channels",
+            "out_channels",
+            "latent_channels",
+            "layers_per_block",
+            "norm_num_groups",
+            "sample_size",
+        )
+        for name in counts:
+            require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)}", "1 or more")
+        widths, groups = self.block_out_channels, self.norm_num_groups
+        require(
+            bool(widths) and all(width >= 1 and width % groups == 0 for width in widths),
+            f"model.block_out_channels={widths}",
+            f"one width per level, each a multiple of model.norm_num_groups={groups}",
+        )
+        levels = range(len(widths))
+        require(
+            set(self.attention_levels) <= set(levels),
+            f"model.attention_levels={self.attention_levels}",
+            f"levels among {list(levels)}",
+        )
+        require(self.scaling_factor > 0, f"model.scaling_factor={self.scaling_factor}", "a positive number")
+
+    @property
+    def downsample_factor(self) -> int:
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class _Half(nn.Module):
+    """What encoder and decoder share: running their blocks, recomputed in backward where memory is dearer than time."""
+
+    gradient_checkpointing = False
+
+    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        return block(x)
+
+
+class Encoder(_Half):
+    """Images (B, in_channels, H, W) -> moments (B, 2 * latent_channels, H/f, W/f)."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            DownBlock(a, b, config.layers_per_block, groups, attention=i in config.attention_levels, last=i == last)
+            for i, (a, b) in enumerate(pairwise([widths[0], *widths]))
+        )
+        self.mid_block = MidBlock(widths[-1], groups, attention=config.mid_block_add_attention)
+        self.conv_norm_out = group_norm(widths[-1], groups)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv_in(images)
+        for block in self.down_blocks:
+            x = self._run(block, x)
+        x = self._run(self.mid_block, x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Decoder(_Half):
+    """Latents (B, latent_channels, H/f, W/f) -> images (B, out_channels, H, W)."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], groups, attention=config.mid_block_add_attention)
+        self.up_blocks = nn.ModuleList(
+            UpBlock(
+                a, b, config.layers_per_block + 1, groups, attention=last - i in config.attention_levels, last=i == last
+            )
+            for i, (a, b) in enumerate(pairwise([widths[0], *widths]))
+        )
+        self.conv_norm_out = group_norm(widths[-1], groups)
+        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+
+    def features(self, latents: Tensor) -> Tensor:
+        """Everything before `conv_out`: (B, block_out_channels[0], H, W), the input of the last layer."""
+        x = self._run(self.mid_block, self.conv_in(latents))
+        for block in self.up_blocks:
+            x = self._run(block, x)
+        return F.silu(self.conv_norm_out(x))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.conv_out(self.features(latents))
+
+
+class AutoencoderKL(nn.Module):
+    """Images in [-1, 1] <-> posterior over raw, unscaled latents."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1) if config.use_quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.use_post_quant_conv else nn.Identity()
+
+    def encode(self, images: Tensor) -> DiagonalGaussian:
+        """Images (B, C, H, W) in [-1, 1]; H and W multiples of `config.downsample_factor`."""
+        factor = self.config.downsample_factor
+        if images.shape[-2] % factor or images.shape[-1] % factor:
+            size = f"{images.shape[-1]}x{images.shape[-2]}"
+            raise InputError(f"images are {size} pixels, expected multiples of {factor}; crop or pad them first")
+        return DiagonalGaussian.from_moments(self.quant_conv(self.encoder(images)))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Raw latents (B, latent_channels, h, w) -> images (B, C, f * h, f * w), about [-1, 1] and not clamped."""
+        return self.decoder.conv_out(self.decode_features(latents))
+
+    def decode_features(self, latents: Tensor) -> Tensor:
+        """`decode` without the last layer."""
+        weight_dtype = self.decoder.conv_in.weight.dtype  # posteriors are float32 also where the weights are half
+        return self.decoder.features(self.post_quant_conv(latents.to(weight_dtype)))
+
+    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, DiagonalGaussian]:
+        """(reconstructions from one posterior sample, posterior)."""
+        posterior = self.encode(images)
+        return self.decode(posterior.sample(generator)), posterior
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Keep only the blocks' inputs for backward and recompute the rest: less memory, about a third more time."""
+        self.encoder.gradient_checkpointing = enabled
+        self.decoder.gradient_checkpointing = enabled
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """The large pieces in order of use: the units of `torch.compile` and of gradient checkpointing."""
+        yield from self.encoder.down_blocks
+        yield self.encoder.mid_block
+        yield self.decoder.mid_block
+        yield from self.decoder.up_blocks

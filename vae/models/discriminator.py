@@ -1,0 +1,73 @@
+"""PatchGAN: one real-or-fake logit per patch.
+
+Isola et al., "Image-to-Image Translation with Conditional Adversarial Networks" (2017), in the shape that
+taming-transformers and LDM use.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from vae.errors import require
+
+GROUPS = 32
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "group": lambda channels: nn.GroupNorm(min(GROUPS, channels), channels),
+    "none": nn.Identity,
+    "batch": nn.BatchNorm2d,
+}
+
+
+@dataclass
+class DiscriminatorConfig:
+    """`norm`: "group" or "none"; "batch" for parity with LDM, made synchronous across processes by the trainer."""
+
+    channels: int = 64
+    layers: int = 3
+    norm: str = "group"
+
+    def __post_init__(self) -> None:
+        key = "loss.discriminator"
+        require(self.norm in NORMS, f"{key}.norm={self.norm!r}", f"one of {sorted(NORMS)}")
+        require(self.channels >= 1, f"{key}.channels={self.channels}", "1 or more")
+        require(self.layers >= 1, f"{key}.layers={self.layers}", "1 or more")
+        grouped = self.norm != "group" or self.channels <= GROUPS or self.channels % GROUPS == 0
+        require(grouped, f"{key}.channels={self.channels}", f"a multiple of {GROUPS} for norm='group'")
+
+    @property
+    def smallest_image(self) -> int:
+        """The smallest side in pixels that still gives one logit."""
+        return 3 * 2**self.layers
+
+
+class PatchDiscriminator(nn.Module):
+    """Images (B, C, H, W) in [-1, 1] -> logits (B, 1, h, w); about H / 2**layers patches a side, real is positive."""
+
+    def __init__(self, config: DiscriminatorConfig, in_channels: int = 3) -> None:
+        super().__init__()
+        widths = [config.channels * min(2**i, 8) for i in range(config.layers + 1)]
+        body: list[nn.Module] = [nn.Conv2d(in_channels, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for level, (a, b) in enumerate(pairwise(widths), start=1):
+            stride = 2 if level < config.layers else 1
+            body += [
+                nn.Conv2d(a, b, 4, stride=stride, padding=1, bias=config.norm != "batch"),
+                NORMS[config.norm](b),
+                nn.LeakyReLU(0.2),
+            ]
+        self.main = nn.Sequential(*body, nn.Conv2d(widths[-1], 1, 4, padding=1))
+        self.apply(_initialise)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.main(images)
+
+
+def _initialise(module: nn.Module) -> None:
+    """Normal(0, 0.02) weights and zero biases, as pix2pix."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1.0, 0.02)

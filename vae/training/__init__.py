@@ -1,0 +1,1 @@
+"""Training: `vae.training.run.train` runs a configuration. Nothing is imported here: configurations stay light."""

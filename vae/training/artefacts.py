@@ -1,0 +1,113 @@
+"""What a run leaves behind: checkpoints to resume from, published weights, pictures."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from vae.checkpoints import save_autoencoder
+from vae.checkpoints.safe import replacing
+from vae.data.pictures import reconstruction_sheet
+from vae.models.autoencoder import AutoencoderKL
+from vae.training.module import Training
+
+PICTURED = 8  # held-out images on every sheet
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints appear whole or not at all, whatever filesystem the system's temporary folder is on."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
+        with replacing(Path(path)) as partial:
+            torch.save(checkpoint, partial)
+
+
+def step_name(updates: int) -> str:
+    return f"step_{updates:07d}"
+
+
+def checkpointing(folder: Path, every: int) -> ModelCheckpoint:
+    """The two newest checkpoints, and `last.ckpt` pointing at the newest."""
+    return ModelCheckpoint(
+        dirpath=folder,
+        filename="step_{step:07d}",
+        auto_insert_metric_name=False,
+        every_n_train_steps=every,
+        monitor="step",
+        mode="max",
+        save_top_k=2,
+        save_last="link",
+        save_on_train_epoch_end=True,
+    )
+
+
+class Pictures(Callback):
+    """At every validation, the same held-out images: input, reconstruction, error, as one PNG."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+
+    def on_validation_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._pairs = []
+
+    def on_validation_batch_end(  # noqa: PLR0917  (Lightning's signature)
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if sum(len(images) for images, _ in self._pairs) < PICTURED:
+            self._pairs.append((batch.images.cpu(), outputs.cpu()))
+
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        images, reconstructions = (torch.cat(parts)[:PICTURED] for parts in zip(*self._pairs, strict=True))
+        sheet = reconstruction_sheet(images, {"reconstruction": reconstructions})
+        path = self.folder / f"{step_name(trainer.global_step)}.png"
+        with replacing(path) as partial:
+            sheet.save(partial, format="PNG")
+        log_picture(trainer.loggers, sheet, trainer.global_step)
+
+
+def log_picture(loggers: Sequence[Logger], picture: Image.Image, updates: int) -> None:
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image("val/reconstructions", [picture], step=updates)
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image("val/reconstructions", TF.pil_to_tensor(picture), updates)
+
+
+def export(training: Training, folder: Path, name: str) -> list[Path]:
+    """The averaged weights as a diffusers folder and as one LDM file for `models/VAE`.
+
+    The scaling factor is the measured one: 1 / std of the validation latents.
+    """
+    statistics = training.latent_statistics
+    config = replace(
+        training.config.model,
+        scaling_factor=statistics.scaling_factor if statistics.count else training.config.model.scaling_factor,
+        sample_size=training.config.data.resolution,
+    )
+    with torch.device("meta"):
+        model = AutoencoderKL(config)
+    model.load_state_dict(training.average.state_dict(), strict=True, assign=True)
+    folder = folder / step_name(training.updates)
+    return [
+        save_autoencoder(model, folder / "diffusers", format="diffusers"),
+        save_autoencoder(model, folder / f"{name}.vae.safetensors", format="ldm"),
+    ]

@@ -1,0 +1,87 @@
+"""One optimiser for both networks, each with its own learning rate, schedule and clipping."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from vae.errors import require
+
+OPTIMISERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
+@dataclass
+class OptimConfig:
+    """Learning rates are literal: never scaled by batch size or processes. Betas are LDM's.
+
+    `gradient_clip` is the largest norm of each network's gradient (0: no clipping); `warmup_updates` count for either
+    network from its own start.
+    """
+
+    name: str = "adam"
+    learning_rate: float = 1.0e-4
+    discriminator_learning_rate: float = 1.0e-4
+    betas: list[float] = field(default_factory=lambda: [0.5, 0.9])
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    warmup_updates: int = 0
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        for key, choices in {"name": OPTIMISERS, "schedule": SCHEDULES}.items():
+            require(getattr(self, key) in choices, f"optim.{key}={getattr(self, key)!r}", f"one of {sorted(choices)}")
+        for key in ("learning_rate", "discriminator_learning_rate"):
+            require(0 < getattr(self, key) < math.inf, f"optim.{key}={getattr(self, key)}", "a positive number")
+        for key in ("weight_decay", "warmup_updates", "gradient_clip"):
+            require(0 <= getattr(self, key) < math.inf, f"optim.{key}={getattr(self, key)}", "0 or more")
+        betas = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        require(betas, f"optim.betas={self.betas}", "two numbers from 0 to below 1")
+        require(0 <= self.ema_decay < 1, f"optim.ema_decay={self.ema_decay}", "from 0 (no averaging) to below 1")
+
+
+def constant(_: float) -> float:
+    return 1.0
+
+
+def cosine(progress: float) -> float:
+    """Half a cosine from 1 to 0 (Loshchilov and Hutter, "SGDR", 2017)."""
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+SCHEDULES = {"constant": constant, "cosine": cosine}
+
+
+def build_optimiser(
+    config: OptimConfig, autoencoder: nn.Module, discriminator: nn.Module | None, updates: int, discriminator_start: int
+) -> tuple[Optimizer, LambdaLR]:
+    """The optimiser and the schedule that is stepped once an update, for a run of `updates`."""
+    networks = [(autoencoder, config.learning_rate, 0)]
+    if discriminator is not None:
+        networks.append((discriminator, config.discriminator_learning_rate, discriminator_start))
+    groups = [
+        {"params": [p for p in network.parameters() if p.requires_grad], "lr": rate} for network, rate, _ in networks
+    ]
+    optimiser = OPTIMISERS[config.name](
+        groups,
+        betas=(config.betas[0], config.betas[1]),
+        weight_decay=config.weight_decay,
+        fused=torch.cuda.is_available(),
+    )
+    factors = [_Factor(config, updates, start) for _, _, start in networks]
+    return optimiser, LambdaLR(optimiser, factors)
+
+
+class _Factor:
+    """What the learning rate is multiplied with at an update: linear warm-up from `start`, then the schedule."""
+
+    def __init__(self, config: OptimConfig, updates: int, start: int) -> None:
+        self._schedule, self._warmup = SCHEDULES[config.schedule], config.warmup_updates
+        self._updates, self._start = updates, start
+
+    def __call__(self, update: int) -> float:
+        warm = min(1.0, (max(0, update - self._start) + 1) / self._warmup) if self._warmup else 1.0
+        return warm * self._schedule(min(1.0, update / self._updates))
