@@ -11,4 +11,4 @@ def main(config: EvaluateConfig) -> None:
 
 
 if __name__ == "__main__":
-    run("evaluate", EvaluateConfig, main)
+    run("evaluate", "evaluate", EvaluateConfig, main)

@@ -11,4 +11,4 @@ def main(config: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    run("train", TrainConfig, main)
+    run(".", "train", TrainConfig, main)

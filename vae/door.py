@@ -24,8 +24,8 @@ BAD_INPUT = 2
 Config = TypeVar("Config")
 
 
-def run(name: str, schema: type[Config], action: Callable[[Config], object]) -> None:
-    """Compose `configs/{name}.yaml` with the command line's overrides into `schema`, then `action(config)`.
+def run(folder: str, name: str, schema: type[Config], action: Callable[[Config], object]) -> None:
+    """Compose `configs/{folder}/{name}.yaml` with the command line's overrides into `schema`, then `action(config)`.
 
     Input that is refused ends the process with status 2 and one line on stderr.
     """
@@ -33,7 +33,7 @@ def run(name: str, schema: type[Config], action: Callable[[Config], object]) -> 
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra is to raise here, not to print and exit
 
-    @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)
+    @hydra.main(version_base="1.3", config_path=str(CONFIGS / folder), config_name=name)
     def command(cfg: Any) -> None:
         try:
             action(cast(Config, OmegaConf.to_object(cfg)))

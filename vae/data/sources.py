@@ -25,7 +25,7 @@ TRAINING_PHOTOS = (
     "gravel.png",
     "moon.png",
 )
-VALIDATION_PHOTOS = ("astronaut.png", "camera.png", "coins.png", "clock_motion.png", "cell.png", "page.png")
+VALIDATION_PHOTOS = ("astronaut.png", "camera.png", "coins.png", "clock_motion.png", "cell.png")
 
 
 class ImageFiles(Sequence[Image.Image]):

@@ -4,6 +4,7 @@ Isola et al., "Image-to-Image Translation with Conditional Adversarial Networks"
 taming-transformers and LDM use.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,9 +13,8 @@ from torch import Tensor, nn
 
 from vae.errors import require
 
-GROUPS = 32
 NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "group": lambda channels: nn.GroupNorm(min(GROUPS, channels), channels),
+    "group": lambda channels: nn.GroupNorm(math.gcd(32, channels // 4), channels),
     "none": nn.Identity,
     "batch": nn.BatchNorm2d,
 }
@@ -31,10 +31,8 @@ class DiscriminatorConfig:
     def __post_init__(self) -> None:
         key = "loss.discriminator"
         require(self.norm in NORMS, f"{key}.norm={self.norm!r}", f"one of {sorted(NORMS)}")
-        require(self.channels >= 1, f"{key}.channels={self.channels}", "1 or more")
+        require(self.channels >= 2, f"{key}.channels={self.channels}", "2 or more")
         require(self.layers >= 1, f"{key}.layers={self.layers}", "1 or more")
-        grouped = self.norm != "group" or self.channels <= GROUPS or self.channels % GROUPS == 0
-        require(grouped, f"{key}.channels={self.channels}", f"a multiple of {GROUPS} for norm='group'")
 
     @property
     def smallest_image(self) -> int:

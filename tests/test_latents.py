@@ -1,0 +1,41 @@
+import pytest
+import torch
+
+from vae.latents import LatentStatistics, scale_latents, unscale_latents
+from vae.models.autoencoder import AutoencoderConfig
+from vae.models.posterior import DiagonalGaussian
+
+
+@pytest.mark.parametrize("shift", [None, 0.0609])
+def test_scaling_then_unscaling_is_the_identity(shift):
+    config = AutoencoderConfig(scaling_factor=1.5305, shift_factor=shift)
+    latents = torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(unscale_latents(scale_latents(latents, config), config), latents)
+
+
+def test_the_shift_comes_before_the_scale():
+    config = AutoencoderConfig(scaling_factor=2.0, shift_factor=1.0)
+    assert scale_latents(torch.tensor(3.0), config) == 4.0
+
+
+@pytest.mark.parametrize("split", [[5], [1, 4], [2, 2, 1], [1, 1, 1, 1, 1]])
+def test_statistics_equal_the_two_pass_ones_however_the_images_are_split(split):
+    mean = 1000 + torch.randn(5, 4, 50, 100, dtype=torch.float64)
+    noise_free = torch.full_like(mean, -30.0)
+    statistics = LatentStatistics(4)
+    for means, logvars in zip(mean.split(split), noise_free.split(split), strict=True):
+        share = LatentStatistics(4)
+        share.update(DiagonalGaussian(means, logvars))
+        statistics.merge(share)
+    torch.testing.assert_close(statistics.channel_std, mean.transpose(0, 1).flatten(1).std(dim=1, correction=0))
+    torch.testing.assert_close(statistics.channel_mean, mean.mean(dim=(0, 2, 3)))
+    assert statistics.std == pytest.approx(mean.std(correction=0).item(), rel=1e-9)
+    assert statistics.mean == pytest.approx(mean.mean().item(), rel=1e-12)
+
+
+def test_the_spread_of_the_posterior_counts():
+    posterior = DiagonalGaussian(torch.randn(8, 4, 64, 64) * 2.0, torch.full((8, 4, 64, 64), 1.0))
+    statistics = LatentStatistics(4)
+    statistics.update(posterior)
+    assert statistics.std == pytest.approx(posterior.sample().std().item(), rel=1e-2)
+    assert statistics.scaling_factor == pytest.approx(1 / statistics.std)
