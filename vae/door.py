@@ -6,7 +6,8 @@ Below it there is no DictConfig. `HYDRA_FULL_ERROR=1` shows tracebacks.
 import difflib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -21,6 +22,7 @@ from vae.errors import InputError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 BAD_INPUT = 2
+TRACEBACKS = "HYDRA_FULL_ERROR"
 Config = TypeVar("Config")
 
 
@@ -30,8 +32,7 @@ def run(folder: str, name: str, schema: type[Config], action: Callable[[Config],
     Input that is refused ends the process with status 2 and one line on stderr.
     """
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
-    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra is to raise here, not to print and exit
+    wants_traceback = os.environ.get(TRACEBACKS) == "1"
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS / folder), config_name=name)
     def command(cfg: Any) -> None:
@@ -43,11 +44,26 @@ def run(folder: str, name: str, schema: type[Config], action: Callable[[Config],
             _refuse(_sentence(error))
 
     try:
-        command()
+        with _raising_hydra():
+            command()
     except (HydraException, OmegaConfBaseException) as error:
         if wants_traceback:
             raise
         _refuse(_sentence(error))
+
+
+@contextmanager
+def _raising_hydra() -> Iterator[None]:
+    """Hydra raises what it would else print before it exits; the environment is as before afterwards."""
+    before = os.environ.get(TRACEBACKS)
+    os.environ[TRACEBACKS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[TRACEBACKS]
+        else:
+            os.environ[TRACEBACKS] = before
 
 
 def _refuse(sentence: str) -> None:
@@ -64,7 +80,7 @@ def _sentence(error: BaseException) -> str:
         if isinstance(cause, OmegaConfBaseException) and cause.full_key:
             return f"{cause.full_key}: {_first_line(cause)}{_suggestion(cause)}"
     own = next((cause for cause in causes if isinstance(cause, InputError)), error)
-    return " ".join(str(own).split())
+    return " ".join(str(own).partition("Config search path")[0].split())
 
 
 def _first_line(error: BaseException) -> str:

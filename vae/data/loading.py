@@ -149,4 +149,5 @@ def _loader(
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=config.workers > 0,
+        generator=torch.Generator(),  # else every iteration draws from the global one
     )

@@ -26,13 +26,8 @@ def random_crop(image: Image.Image, size: int, scale: tuple[float, float], *, fl
 
 def center_crop(image: Image.Image, size: int) -> Tensor:
     """The short side resized to `size`, then the central square; uint8 (C, size, size)."""
-    width, height = image.size
-    short = min(width, height)
-    if short != size:
-        width, height = (max(size, round(extent * size / short)) for extent in (width, height))
-        image = image.resize((width, height), BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return TF.pil_to_tensor(image.crop((left, top, left + size, top + size)))
+    resized = TF.resize(image, [size], TF.InterpolationMode.BICUBIC)
+    return TF.pil_to_tensor(TF.center_crop(resized, [size]))
 
 
 def to_model_range(images: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from vae.errors import InputError, require
 from vae.models.layers import DownBlock, MidBlock, UpBlock, group_norm
 from vae.models.posterior import DiagonalGaussian
 
+INITIAL_LOGVAR = -6.0  # a standard deviation of 0.05
+
 
 @dataclass
 class AutoencoderConfig:
@@ -148,6 +150,15 @@ class AutoencoderKL(nn.Module):
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1) if config.use_quant_conv else nn.Identity()
         self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.use_post_quant_conv else nn.Identity()
+
+        self._narrow_posterior()
+
+    def _narrow_posterior(self) -> None:
+        """Start near the mean: with a random logvar about 0 an untrained encoder's noise drowns its signal."""
+        last = self.quant_conv if isinstance(self.quant_conv, nn.Conv2d) else self.encoder.conv_out
+        assert last.bias is not None
+        with torch.no_grad():
+            last.bias[self.config.latent_channels :] = INITIAL_LOGVAR
 
     def encode(self, images: Tensor) -> DiagonalGaussian:
         """Images (B, C, H, W) in [-1, 1]; H and W multiples of `config.downsample_factor`."""

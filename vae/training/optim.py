@@ -1,6 +1,7 @@
 """One optimiser for both networks, each with its own learning rate, schedule and clipping."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -71,17 +72,19 @@ def build_optimiser(
         weight_decay=config.weight_decay,
         fused=torch.cuda.is_available(),
     )
-    factors = [_Factor(config, updates, start) for _, _, start in networks]
+    factors = [_factor(config, updates, start) for _, _, start in networks]
     return optimiser, LambdaLR(optimiser, factors)
 
 
-class _Factor:
-    """What the learning rate is multiplied with at an update: linear warm-up from `start`, then the schedule."""
+def _factor(config: OptimConfig, updates: int, start: int) -> Callable[[int], float]:
+    """What the learning rate is multiplied with at an update: linear warm-up from `start`, then the schedule.
 
-    def __init__(self, config: OptimConfig, updates: int, start: int) -> None:
-        self._schedule, self._warmup = SCHEDULES[config.schedule], config.warmup_updates
-        self._updates, self._start = updates, start
+    A function and not an object: LambdaLR would put an object into the checkpoint.
+    """
+    schedule, warmup = SCHEDULES[config.schedule], config.warmup_updates
 
-    def __call__(self, update: int) -> float:
-        warm = min(1.0, (max(0, update - self._start) + 1) / self._warmup) if self._warmup else 1.0
-        return warm * self._schedule(min(1.0, update / self._updates))
+    def factor(update: int) -> float:
+        warm = min(1.0, (max(0, update - start) + 1) / warmup) if warmup else 1.0
+        return warm * schedule(min(1.0, update / updates))
+
+    return factor

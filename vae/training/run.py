@@ -5,23 +5,26 @@ import json
 import logging
 import os
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from vae.checkpoints.safe import write_text
 from vae.config import TrainConfig
 from vae.data.loading import open_sources, training_loader, validation_loader
 from vae.data.order import EndlessSampler
-from vae.errors import InputError
+from vae.errors import InputError, require
 from vae.training.artefacts import AtomicCheckpointIO, Pictures, checkpointing, export
+from vae.training.metrics_file import MetricsFile
 from vae.training.module import Training
 from vae.training.terminal import Progress, announce, conclude
 
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 OWNED = {  # arguments of lightning.Trainer that follow from ours
     "max_steps": "updates",
     "max_epochs": "updates",
@@ -53,8 +56,7 @@ def train(config: TrainConfig) -> Path:
         given = f"data.root={config.data.root!r}"
         raise InputError(f"{given}: no image is left to train on; add images or set data.validation_root")
     folder, checkpoint = _prepare_folder(config)
-    for noisy in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    _quieten()
     lightning.seed_everything(config.seed, workers=True, verbose=False)
 
     module = Training(config)
@@ -65,7 +67,7 @@ def train(config: TrainConfig) -> Path:
         for block in module.autoencoder.blocks():
             block.compile()  # in place: parameter names stay as they are
 
-    trainer = _build_trainer(config, folder)
+    trainer = _build_trainer(config, folder, module)
     accumulate = trainer.accumulate_grad_batches
     samples_per_update = config.data.batch_size * trainer.world_size * accumulate
     done = _updates_in(checkpoint) if checkpoint else 0
@@ -87,6 +89,14 @@ def train(config: TrainConfig) -> Path:
     return folder
 
 
+def _quieten() -> None:
+    """What Lightning says about itself is not about the user's run."""
+    for noisy in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    for message in (".*treespec.*", ".*does not have many workers.*", ".*Checkpoint directory.*exists and is not empty"):
+        warnings.filterwarnings("ignore", message)
+
+
 def _check_trainer(arguments: dict[str, Any]) -> None:
     known = set(inspect.signature(lightning.Trainer).parameters)
     for name in arguments:
@@ -96,14 +106,16 @@ def _check_trainer(arguments: dict[str, Any]) -> None:
             raise InputError(
                 f"trainer.{name}: not an argument of lightning.Trainer; known are {sorted(known - set(OWNED))}"
             )
-    if str(arguments.get("precision", "")).startswith("16") and not torch.cuda.is_available():
+    if arguments.get("precision") == "16-mixed" and not torch.cuda.is_available():
         raise InputError(
             f"trainer.precision={arguments['precision']!r} needs a GPU (on a CPU it would silently be bfloat16); "
             f"choose 'bf16-mixed' or '32-true'"
         )
-    devices = arguments.get("devices", 1)
-    if isinstance(devices, int) and devices < 1 and devices != -1:
-        raise InputError(f"trainer.devices={devices}, expected 1 or more, or -1 for all")
+    precision, devices = arguments.get("precision", "32-true"), arguments.get("devices", 1)
+    require(precision in PRECISIONS, f"trainer.precision={precision!r}", f"one of {list(PRECISIONS)}")
+    require(devices == -1 or not isinstance(devices, int) or devices >= 1, f"trainer.devices={devices}", "1 or more")
+    accumulate = arguments.get("accumulate_grad_batches", 1)
+    require(accumulate >= 1, f"trainer.accumulate_grad_batches={accumulate}", "1 or more")
 
 
 def _prepare_folder(config: TrainConfig) -> tuple[Path, Path | None]:
@@ -131,7 +143,7 @@ def _updates_in(checkpoint: Path) -> int:
     return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
 
 
-def _build_trainer(config: TrainConfig, folder: Path) -> lightning.Trainer:
+def _build_trainer(config: TrainConfig, folder: Path, module: Training) -> lightning.Trainer:
     arguments: dict[str, Any] = {"devices": 1, "log_every_n_steps": 10} | config.trainer
     accumulate = arguments.get("accumulate_grad_batches", 1)
     if config.loss.weights.adversarial and config.loss.discriminator.norm == "batch":
@@ -148,7 +160,7 @@ def _build_trainer(config: TrainConfig, folder: Path) -> lightning.Trainer:
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         inference_mode=False,  # metrics live on from one validation to the next; inference tensors could not
-        logger=_build_loggers(config, folder),
+        logger=_build_loggers(config, folder, module),
         callbacks=[
             checkpointing(folder / "checkpoints", min(config.validate_every, config.updates)),
             Pictures(folder / "reconstructions"),
@@ -158,9 +170,9 @@ def _build_trainer(config: TrainConfig, folder: Path) -> lightning.Trainer:
     )
 
 
-def _build_loggers(config: TrainConfig, folder: Path) -> list[Logger]:
+def _build_loggers(config: TrainConfig, folder: Path, module: Training) -> list[Logger]:
     """Always a CSV file. Weights & Biases runs offline where no key is configured: it never asks for a login."""
-    loggers: list[Logger] = [CSVLogger(folder, name="", version="")]
+    loggers: list[Logger] = [MetricsFile(folder / "metrics.csv", lambda: module.updates)]
     if config.logger == "tensorboard":
         loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
     if config.logger == "wandb":

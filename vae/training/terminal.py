@@ -41,8 +41,13 @@ def conclude(
     for name in sorted(after):
         table.add_row(name, f"{before[name]:.4f}" if name in before else "", f"{after[name]:.4f}")
     Console().print(table)
-    left = {"pictures": folder / "reconstructions", "metrics": folder / "metrics.csv"}
-    for label, path in left.items() | {"diffusers": exports[0], "web UIs": exports[1]}.items():
+    left = {
+        "pictures": folder / "reconstructions",
+        "metrics": folder / "metrics.csv",
+        "diffusers": exports[0],
+        "web UIs": exports[1],
+    }
+    for label, path in left.items():
         _say(f"{label:>10}  {path}")
     _say(pace)
 

@@ -1,0 +1,178 @@
+"""Published layouts: exact round trips, and diffusers as the authority that loads what we write."""
+
+import json
+import stat
+from typing import Any, cast
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as Authority
+from safetensors.torch import load_file, save_file
+
+from tests.presets import PRESETS, preset
+from vae.checkpoints import WeightsError, load_autoencoder, save_autoencoder
+from vae.checkpoints.diffusers import from_diffusers_config, to_diffusers_config
+from vae.checkpoints.ldm import from_ldm, ldm_names, to_ldm
+from vae.checkpoints.safe import replacing
+from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
+
+IRREGULAR = {
+    "one level": AutoencoderConfig(block_out_channels=[8], norm_num_groups=4, layers_per_block=3),
+    "five levels": AutoencoderConfig(block_out_channels=[4, 8, 8, 12, 16], norm_num_groups=4, layers_per_block=1),
+    "no mid attention": AutoencoderConfig(
+        block_out_channels=[8, 16], norm_num_groups=4, mid_block_add_attention=False, use_quant_conv=False
+    ),
+    "attention in levels, four image channels": AutoencoderConfig(
+        in_channels=4, out_channels=4, block_out_channels=[8, 8, 16], norm_num_groups=4, attention_levels=[1, 2]
+    ),
+}
+
+
+@pytest.mark.parametrize("config", IRREGULAR.values(), ids=IRREGULAR.keys())
+@pytest.mark.parametrize("format", ["diffusers", "ldm"])
+def test_a_saved_model_loads_bit_for_bit(tmp_path, perturbed, config, format):
+    model = perturbed(config)
+    path = save_autoencoder(model, tmp_path / ("folder" if format == "diffusers" else "m.vae.safetensors"), format)
+    loaded = load_autoencoder(path)
+    assert loaded.config == config
+    assert not loaded.training
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_ldm_names_are_a_bijection_for_every_preset(name):
+    with torch.device("meta"):
+        state = AutoencoderKL(preset(name)).state_dict()
+    there = to_ldm(state, preset(name))
+    assert len(there) == len(state)
+    assert not any("." + part + "." in key for key in there for part in ("resnets", "mid_block", "to_q", "conv_shortcut"))
+    back = from_ldm(there, preset(name))
+    assert {key: tensor.shape for key, tensor in back.items()} == {key: t.shape for key, t in state.items()}
+
+
+def test_the_sd_single_file_has_the_names_that_web_uis_demand():
+    """Read off the released SD 1.5 tree: `up` counted from the image side, projections as 1x1 convolutions."""
+    with torch.device("meta"):
+        state = to_ldm(AutoencoderKL(preset("sd")).state_dict(), preset("sd"))
+    assert len(state) == 248
+    expected = {
+        "encoder.down.1.block.0.nin_shortcut.weight": (256, 128, 1, 1),
+        "encoder.down.2.downsample.conv.weight": (512, 512, 3, 3),
+        "encoder.mid.attn_1.q.weight": (512, 512, 1, 1),
+        "decoder.up.3.block.2.conv2.weight": (512, 512, 3, 3),
+        "decoder.up.0.block.0.nin_shortcut.weight": (128, 256, 1, 1),
+        "decoder.up.1.upsample.conv.weight": (256, 256, 3, 3),
+        "quant_conv.weight": (8, 8, 1, 1),
+        "post_quant_conv.weight": (4, 4, 1, 1),
+    }
+    assert {name: tuple(state[name].shape) for name in expected} == expected
+    assert "encoder.down.3.downsample.conv.weight" not in state
+    assert "decoder.up.0.upsample.conv.weight" not in state
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_diffusers_from_pretrained_gives_the_same_images(tmp_path, perturbed, name):
+    config = preset(name)
+    model = perturbed(config)
+    save_autoencoder(model, tmp_path)
+    theirs, report = cast(Any, Authority).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert theirs.config.scaling_factor == config.scaling_factor
+    images = torch.rand(1, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        latents = model.encode(images).mode()
+        torch.testing.assert_close(theirs.encode(images).latent_dist.mode(), latents, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(theirs.decode(latents).sample, model.decode(latents), atol=1e-5, rtol=1e-5)
+
+
+def test_the_tensors_diffusers_saves_are_loaded_back(tmp_path, tiny):
+    theirs = cast(Any, Authority.from_config(to_diffusers_config(tiny)))
+    theirs.save_pretrained(tmp_path)
+    ours = load_autoencoder(tmp_path)
+    assert ours.config == tiny
+    assert all(torch.equal(ours.state_dict()[name], tensor) for name, tensor in theirs.state_dict().items())
+
+
+def test_half_precision_files_are_half_as_large_and_load_as_float32(tmp_path, tiny):
+    model = AutoencoderKL(tiny)
+    path = save_autoencoder(model, tmp_path / "half.safetensors", "ldm", torch.float16)
+    assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
+    assert load_autoencoder(path).decoder.conv_in.weight.dtype == torch.float32
+
+
+def test_exports_may_be_read_by_other_users(tmp_path, tiny):
+    path = save_autoencoder(AutoencoderKL(tiny), tmp_path / "shared.safetensors", "ldm")
+    assert stat.S_IMODE(path.stat().st_mode) & stat.S_IRGRP
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail() -> None:
+        with replacing(path) as partial:
+            partial.write_text("half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def _damage_keys(path):
+    state = load_file(path)
+    del state["decoder.conv_in.bias"]
+    save_file(state | {"loss.logvar": torch.zeros(1)}, path)
+
+
+def _damage_shape(path):
+    save_file(load_file(path) | {"decoder.conv_in.bias": torch.zeros(5)}, path)
+
+
+def _damage_values(path):
+    save_file(load_file(path) | {"decoder.conv_in.bias": torch.full((16,), torch.nan)}, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_damage_keys, r"1 keys missing \(first \['decoder.conv_in.bias'\]\) and 1 unknown \(first \['loss.logvar'\]\)"),
+        (_damage_shape, r"decoder.conv_in.bias is \(5,\), expected \(16,\)"),
+        (_damage_values, "decoder.conv_in.bias holds NaN"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "damaged or not safetensors"),
+        (lambda path: path.write_text("not a model"), "damaged or not safetensors"),
+        (lambda path: path.unlink(), "no such file"),
+    ],
+)
+def test_unusable_weights_are_refused_with_file_and_reason(tmp_path, tiny, damage, message):
+    save_autoencoder(AutoencoderKL(tiny), tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    damage(path)
+    with pytest.raises(WeightsError, match=message) as error:
+        load_autoencoder(tmp_path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"_class_name": "AutoencoderTiny"}, "another kind of model"),
+        ({"act_fn": "relu"}, "act_fn is 'relu'"),
+        ({"down_block_types": ["CrossAttnDownBlock2D"]}, "not supported"),
+        ({"block_out_channels": [7]}, "block_out_channels"),
+    ],
+)
+def test_foreign_configurations_are_refused(tmp_path, tiny, change, message):
+    with pytest.raises(WeightsError, match=message):
+        from_diffusers_config(to_diffusers_config(tiny) | change, tmp_path / "config.json")
+
+
+def test_the_configuration_survives_its_trip_through_json(tmp_path, tiny):
+    values = json.loads(json.dumps(to_diffusers_config(tiny)))
+    assert from_diffusers_config(values, tmp_path) == tiny
+
+
+def test_every_name_of_the_table_is_used_once():
+    names = ldm_names(preset("kl_f16"))
+    assert len(set(names.values())) == len(names)

@@ -1,0 +1,133 @@
+"""Every shipped YAML composes into the schema and builds; every refusal is one line."""
+
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from evaluate import main as evaluate_main
+from tests.presets import CONFIGS
+from train import main as train_main
+from vae import door
+from vae.config import EvaluateConfig, TrainConfig
+from vae.losses.objective import LossConfig
+from vae.models.autoencoder import AutoencoderKL
+from vae.models.discriminator import PatchDiscriminator
+from vae.training.optim import build_optimiser
+
+GROUPS = ("model", "loss", "data", "optim", "trainer", "experiment")
+VARIANTS = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
+
+
+def _train_config(*overrides: str) -> TrainConfig:
+    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return cast(TrainConfig, OmegaConf.to_object(compose("train", list(overrides))))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_composes_and_builds(variant):
+    extra = ["data.root=photos"] if variant == "data=folder" else []
+    config = _train_config(variant, *extra)
+    with torch.device("meta"):
+        autoencoder = AutoencoderKL(config.model)
+        discriminator = PatchDiscriminator(config.loss.discriminator)
+    build_optimiser(config.optim, autoencoder, discriminator, config.updates, config.loss.discriminator_start)
+
+
+def test_the_defaults_of_the_yaml_are_those_of_the_dataclasses():
+    config = _train_config()
+    plain = TrainConfig()
+    assert (config.loss, config.optim, config.model) == (LossConfig(), plain.optim, plain.model)
+
+
+def test_every_experiment_says_how_it_is_run():
+    for path in sorted((CONFIGS / "experiment").glob("*.yaml")):
+        lines = path.read_text().splitlines()
+        assert lines[0] == "# @package _global_", path
+        assert f"experiment={path.stem}" in lines[1], path
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Run a door with overrides in an empty folder; gives (exit status, action called with)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+    def call(name: str, *overrides: str, action=None) -> tuple[int, list[object]]:
+        seen: list[object] = []
+        folder, schema = {"train": (".", TrainConfig), "evaluate": ("evaluate", EvaluateConfig)}[name]
+        monkeypatch.setattr("sys.argv", [name, *overrides])
+        try:
+            door.run(folder, name, schema, action or seen.append)
+        except SystemExit as leaving:
+            return cast(int, leaving.code), seen
+        return 0, seen
+
+    return call
+
+
+REFUSED = {
+    "modle=3": "modle: Key 'modle' not in 'TrainConfig'; did you mean model?",
+    "model.latent_chanels=3": "model.latent_chanels: Key 'latent_chanels' not in 'AutoencoderConfig'; did you mean lat",
+    "model.latent_channels=abc": "model.latent_channels: Value 'abc' of type 'str' could not be converted to Integer",
+    "updates=1.5": "updates: Value '1.5' of type 'float' could not be converted to Integer",
+    "model=sdd": "Could not find 'model/sdd'",
+    "model.norm_num_groups=7": "model.block_out_channels=[128, 256, 512, 512], expected one width per level, each a",
+    "data.resolution=100": "data.resolution=100, expected a multiple of the model's downsampling factor 8, e.g. 96",
+    "data.batch_size=0": "data.batch_size=0, expected 1 or more",
+    "loss.pixel=l7": "loss.pixel='l7', expected one of ['charbonnier', 'l1', 'l2']",
+    "loss.weights.style=1": "loss.weights.style: Key 'style' not in 'LossWeights'",
+    "logger=paper": "logger='paper', expected one of ['csv', 'wandb', 'tensorboard']",
+    "name=a/b": "name='a/b', expected a plain folder name",
+    "data=folder": "data.root is not set",
+    "model.in_channels=4": "model.in_channels=4 and model.out_channels=3, expected both 1 (greyscale) or both 3 (RGB)",
+    "optim.learning_rate=-1": "optim.learning_rate=-1.0, expected a positive number",
+    "data.name=a=b": "mismatched input '='",
+}
+
+
+@pytest.mark.parametrize(("override", "message"), REFUSED.items())
+def test_refused_input_is_one_line_and_status_two(command, capsys, override, message):
+    status, seen = command("train", override)
+    lines = capsys.readouterr().err.splitlines()
+    assert (status, seen) == (2, [])
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert not list(Path.cwd().iterdir())
+
+
+def test_tracebacks_are_shown_when_asked_for(command, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ValueError, match="logger='paper'"):
+        command("train", "logger=paper")
+
+
+def test_a_defect_of_ours_keeps_its_traceback(command):
+    def defective(config: TrainConfig) -> None:
+        raise ZeroDivisionError("ours")
+
+    with pytest.raises(ZeroDivisionError):
+        command("train", action=defective)
+
+
+def test_a_model_to_measure_is_a_path_and_not_a_group(command):
+    status, (config,) = command("evaluate", "model=[runs/a,runs/b]", "data=folder", "data.root=photos")
+    assert status == 0
+    assert isinstance(config, EvaluateConfig)
+    assert config.models == ["runs/a", "runs/b"]
+    assert config.data.validation_images is None
+    assert config.data.validation_fraction == 1.0
+
+
+def test_the_doors_lead_to_training_and_evaluation(command, capsys):
+    assert command("train", "data=folder", "data.root=/nowhere", action=train_main)[0] == 2
+    assert command("evaluate", "model=/nowhere", action=evaluate_main)[0] == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "data.root='/nowhere': no such folder" in first
+    assert "model='/nowhere': no such file or folder" in second

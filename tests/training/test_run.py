@@ -1,0 +1,224 @@
+"""Whole runs on the embedded photographs, a few updates long."""
+
+import csv
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.conftest import read_json, without_adversary
+from vae.checkpoints import load_autoencoder
+from vae.config import TrainConfig
+from vae.data.loading import DataConfig
+from vae.errors import InputError
+from vae.training.module import Training
+from vae.training.run import train
+
+
+def _checkpoint(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def _columns(folder: Path) -> dict[str, list[float]]:
+    columns: dict[str, list[float]] = {}
+    with (folder / "metrics.csv").open() as file:
+        for row in csv.DictReader(file):
+            for name, value in row.items():
+                if value:
+                    columns.setdefault(name, []).append(float(value))
+    return columns
+
+
+def _same(these: dict[str, torch.Tensor], those: dict[str, torch.Tensor]) -> bool:
+    return these.keys() == those.keys() and all(torch.equal(these[name], those[name]) for name in these)
+
+
+@pytest.fixture
+def finished(tiny_run: TrainConfig) -> Path:
+    return train(tiny_run)
+
+
+def test_a_run_leaves_its_configuration_checkpoints_exports_pictures_and_metrics(finished, tiny_run):
+    assert read_json(finished / "config.json") == asdict(tiny_run)
+    checkpoints = {path.name for path in (finished / "checkpoints").iterdir()}
+    assert checkpoints == {"step_0000004.ckpt", "step_0000008.ckpt", "last.ckpt"}
+    assert _checkpoint(finished)["global_step"] == 8
+    pictures = sorted(path.name for path in (finished / "reconstructions").iterdir())
+    assert pictures == ["step_0000000.png", "step_0000004.png", "step_0000008.png"]
+    with Image.open(finished / "reconstructions" / "step_0000008.png") as sheet:
+        assert sheet.width > sheet.height > 300
+    columns = _columns(finished)
+    for name in ("train/pixel", "train/kl", "train/adversarial", "train/discriminator", "train/adaptive_weight"):
+        assert columns[name], name
+    assert {"val/psnr", "val/ssim", "val/latent_std"} <= columns.keys()
+
+
+def test_each_term_is_logged_from_the_update_it_starts_at(finished):
+    columns = _columns(finished)
+    assert len(columns["train/pixel"]) == 8
+    assert len(columns["train/discriminator"]) == 6
+    assert len(columns["train/adversarial"]) == 4
+
+
+def test_the_export_is_the_average_of_the_weights_in_both_layouts(finished):
+    export = finished / "exports" / "step_0000008"
+    folder, single = load_autoencoder(export / "diffusers"), load_autoencoder(export / "run.vae.safetensors")
+    state = _checkpoint(finished)["state_dict"]
+    average = {name.removeprefix("average."): t for name, t in state.items() if name.startswith("average.")}
+    assert _same(folder.state_dict(), average)
+    assert _same(single.state_dict(), average)
+    current = {name.removeprefix("autoencoder."): t for name, t in state.items() if name.startswith("autoencoder.")}
+    assert not _same(average, current)
+
+
+def test_the_export_carries_the_measured_scaling_factor(finished):
+    config = load_autoencoder(finished / "exports" / "step_0000008" / "diffusers").config
+    assert config.scaling_factor == pytest.approx(1 / _columns(finished)["val/latent_std"][-1], rel=1e-5)
+    assert config.sample_size == 32
+
+
+def test_the_checkpoint_holds_no_frozen_network(finished):
+    parts = {name.split(".")[0] for name in _checkpoint(finished)["state_dict"]}
+    assert parts == {"autoencoder", "average", "discriminator"} | ({"validation"} & parts)
+
+
+def test_a_second_run_with_the_same_seed_gives_the_same_bits(finished, tiny_run):
+    again = train(replace(tiny_run, name="again"))
+    assert _same(_checkpoint(finished)["state_dict"], _checkpoint(again)["state_dict"])
+    other = train(replace(tiny_run, name="other", seed=1))
+    assert not _same(_checkpoint(finished)["state_dict"], _checkpoint(other)["state_dict"])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_cut_in_the_middle_resumes_to_the_same_bits(tiny_run, accumulate):
+    config = replace(tiny_run, trainer=tiny_run.trainer | {"accumulate_grad_batches": accumulate})
+    whole = train(config)
+    cut = train(replace(config, name="cut"))
+    (cut / "checkpoints" / "last.ckpt").unlink()
+    (cut / "checkpoints" / "last.ckpt").symlink_to("step_0000004.ckpt")
+    resumed = train(replace(config, name="cut", resume=str(cut)))
+    assert _checkpoint(resumed)["global_step"] == 8
+    assert _same(_checkpoint(whole)["state_dict"], _checkpoint(resumed)["state_dict"])
+
+
+def test_the_sleeping_discriminator_is_left_exactly_as_it_was(tiny_run):
+    asleep = replace(tiny_run.loss, discriminator_start=100, adversarial_start=100)
+    config = replace(tiny_run, loss=asleep)
+    torch.manual_seed(0)
+    folder = train(config)
+    state = _checkpoint(folder)
+    moments = state["optimizer_states"][0]["state"]
+    autoencoder = len(list(Training(config).autoencoder.parameters()))
+    assert sorted(moments) == list(range(autoencoder))
+
+
+def test_a_warming_discriminator_leaves_the_autoencoder_untouched(tiny_run):
+    """Until the adversarial term starts, the autoencoder learns the same with and without a discriminator beside it."""
+    warming = replace(tiny_run.loss, discriminator_start=1, adversarial_start=100)
+    states = []
+    for name, config in (
+        ("warming", replace(tiny_run, loss=warming)),
+        ("asleep", replace(tiny_run, loss=replace(warming, discriminator_start=100))),
+    ):
+        state = _checkpoint(train(replace(config, name=name)))["state_dict"]
+        states.append({key: tensor for key, tensor in state.items() if key.startswith("autoencoder.")})
+    assert _same(*states)
+
+
+def test_without_an_adversarial_weight_there_is_no_discriminator(tiny_run):
+    folder = train(without_adversary(tiny_run))
+    assert not any(name.startswith("discriminator") for name in _checkpoint(folder)["state_dict"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"trainer": {"precision": "bf16-mixed"}},
+        {"channels_last": True},
+        {"gradient_checkpointing": True},
+        {"logger": "tensorboard"},
+    ],
+    ids=["bf16-mixed", "channels_last", "gradient_checkpointing", "tensorboard"],
+)
+def test_the_switches_train_to_the_end_with_finite_weights(tiny_run, change):
+    change = dict(change)
+    change["trainer"] = tiny_run.trainer | change.get("trainer", {})
+    folder = train(replace(tiny_run, **change))
+    for path in (folder / "exports").rglob("*.safetensors"):
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values())
+        assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float32}
+
+
+def test_wandb_runs_offline_without_a_key_and_never_asks(tiny_run, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", "/nonexistent")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folder = train(replace(tiny_run, logger="wandb", updates=2, validate_every=2))
+    assert list((folder / "wandb").glob("offline-run-*"))
+
+
+def test_a_compiled_run_has_the_parameter_names_of_an_eager_one(tiny_run, finished, monkeypatch):
+    """With the backend that traces but does not generate code: seconds instead of minutes."""
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: original(self, backend="aot_eager"))
+    folder = train(replace(tiny_run, name="compiled", compile=True))
+    compiled, eager = (_checkpoint(path)["state_dict"] for path in (folder, finished))
+    assert compiled.keys() == eager.keys()
+    assert all(torch.allclose(compiled[name], eager[name], atol=1e-4) for name in eager)
+
+
+def test_greyscale_trains(tiny_run):
+    config = replace(tiny_run, model=replace(tiny_run.model, in_channels=1, out_channels=1))
+    assert load_autoencoder(train(config) / "exports" / "step_0000008" / "diffusers").config.in_channels == 1
+
+
+def test_updates_that_validation_does_not_divide_still_end_with_a_validation(tiny_run):
+    folder = train(replace(tiny_run, updates=5, validate_every=3))
+    assert (folder / "reconstructions" / "step_0000005.png").exists()
+    assert _checkpoint(folder)["global_step"] == 5
+
+
+def test_a_directory_that_holds_a_run_is_not_touched(finished, tiny_run):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    with pytest.raises(InputError, match=r"already holds a run; choose another name or resume="):
+        train(tiny_run)
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_a_folder_of_images_trains(tiny_run, tmp_path):
+    for number in range(4):
+        Image.effect_noise((40, 50), 60).save(tmp_path / f"{number}.png")
+    data = DataConfig(source="folder", root=str(tmp_path), resolution=32, batch_size=2, workers=1)
+    folder = train(replace(tiny_run, data=data))
+    assert json.loads((folder / "config.json").read_text())["data"]["source"] == "folder"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trainer": {"max_steps": 5}}, r"trainer\.max_steps: set updates instead"),
+        ({"trainer": {"devises": 2}}, r"trainer\.devises: not an argument of lightning\.Trainer"),
+        ({"trainer": {"devices": 0}}, r"trainer\.devices=0, expected 1 or more"),
+        ({"trainer": {"precision": "8-bit"}}, r"trainer\.precision='8-bit', expected one of"),
+        ({"trainer": {"accumulate_grad_batches": 0}}, r"trainer\.accumulate_grad_batches=0, expected 1 or more"),
+        ({"resume": "/nowhere"}, r"resume='/nowhere': no checkpoints/last\.ckpt in it"),
+        ({"output": "/proc/nowhere"}, r"output='/proc/nowhere': cannot write there"),
+        ({"data": DataConfig(root="/nowhere", resolution=32)}, r"data\.root='/nowhere': no such folder"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_network_is_built(tiny_run, monkeypatch, change, message):
+    monkeypatch.setattr("vae.training.run.Training", None)
+    with pytest.raises(InputError, match=message):
+        train(replace(tiny_run, **change))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_float16_is_refused_where_it_would_silently_be_bfloat16(tiny_run):
+    with pytest.raises(InputError, match="needs a GPU"):
+        train(replace(tiny_run, trainer=tiny_run.trainer | {"precision": "16-mixed"}))
