@@ -45,7 +45,9 @@ def test_ldm_names_are_a_bijection_for_every_preset(name):
         state = AutoencoderKL(preset(name)).state_dict()
     there = to_ldm(state, preset(name))
     assert len(there) == len(state)
-    assert not any("." + part + "." in key for key in there for part in ("resnets", "mid_block", "to_q", "conv_shortcut"))
+    assert not any(
+        "." + part + "." in key for key in there for part in ("resnets", "mid_block", "to_q", "conv_shortcut")
+    )
     back = from_ldm(there, preset(name))
     assert {key: tensor.shape for key, tensor in back.items()} == {key: t.shape for key, t in state.items()}
 
@@ -137,7 +139,10 @@ def _damage_values(path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_damage_keys, r"1 keys missing \(first \['decoder.conv_in.bias'\]\) and 1 unknown \(first \['loss.logvar'\]\)"),
+        (
+            _damage_keys,
+            r"1 keys missing \(first \['decoder.conv_in.bias'\]\) and 1 unknown \(first \['loss",
+        ),
         (_damage_shape, r"decoder.conv_in.bias is \(5,\), expected \(16,\)"),
         (_damage_values, "decoder.conv_in.bias holds NaN"),
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "damaged or not safetensors"),

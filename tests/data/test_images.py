@@ -29,7 +29,7 @@ def test_exif_rotation_is_applied(tmp_path, photo):
     exif[0x0112] = 6  # rotate 90 degrees clockwise to see it upright
     photo.save(tmp_path / "rotated.png", exif=exif)
     upright = open_image(tmp_path / "rotated.png")
-    assert np.array_equal(upright, photo.transpose(Image.Transpose.ROTATE_270))
+    assert np.array_equal(np.asarray(upright), np.asarray(photo.transpose(Image.Transpose.ROTATE_270)))
 
 
 def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):

@@ -3,6 +3,7 @@
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 BICUBIC = Image.Resampling.BICUBIC  # Pillow's antialiased filter: of training, of validation and of protocol default-v1
@@ -26,8 +27,8 @@ def random_crop(image: Image.Image, size: int, scale: tuple[float, float], *, fl
 
 def center_crop(image: Image.Image, size: int) -> Tensor:
     """The short side resized to `size`, then the central square; uint8 (C, size, size)."""
-    resized = TF.resize(image, [size], TF.InterpolationMode.BICUBIC)
-    return TF.pil_to_tensor(TF.center_crop(resized, [size]))
+    square = v2.Compose([v2.Resize(size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)])
+    return TF.pil_to_tensor(square(image))
 
 
 def to_model_range(images: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from PIL import Image
@@ -21,6 +20,7 @@ from vae.data.pictures import reconstruction_sheet
 from vae.models.autoencoder import AutoencoderKL
 from vae.training.module import Training
 
+KEPT = 2  # checkpoints of a run
 PICTURED = 8  # held-out images on every sheet
 
 
@@ -36,19 +36,44 @@ def step_name(updates: int) -> str:
     return f"step_{updates:07d}"
 
 
-def checkpointing(folder: Path, every: int) -> ModelCheckpoint:
-    """The two newest checkpoints, and `last.ckpt` pointing at the newest."""
-    return ModelCheckpoint(
-        dirpath=folder,
-        filename="step_{step:07d}",
-        auto_insert_metric_name=False,
-        every_n_train_steps=every,
-        monitor="step",
-        mode="max",
-        save_top_k=2,
-        save_last="link",
-        save_on_train_epoch_end=True,
-    )
+class Checkpoints(Callback):
+    """All that resuming needs, every so many updates and at the end: the newest few, `last.ckpt` pointing at one.
+
+    Saved between two updates only, also when gradients are accumulated.
+    """
+
+    def __init__(self, folder: Path, every: int) -> None:
+        self.folder, self.every = folder, every
+        self._saved = 0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._saved = trainer.global_step
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if trainer.global_step % self.every == 0:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: lightning.Trainer) -> None:
+        if trainer.global_step == self._saved:
+            return
+        self._saved = trainer.global_step
+        name = f"{step_name(trainer.global_step)}.ckpt"
+        trainer.save_checkpoint(self.folder / name)
+        if trainer.is_global_zero:
+            with replacing(self.folder / "last.ckpt") as partial:
+                partial.symlink_to(name)
+            for old in sorted(self.folder.glob("step_*.ckpt"))[:-KEPT]:
+                old.unlink()
 
 
 class Pictures(Callback):

@@ -1,6 +1,7 @@
 """The Lightning module: holds the networks, orders the update, says what is logged and what validation sees."""
 
 from copy import deepcopy
+from typing import Any
 
 import lightning
 import torch
@@ -47,7 +48,6 @@ class Training(lightning.LightningModule):
         self.metrics = PairedMetrics(("psnr", "ssim", *lpips))
         self.validation = nn.ModuleDict({name: MeanMetric() for name in self.metrics.names})
         self.latent_statistics = LatentStatistics(config.model.latent_channels)
-        self._averaged = 0
 
     @property
     def updates(self) -> int:
@@ -62,7 +62,6 @@ class Training(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         self.objective.to(self.device)
-        self._averaged = self.updates
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         def autoencode(images: Tensor) -> tuple[DiagonalGaussian, Tensor, Tensor]:
@@ -90,10 +89,10 @@ class Training(lightning.LightningModule):
             if network is not None:
                 self.log(f"train/{name}_gradient_norm", clip_grad_norm_(network.parameters(), bound))
 
-    def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
-        if self.updates > self._averaged:
-            average_weights(self.average, self.autoencoder, self.updates, self.config.optim.ema_decay)
-            self._averaged = self.updates
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The average follows within the step: a checkpoint may be written right after it, before any later hook."""
+        super().optimizer_step(*args, **kwargs)
+        average_weights(self.average, self.autoencoder, self.updates + 1, self.config.optim.ema_decay)
 
     def on_validation_epoch_start(self) -> None:
         self.metrics.to(self.device)

@@ -19,7 +19,7 @@ from vae.config import TrainConfig
 from vae.data.loading import open_sources, training_loader, validation_loader
 from vae.data.order import EndlessSampler
 from vae.errors import InputError, require
-from vae.training.artefacts import AtomicCheckpointIO, Pictures, checkpointing, export
+from vae.training.artefacts import AtomicCheckpointIO, Checkpoints, Pictures, export
 from vae.training.metrics_file import MetricsFile
 from vae.training.module import Training
 from vae.training.terminal import Progress, announce, conclude
@@ -90,10 +90,10 @@ def train(config: TrainConfig) -> Path:
 
 
 def _quieten() -> None:
-    """What Lightning says about itself is not about the user's run."""
+    """What Lightning says about itself, or about data loaders unlike ours, is not about the user's run."""
     for noisy in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    for message in (".*treespec.*", ".*does not have many workers.*", ".*Checkpoint directory.*exists and is not empty"):
+    for message in (".*treespec.*", ".*does not have many workers.*", ".*dataloader is not resumable.*"):
         warnings.filterwarnings("ignore", message)
 
 
@@ -158,11 +158,12 @@ def _build_trainer(config: TrainConfig, folder: Path, module: Training) -> light
         val_check_interval=min(config.validate_every, config.updates) * accumulate,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
+        enable_checkpointing=False,  # Lightning's; ours is a callback
         use_distributed_sampler=False,
         inference_mode=False,  # metrics live on from one validation to the next; inference tensors could not
         logger=_build_loggers(config, folder, module),
         callbacks=[
-            checkpointing(folder / "checkpoints", min(config.validate_every, config.updates)),
+            Checkpoints(folder / "checkpoints", config.validate_every),
             Pictures(folder / "reconstructions"),
             *([Progress()] if arguments.get("enable_progress_bar", True) else []),
         ],
@@ -178,9 +179,7 @@ def _build_loggers(config: TrainConfig, folder: Path, module: Training) -> list[
     if config.logger == "wandb":
         import wandb
 
-        offline = wandb.api.api_key is None
-        settings = wandb.Settings(init_timeout=30)
-        loggers.append(
-            WandbLogger(name=config.name, project="vae", save_dir=folder, offline=offline, settings=settings)
-        )
+        has_key = wandb.login(prompt=False, verify=False)
+        settings = wandb.Settings(init_timeout=30, mode="online" if has_key else "offline")
+        loggers.append(WandbLogger(config.name, folder, project="vae", offline=not has_key, settings=settings))
     return loggers
