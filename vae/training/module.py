@@ -103,8 +103,9 @@ class Training(lightning.LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             posterior = self.average.encode(self._images(batch))
             reconstructions = to_uint8(self.average.decode(posterior.mode()))
+            measured = self.metrics(batch.images, reconstructions)
         self.latent_statistics.update(posterior)
-        for name, values in self.metrics(batch.images, reconstructions).items():
+        for name, values in measured.items():
             metric = self.validation[name]
             assert isinstance(metric, MeanMetric)
             metric.update(values[torch.isfinite(values)])
@@ -118,7 +119,7 @@ class Training(lightning.LightningModule):
             self.latent_statistics = LatentStatistics(self.config.model.latent_channels)
             for share in shares:
                 self.latent_statistics.merge(share)
-        self.log("val/latent_std", self.latent_statistics.std)
+        self.log("val/latent_std", self.latent_statistics.std, sync_dist=True)
 
     def _images(self, batch: Batch) -> Tensor:
         images = to_model_range(batch.images)

@@ -56,6 +56,7 @@ def train(config: TrainConfig) -> Path:
         given = f"data.root={config.data.root!r}"
         raise InputError(f"{given}: no image is left to train on; add images or set data.validation_root")
     folder, checkpoint = _prepare_folder(config)
+    os.environ["VAE_RUN_NAME"] = config.name  # the processes that Lightning starts compose the configuration anew
     _quieten()
     lightning.seed_everything(config.seed, workers=True, verbose=False)
 

@@ -15,6 +15,10 @@ from vae.training.module import Training
 class Progress(RichProgressBar):
     """One bar over all updates."""
 
+    @property
+    def total_train_batches(self) -> int | float:
+        return self.trainer.num_training_batches  # also right where gradients are accumulated
+
     def _get_train_description(self, current_epoch: int) -> str:
         return "Training"
 
@@ -26,9 +30,9 @@ class Progress(RichProgressBar):
 
 
 def announce(config: TrainConfig, training: Training, folder: Path, images: tuple[int, int], done: int) -> None:
-    millions = sum(parameter.numel() for parameter in training.autoencoder.parameters()) / 1e6
+    parameters = sum(parameter.numel() for parameter in training.autoencoder.parameters())
     _say(
-        f"Autoencoder of {millions:.1f} M parameters, {images[0]} training and {images[1]} validation images at "
+        f"Autoencoder of {parameters:,} parameters, {images[0]} training and {images[1]} validation images at "
         f"{config.data.resolution} px, updates {done} to {config.updates}; everything goes to {folder}"
     )
 
