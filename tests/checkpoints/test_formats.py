@@ -125,7 +125,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
 def _damage_keys(path):
     state = load_file(path)
     del state["decoder.conv_in.bias"]
-    save_file(state | {"loss.logvar": torch.zeros(1)}, path)
+    save_file(state | {"extra.weight": torch.zeros(1)}, path)
 
 
 def _damage_shape(path):
@@ -141,7 +141,7 @@ def _damage_values(path):
     [
         (
             _damage_keys,
-            r"1 keys missing \(first \['decoder.conv_in.bias'\]\) and 1 unknown \(first \['loss",
+            r"1 keys missing \(first \['decoder.conv_in.bias'\]\) and 1 unknown \(first \['extra",
         ),
         (_damage_shape, r"decoder.conv_in.bias is \(5,\), expected \(16,\)"),
         (_damage_values, "decoder.conv_in.bias holds NaN"),

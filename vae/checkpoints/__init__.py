@@ -6,23 +6,17 @@ from pathlib import Path
 
 import torch
 
-from vae.checkpoints.diffusers import CONFIG_FILE, WEIGHTS_FILE, read_config, to_diffusers_config
-from vae.checkpoints.ldm import from_ldm, to_ldm
-from vae.checkpoints.safe import (
-    WeightsError,
-    check_keys,
-    check_tensors,
-    read_safetensors,
-    write_safetensors,
-    write_text,
-)
+from vae.checkpoints.detect import Found, find_autoencoder
+from vae.checkpoints.diffusers import CONFIG_FILE, WEIGHTS_FILE, to_diffusers_config
+from vae.checkpoints.files import CONFIG_KEY, read_model
+from vae.checkpoints.ldm import to_ldm
+from vae.checkpoints.safe import WeightsError, check_keys, check_tensors, write_safetensors, write_text
 from vae.errors import InputError
 from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
 
-__all__ = ["FORMATS", "WeightsError", "load_autoencoder", "save_autoencoder"]
+__all__ = ["FORMATS", "Found", "WeightsError", "load_autoencoder", "read_autoencoder", "save_autoencoder"]
 
 FORMATS = ("diffusers", "ldm")
-CONFIG_KEY = "vae.config"  # our configuration as JSON in a safetensors file's metadata
 
 
 def save_autoencoder(
@@ -47,23 +41,31 @@ def save_autoencoder(
     return path
 
 
-def load_autoencoder(path: str | Path, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
-    """The model in a diffusers folder or in a single file written by `save_autoencoder`, in eval mode, on the CPU."""
-    path = Path(path)
-    if path.is_dir():
-        config = read_config(path / CONFIG_FILE)
-        path = path / WEIGHTS_FILE
-        state, _ = read_safetensors(path)
-    else:
-        state, metadata = read_safetensors(path)
-        if CONFIG_KEY not in metadata:
-            raise WeightsError(f"{path}: no {CONFIG_KEY} in its metadata; name the diffusers folder instead")
-        config = AutoencoderConfig(**json.loads(metadata[CONFIG_KEY]))
-        state = from_ldm(state, config)
+def load_autoencoder(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    config: AutoencoderConfig | None = None,
+    ema: bool = False,
+) -> AutoencoderKL:
+    """The autoencoder in any published layout, in eval mode, on the CPU; nothing in the file is executed.
+
+    A diffusers folder, an LDM file, or a full SD checkpoint; safetensors or PyTorch's pickles. `config` replaces the
+    architecture found beside, inside or by the tensors; `ema` takes a training checkpoint's averaged weights.
+    """
+    found = read_autoencoder(path, config=config, ema=ema)
     with torch.device("meta"):
-        model = AutoencoderKL(config)
-    expected = model.state_dict()
-    check_keys(path, set(state), set(expected))
-    check_tensors(path, state, expected.__getitem__)
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=True, assign=True)
+        model = AutoencoderKL(found.config)
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in found.state.items()}, strict=True, assign=True)
     return model.requires_grad_(True).eval()
+
+
+def read_autoencoder(path: str | Path, *, config: AutoencoderConfig | None = None, ema: bool = False) -> Found:
+    """`load_autoencoder` short of the model: its tensors as stored, checked, and where they came from."""
+    file, state, stated = read_model(Path(path))
+    found = find_autoencoder(file, state, config or stated, ema=ema)
+    with torch.device("meta"):
+        expected = AutoencoderKL(found.config).state_dict()
+    check_keys(file, set(found.state), set(expected))
+    check_tensors(file, found.state, expected.__getitem__)
+    return found

@@ -1,0 +1,269 @@
+"""The files that people really have, good and bad, made here from their description."""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vae.checkpoints import WeightsError, load_autoencoder, read_autoencoder, save_autoencoder
+from vae.checkpoints.ldm import to_ldm
+from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
+
+State = dict[str, torch.Tensor]
+
+SD_SHAPED = AutoencoderConfig(block_out_channels=[32, 32, 64, 64], layers_per_block=2)
+OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+
+
+@pytest.fixture(scope="module")
+def model() -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(SD_SHAPED)
+
+
+@pytest.fixture(scope="module")
+def ldm(model: AutoencoderKL) -> State:
+    return {name: tensor.contiguous() for name, tensor in to_ldm(dict(model.state_dict()), SD_SHAPED).items()}
+
+
+def _shadow(state: State) -> State:
+    """LitEma's averages: the names without their dots, and two counters."""
+    averages = {f"model_ema.{name.replace('.', '')}": tensor + 1.0 for name, tensor in state.items()}
+    return averages | {
+        "model_ema.decay": torch.tensor(0.9999),
+        "model_ema.num_updates": torch.tensor(7, dtype=torch.int32),
+    }
+
+
+def _old_attention(state: State) -> State:
+    renamed = {}
+    for name, tensor in state.items():
+        for new, old in OLD_NAMES.items():
+            name = name.replace(new, old)
+        renamed[name] = tensor
+    return renamed
+
+
+def _prefixed(prefix: str) -> Callable[[State], State]:
+    return lambda state: (
+        {prefix + name: tensor for name, tensor in state.items()}
+        | {
+            "model.diffusion_model.out.2.bias": torch.zeros(4),
+            "cond_stage_model.transformer.weight": torch.zeros(2),
+        }
+    )
+
+
+GOOD: dict[str, Callable[[State], State]] = {
+    "bare names": dict,
+    "prefix first_stage_model": _prefixed("first_stage_model."),
+    "prefix vae": _prefixed("vae."),
+    "loss and counters of a training checkpoint": lambda s: (
+        s
+        | {
+            "loss.logvar": torch.zeros(()),
+            "loss.discriminator.main.0.bias": torch.zeros(64),
+            "model_ema.decay": torch.ones(()),
+        }
+    ),
+    "averages of a training checkpoint": lambda s: s | _shadow(s),
+    "linear attention": lambda s: {
+        name: t.flatten(1).clone() if ".attn_1." in name and t.ndim == 4 else t for name, t in s.items()
+    },
+}
+
+
+@pytest.mark.parametrize("make", GOOD.values(), ids=GOOD.keys())
+def test_single_files_import_bit_for_bit_from_the_tensors_alone(tmp_path, model, ldm, make):
+    save_file(make(ldm), tmp_path / "vae.safetensors")
+    found = read_autoencoder(tmp_path / "vae.safetensors")
+    assert (found.layout, found.weights) == ("ldm", "live")
+    assert found.config.block_out_channels == SD_SHAPED.block_out_channels
+    assert found.config.layers_per_block == 2
+    assert all(torch.equal(found.state[name], tensor) for name, tensor in model.state_dict().items())
+    assert found.state.keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_every_precision_imports_as_stored(tmp_path, model, ldm, dtype):
+    save_file({name: tensor.to(dtype) for name, tensor in ldm.items()}, tmp_path / "vae.safetensors")
+    found = read_autoencoder(tmp_path / "vae.safetensors")
+    assert all(torch.equal(found.state[name], tensor.to(dtype)) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("rename", [dict, _old_attention], ids=["new attention names", "old attention names"])
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_single_files_with_diffusers_names_import_too(tmp_path, model, rename, suffix):
+    state = rename(dict(model.state_dict()))
+    path = tmp_path / f"vae.{suffix}"
+    save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
+    found = read_autoencoder(path)
+    assert found.layout == "diffusers"
+    assert all(torch.equal(found.state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+class _Callback:
+    """Some class of the program that saved the file."""
+
+
+PICKLES: dict[str, Callable[[State], object]] = {
+    "flat": dict,
+    "nested": lambda s: {"state_dict": s, "epoch": 3, "global_step": 1000},
+    "parameters": lambda s: {"state_dict": {name: torch.nn.Parameter(t) for name, t in s.items()}},
+    "callbacks as keys": lambda s: {"state_dict": s, "callbacks": {_Callback: {"best": 1.0}}},
+    "namespaces, paths and numpy scalars": lambda s: {
+        "state_dict": s,
+        "hyper_parameters": argparse.Namespace(lr=1e-4, out=pathlib.PurePosixPath("/tmp"), best=np.float64(0.5)),
+    },
+}
+
+
+@pytest.mark.parametrize("make", PICKLES.values(), ids=PICKLES.keys())
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_pickles_with_foreign_objects_import_bit_for_bit(tmp_path, model, ldm, make, zipped):
+    torch.save(make(ldm), tmp_path / "vae.ckpt", _use_new_zipfile_serialization=zipped)
+    found = read_autoencoder(tmp_path / "vae.ckpt")
+    assert all(torch.equal(found.state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_the_averages_are_taken_when_asked_for_and_only_when_complete(tmp_path, model, ldm):
+    save_file(ldm | _shadow(ldm), tmp_path / "both.safetensors")
+    found = read_autoencoder(tmp_path / "both.safetensors", ema=True)
+    assert found.weights == "EMA"
+    assert all(torch.equal(found.state[name], tensor + 1.0) for name, tensor in model.state_dict().items())
+    shadow = _shadow(ldm)
+    del shadow["model_ema.quant_convbias"]
+    save_file(ldm | shadow, tmp_path / "partly.safetensors")
+    with pytest.raises(WeightsError, match=r"1 averaged weights missing \(first \['quant_conv.bias'\]\)"):
+        read_autoencoder(tmp_path / "partly.safetensors", ema=True)
+
+
+def test_a_file_that_may_have_lost_its_quant_convolutions_needs_an_explicit_architecture(tmp_path, ldm):
+    rest = {name: tensor for name, tensor in ldm.items() if "quant_conv" not in name}
+    save_file(rest, tmp_path / "vae.safetensors")
+    with pytest.raises(WeightsError, match="a network that has none, or a file that lost them"):
+        load_autoencoder(tmp_path / "vae.safetensors")
+    stated = AutoencoderConfig(block_out_channels=[32, 32, 64, 64], use_quant_conv=False, use_post_quant_conv=False)
+    assert load_autoencoder(tmp_path / "vae.safetensors", config=stated).config == stated
+
+
+def _not_reversed(state: State) -> State:
+    def turn(name: str) -> str:
+        parts = name.split(".")
+        return ".".join([*parts[:2], str(3 - int(parts[2])), *parts[3:]]) if name.startswith("decoder.up.") else name
+
+    return {turn(name): tensor for name, tensor in state.items()}
+
+
+BAD: dict[str, tuple[Callable[[State], State], str]] = {
+    "up blocks in diffusers' order": (_not_reversed, r"decoder\.up|keys missing"),
+    "one bias missing": (
+        lambda s: {name: t for name, t in s.items() if name != "decoder.mid.block_1.conv1.bias"},
+        r"1 keys missing \(first \['decoder.mid_block.resnets.0.conv1.bias'\]\)",
+    ),
+    "decoder only": (lambda s: {name: t for name, t in s.items() if not name.startswith("encoder")}, "is missing"),
+    "encoder only": (lambda s: {name: t for name, t in s.items() if name.startswith("encoder")}, "an encoder alone"),
+    "a diffusion model without a VAE": (
+        lambda s: {"model.diffusion_model.out.2.bias": torch.zeros(4)},
+        "a diffusion model whose checkpoint has no VAE",
+    ),
+    "FLUX.2": (lambda s: s | {"bn.running_mean": torch.zeros(128)}, "a FLUX.2 autoencoder"),
+    "not finite": (lambda s: s | {"quant_conv.bias": torch.full((8,), torch.inf)}, "quant_conv.bias holds NaN or inf"),
+    "something else": (lambda s: {"layer.weight": torch.zeros(2)}, "are not a KL autoencoder's"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), BAD.values(), ids=BAD.keys())
+def test_damaged_and_foreign_files_are_refused_with_the_reason(tmp_path, ldm, make, message):
+    save_file(make(ldm), tmp_path / "vae.safetensors")
+    with pytest.raises(WeightsError, match=message) as error:
+        load_autoencoder(tmp_path / "vae.safetensors")
+    assert str(tmp_path / "vae.safetensors") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "family", "scaling"),
+    [
+        (["cond_stage_model.model.weight"], "sd", 0.18215),
+        (["conditioner.embedders.1.model.weight"], "sdxl", 0.13025),
+        ([], None, 0.18215),
+    ],
+)
+def test_a_full_checkpoint_tells_its_family_and_scale(tmp_path, ldm, keys, family, scaling):
+    state = {f"first_stage_model.{name}": tensor for name, tensor in ldm.items()}
+    save_file(state | {key: torch.zeros(1) for key in keys}, tmp_path / "full.safetensors")
+    found = read_autoencoder(tmp_path / "full.safetensors")
+    assert (found.family, found.config.scaling_factor) == (family, scaling)
+
+
+def test_sixteen_channels_without_quant_convolutions_need_no_configuration(tmp_path):
+    config = AutoencoderConfig(
+        latent_channels=16, block_out_channels=[32, 64], use_quant_conv=False, use_post_quant_conv=False
+    )
+    model = AutoencoderKL(config)
+    save_file({n: t.contiguous() for n, t in to_ldm(dict(model.state_dict()), config).items()}, tmp_path / "ae.sft")
+    assert read_autoencoder(tmp_path / "ae.sft").config.shift_factor == 0.1159
+
+
+def test_folders_with_half_precision_pickled_or_sharded_weights_load(tmp_path, model):
+    save_autoencoder(model, tmp_path, dtype=torch.float16)
+    plain = tmp_path / "diffusion_pytorch_model.safetensors"
+    plain.rename(tmp_path / "diffusion_pytorch_model.fp16.safetensors")
+    expected = {name: tensor.half() for name, tensor in model.state_dict().items()}
+
+    def loads() -> bool:
+        found = read_autoencoder(tmp_path).state
+        return all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+    assert loads()
+    (tmp_path / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    torch.save(expected, tmp_path / "diffusion_pytorch_model.bin")
+    assert loads()
+    (tmp_path / "diffusion_pytorch_model.bin").unlink()
+    names = sorted(expected)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for shard, inside in shards.items():
+        save_file({name: expected[name] for name in inside}, tmp_path / shard)
+    weight_map = {name: shard for shard, inside in shards.items() for name in inside}
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert loads()
+
+
+@pytest.mark.parametrize("shard", ["../evil.safetensors", "/etc/passwd"])
+def test_shards_outside_their_folder_are_refused(tmp_path, model, shard):
+    save_autoencoder(model, tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"encoder.conv_in.weight": shard}}))
+    with pytest.raises(WeightsError, match="outside its folder"):
+        load_autoencoder(tmp_path)
+
+
+def test_a_pickle_that_would_run_code_runs_none(tmp_path, ldm):
+    sentinel = tmp_path / "executed"
+
+    class Attack:
+        def __reduce__(self):
+            return Path.touch, (sentinel,)
+
+    for zipped in (True, False):
+        torch.save({"state_dict": ldm, "attack": Attack()}, tmp_path / "a.ckpt", _use_new_zipfile_serialization=zipped)
+        assert read_autoencoder(tmp_path / "a.ckpt").state
+        torch.save(Attack(), tmp_path / "b.ckpt", _use_new_zipfile_serialization=zipped)
+        with pytest.raises(WeightsError, match="without tensors by name"):
+            read_autoencoder(tmp_path / "b.ckpt")
+    assert not sentinel.exists()
+
+
+def test_a_view_larger_than_its_file_is_refused_before_it_exists(tmp_path):
+    bomb = torch.zeros(1).expand(10**11)
+    torch.save({"decoder.conv_in.weight": bomb}, tmp_path / "bomb.pt")
+    assert (tmp_path / "bomb.pt").stat().st_size < 10_000
+    with pytest.raises(WeightsError, match="claims 100000000000 values where the file has 1"):
+        read_autoencoder(tmp_path / "bomb.pt")
