@@ -18,6 +18,8 @@ COPY --chown=trainer vae/__init__.py vae/__init__.py
 RUN make .venv/installed
 
 COPY --chown=trainer . .
+# Made as trainer, so that a fresh volume belongs to it; for a mounted folder add --user "$(id -u)".
+RUN mkdir -p runs
 VOLUME /app/runs
 ENTRYPOINT [".venv/bin/python", "train.py"]
 CMD ["experiment=quickstart"]

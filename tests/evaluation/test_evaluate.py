@@ -21,7 +21,8 @@ from vae.evaluation.models import find_export, load_models
 from vae.evaluation.protocol import DEFAULT_V1
 from vae.evaluation.run import evaluate
 from vae.models.autoencoder import AutoencoderKL
-from vae.models.backbones import BACKBONES, load_backbone
+from vae.models.backbones import BACKBONES
+from vae.models.features import load_backbone
 
 PHOTOS = DataConfig(source="photos", resolution=64, validation_batch_size=2, workers=0)
 
@@ -95,7 +96,8 @@ def test_the_batch_size_moves_no_number_by_a_thousandth(tmp_path, model_folder):
     tables = []
     for size in (1, 2, 5):
         data = DataConfig(source="photos", resolution=64, validation_batch_size=size, workers=0)
-        rows = _rows(_evaluate(tmp_path, str(model_folder), metrics=["psnr", "ssim"], data=data))
+        folder = _evaluate(tmp_path, str(model_folder), metrics=["psnr", "ssim"], data=data, name=f"by{size}")
+        rows = _rows(folder)
         tables.append([float(row[name]) for row in rows for name in ("psnr", "ssim")])
     assert tables[1] == pytest.approx(tables[0], abs=1e-3)
     assert tables[2] == pytest.approx(tables[0], abs=1e-3)

@@ -15,7 +15,7 @@ from vae.errors import InputError
 from vae.metrics.paired import PAIRED_METRICS, PairedMetrics
 from vae.metrics.psnr import psnr
 from vae.metrics.ssim import ssim
-from vae.models import backbones
+from vae.models.features import MissingBackboneError
 
 
 def _pairs() -> list[tuple[str, torch.Tensor, torch.Tensor]]:
@@ -74,7 +74,7 @@ def test_images_smaller_than_the_window_are_refused():
 
 def test_missing_weights_cost_their_metric_only(monkeypatch):
     def missing(*_: object) -> None:
-        raise backbones.MissingBackboneError("nowhere")
+        raise MissingBackboneError("nowhere")
 
     monkeypatch.setattr("vae.models.lpips.load_backbone", missing)
     metrics = PairedMetrics(PAIRED_METRICS)

@@ -2,22 +2,32 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 
 from tests.conftest import read_json, without_adversary
 from vae.checkpoints import load_autoencoder
 from vae.config import TrainConfig
 from vae.data.loading import DataConfig
 from vae.errors import InputError
+from vae.models.autoencoder import AutoencoderKL
 from vae.training.module import Training
 from vae.training.run import train
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def _checkpoint(folder: Path) -> dict[str, Any]:
@@ -135,23 +145,129 @@ def test_without_an_adversarial_weight_there_is_no_discriminator(tiny_run):
     assert not any(name.startswith("discriminator") for name in _checkpoint(folder)["state_dict"])
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"trainer": {"precision": "bf16-mixed"}},
-        {"channels_last": True},
-        {"gradient_checkpointing": True},
-        {"logger": "tensorboard"},
-    ],
-    ids=["bf16-mixed", "channels_last", "gradient_checkpointing", "tensorboard"],
-)
-def test_the_switches_train_to_the_end_with_finite_weights(tiny_run, change):
-    change = dict(change)
-    change["trainer"] = tiny_run.trainer | change.get("trainer", {})
-    folder = train(replace(tiny_run, **change))
+SWITCHES: dict[str, tuple[dict[str, Any], Callable[[Tensor], bool]]] = {  # what is seen at the decoder's last layer
+    "bf16-mixed": ({"trainer": {"precision": "bf16-mixed"}}, lambda x: x.dtype == torch.bfloat16),
+    "channels_last": ({"channels_last": True}, lambda x: x.is_contiguous(memory_format=torch.channels_last)),
+    "gradient_checkpointing": ({"gradient_checkpointing": True}, lambda x: x.dtype == torch.float32),
+}
+
+
+@pytest.mark.parametrize(("change", "is_effective"), SWITCHES.values(), ids=SWITCHES.keys())
+def test_the_switches_take_effect_and_train_to_the_end(tiny_run, monkeypatch, change, is_effective):
+    seen: list[bool] = []
+    recomputed: list[bool] = []
+    original = AutoencoderKL.decode_features
+
+    def watched(self: AutoencoderKL, latents: Tensor) -> Tensor:
+        features = original(self, latents)
+        if torch.is_grad_enabled():
+            seen.append(is_effective(features))
+            recomputed.append(self.decoder.gradient_checkpointing)
+        return features
+
+    monkeypatch.setattr(AutoencoderKL, "decode_features", watched)
+    folder = train(replace(tiny_run, **(change | {"trainer": tiny_run.trainer | change.get("trainer", {})})))
+    assert seen == [True] * 8
+    assert recomputed == [change.get("gradient_checkpointing", False)] * 8
     for path in (folder / "exports").rglob("*.safetensors"):
         assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values())
         assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float32}
+
+
+def test_tensorboard_gets_terms_and_pictures(tiny_run):
+    folder = train(replace(tiny_run, logger="tensorboard"))
+    assert sum(path.stat().st_size for path in (folder / "tensorboard").glob("events.*")) > 10_000
+
+
+def test_float16_gradients_are_unscaled_before_they_are_clipped(tiny_run, monkeypatch):
+    """Lightning would run 16-mixed as bfloat16 on a CPU, so its plugin is given the CPU's own GradScaler."""
+    norms = []
+    for name in ("plain", "scaled"):
+        config = replace(without_adversary(tiny_run), name=name)
+        if name == "scaled":
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+            plugin = MixedPrecision("16-mixed", "cpu", scaler)
+            monkeypatch.setattr("vae.training.trainer.AtomicCheckpointIO", partial(lambda given: given, plugin))
+        folder = train(config)
+        norms.append(_columns(folder)["train/autoencoder_gradient_norm"][0])
+        monkeypatch.undo()
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
+
+
+def test_two_processes_train_as_one_with_the_double_batch(tiny_run, tmp_path):
+    """Gloo on the CPU; asleep, warming up and playing, with accumulation. Adam turns rounding into 1e-5 steps."""
+    states = {}
+    for processes in (1, 2):
+        command = [
+            sys.executable,
+            "train.py",
+            "model=tiny",
+            "data.resolution=32",
+            f"data.batch_size={4 // processes}",
+            "updates=6",
+            "validate_every=3",
+            "loss.weights.perceptual=0",
+            "loss.adaptive=false",
+            "loss.discriminator_start=2",
+            "loss.adversarial_start=4",
+            "loss.discriminator.channels=8",
+            "loss.discriminator.layers=2",
+            "trainer.accelerator=cpu",
+            "trainer.enable_progress_bar=false",
+            f"trainer.devices={processes}",
+            "trainer.strategy=" + ("ddp" if processes > 1 else "auto"),
+            "trainer.accumulate_grad_batches=2",
+            f"output={tmp_path}",
+            f"name=run{processes}",
+        ]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+        states[processes] = _checkpoint(tmp_path / f"run{processes}")["state_dict"]
+    for name, tensor in states[1].items():
+        if not name.startswith("discriminator.main.") or not name.endswith("bias"):  # cancelled by the norm behind it
+            torch.testing.assert_close(
+                states[2][name], tensor, atol=2e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+            )
+
+
+def test_resuming_with_another_configuration_is_refused_by_key(finished, tiny_run):
+    other = replace(tiny_run, resume=str(finished), optim=replace(tiny_run.optim, learning_rate=5e-2))
+    with pytest.raises(InputError, match=r"optim\.learning_rate was 0\.001 and is 0\.05"):
+        train(other)
+
+
+def test_a_finished_run_can_be_made_longer(finished, tiny_run):
+    longer = train(replace(tiny_run, resume=str(finished), updates=10))
+    assert _checkpoint(longer)["global_step"] == 10
+    updates = _columns(longer)["updates"]
+    assert updates == sorted(set(updates))
+    assert updates[-1] == 10
+    assert {path.name for path in (longer / "exports").iterdir()} == {"step_0000008", "step_0000010"}
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(finished, tiny_run):
+    (finished / "checkpoints" / "step_0000008.ckpt").write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(InputError, match=r"last\.ckpt: not a readable checkpoint .* older step_"):
+        train(replace(tiny_run, resume=str(finished)))
+
+
+def test_a_corrupt_image_is_named_also_by_a_worker(tiny_run, tmp_path):
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_text("not an image")
+    data = DataConfig(source="folder", root=str(tmp_path), resolution=32, batch_size=2, workers=1)
+    with pytest.raises(InputError, match=r"\d\.png: cannot be decoded"):
+        train(replace(tiny_run, data=data))
+
+
+def test_a_run_that_died_before_its_first_checkpoint_can_be_started_again(tiny_run, monkeypatch):
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vae.training.run._build_module", die)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_run)
+    monkeypatch.undo()
+    assert _checkpoint(train(tiny_run))["global_step"] == 8
 
 
 def test_wandb_runs_offline_without_a_key_and_never_asks(tiny_run, monkeypatch):
@@ -203,10 +319,14 @@ def test_a_folder_of_images_trains(tiny_run, tmp_path):
     ("change", "message"),
     [
         ({"trainer": {"max_steps": 5}}, r"trainer\.max_steps: set updates instead"),
-        ({"trainer": {"devises": 2}}, r"trainer\.devises: not an argument of lightning\.Trainer"),
+        ({"trainer": {"devises": 2}}, r"trainer\.devises, expected an argument of lightning\.Trainer"),
         ({"trainer": {"devices": 0}}, r"trainer\.devices=0, expected 1 or more"),
         ({"trainer": {"precision": "8-bit"}}, r"trainer\.precision='8-bit', expected one of"),
         ({"trainer": {"accumulate_grad_batches": 0}}, r"trainer\.accumulate_grad_batches=0, expected 1 or more"),
+        ({"trainer": {"log_every_n_steps": "abc"}}, r"trainer\.log_every_n_steps='abc', expected 1 or more"),
+        ({"trainer": {"accelerator": "abacus"}}, r"trainer=\{'accelerator': 'abacus'\}: .*abacus"),
+        ({"trainer": {"devices": "abc"}}, r"trainer=\{'devices': 'abc'\}: "),
+        ({"trainer": {"plugins": []}}, r"trainer\.plugins: set trainer\.precision"),
         ({"resume": "/nowhere"}, r"resume='/nowhere': no checkpoints/last\.ckpt in it"),
         ({"output": "/proc/nowhere"}, r"output='/proc/nowhere': cannot write there"),
         ({"data": DataConfig(root="/nowhere", resolution=32)}, r"data\.root='/nowhere': no such folder"),

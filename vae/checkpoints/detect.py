@@ -1,6 +1,7 @@
 """What a bag of named tensors is: which are the autoencoder, in which layout, of which architecture and family."""
 
 import re
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,6 +58,11 @@ def find_autoencoder(path: Path, state: State, config: AutoencoderConfig | None,
     return Found(ours, config, layout, "EMA" if ema else "live", family)
 
 
+def prefix_of(names: Container[str]) -> str | None:
+    """What stands before the autoencoder's names, or None where there is no autoencoder."""
+    return next((prefix for prefix in reversed(PREFIXES) if prefix + ANCHOR in names), None)
+
+
 def infer_config(path: Path, state: State) -> AutoencoderConfig:
     """The architecture that tensors under LDM's or diffusers' names have. Groups of 32 are taken for granted."""
     levels = _count(state, r"encoder\.down(?:_blocks)?\.(\d+)\.")
@@ -88,7 +94,7 @@ def infer_config(path: Path, state: State) -> AutoencoderConfig:
     if config.latent_channels == SD_CHANNELS and not (config.use_quant_conv and config.use_post_quant_conv):
         raise WeightsError(
             f"{path}: {SD_CHANNELS} latent channels without quant_conv and post_quant_conv: a network that has none, "
-            f"or a file that lost them; say which by the architecture (config=, or the config.json of a diffusers folder)"
+            f"or a file that lost them; say which by the architecture (config=, or a diffusers folder's config.json)"
         )
     return _with_family_constants(config)
 
@@ -101,10 +107,9 @@ def _with_family_constants(config: AutoencoderConfig) -> AutoencoderConfig:
 
 def _autoencoder_tensors(path: Path, state: State) -> tuple[State, State]:
     """(its tensors without prefix, averaged weights under LDM's dotless names)."""
-    prefixes = [prefix for prefix in PREFIXES if prefix + ANCHOR in state]
-    if not prefixes:
+    prefix = prefix_of(state)
+    if prefix is None:
         raise WeightsError(f"{path}: no {ANCHOR} in it; {_guess(state)}")
-    prefix = prefixes[-1]
     inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     if "bn.running_mean" in inside:
         raise WeightsError(f"{path}: a FLUX.2 autoencoder (it has bn.running_mean), which is another architecture")

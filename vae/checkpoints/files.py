@@ -4,6 +4,7 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
+from vae.checkpoints.detect import prefix_of
 from vae.checkpoints.diffusers import CONFIG_FILE, WEIGHTS_FILE, read_config
 from vae.checkpoints.pickles import read_pickle
 from vae.checkpoints.safe import State, WeightsError, read_safetensors
@@ -37,7 +38,7 @@ def read_file(path: Path) -> tuple[State, dict[str, str]]:
     with path.open("rb") as file:
         start = file.read(9)
     is_pickle = start[8:] != b"{" and start.startswith((b"PK", b"\x80"))  # safetensors: 8 bytes of length, then JSON
-    return (read_pickle(path), {}) if is_pickle else read_safetensors(path)
+    return (read_pickle(path), {}) if is_pickle else read_safetensors(path, lambda names: prefix_of(names) or "")
 
 
 def _read_shards(index: Path) -> State:

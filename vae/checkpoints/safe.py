@@ -47,13 +47,21 @@ def write_safetensors(path: Path, state: State, metadata: dict[str, str]) -> Non
         partial.chmod(0o666 & ~_umask())
 
 
-def read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
-    """(tensors on the CPU, metadata)."""
+def read_safetensors(path: Path, wanted: Callable[[list[str]], str] = lambda _: "") -> tuple[State, dict[str, str]]:
+    """(tensors on the CPU, metadata). `wanted(names)` is the prefix of those to read; the others stay on "meta"."""
     if not path.is_file():
         raise WeightsError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            names = list(file.keys())
+            prefix = wanted(names)
+            state = {
+                name: file.get_tensor(name)
+                if name.startswith(prefix)
+                else torch.empty(file.get_slice(name).get_shape(), device="meta")
+                for name in names
+            }
+            return state, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: damaged or not safetensors ({error}); fetch or export it again") from error
 

@@ -20,10 +20,6 @@ BACKGROUND = "white"  # what shows through transparent pixels
 class ImageError(InputError):
     """A file is not a usable image: names the file, what is wrong and what to do."""
 
-    def __init__(self, path: str | Path, reason: str, remedy: str = "replace or remove it") -> None:
-        super().__init__(f"{path}: {reason}; {remedy}")
-        self.path, self.reason, self.remedy = Path(path), reason, remedy
-
 
 def open_image(path: str | Path, channels: int = 3) -> Image.Image:
     """The first frame as 8-bit RGB (`channels=3`) or greyscale (`channels=1`).
@@ -32,33 +28,35 @@ def open_image(path: str | Path, channels: int = 3) -> Image.Image:
     """
     status = _status(Path(path))
     if not stat.S_ISREG(status.st_mode):
-        raise ImageError(path, "not a regular file")
+        raise _refusal(path, "not a regular file")
     if not 0 < status.st_size <= MAX_BYTES:
-        raise ImageError(path, f"{status.st_size} bytes, expected 1 to {MAX_BYTES}")
+        raise _refusal(path, f"{status.st_size} bytes, expected 1 to {MAX_BYTES}")
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore")  # Pillow's remarks on metadata; sizes are checked right here
             if image.width * image.height > MAX_PIXELS:
-                raise ImageError(
-                    path, f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}", "shrink it first"
-                )
+                raise _refusal(path, f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}", "shrink it first")
             return _opaque_8bit(ImageOps.exif_transpose(image), path).convert(MODES[channels])
     except ImageError:
         raise
     except Exception as error:  # decoders of damaged files raise nearly anything
-        raise ImageError(path, f"cannot be decoded ({type(error).__name__}: {error})") from error
+        raise _refusal(path, f"cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def _refusal(path: str | Path, reason: str, remedy: str = "replace or remove it") -> ImageError:
+    return ImageError(f"{path}: {reason}; {remedy}")
 
 
 def _status(path: Path) -> os.stat_result:
     try:
         return path.stat()
     except OSError as error:
-        raise ImageError(path, error.strerror or str(error)) from error
+        raise _refusal(path, error.strerror or str(error)) from error
 
 
 def _opaque_8bit(image: Image.Image, path: str | Path) -> Image.Image:
     if image.mode == "F":
-        raise ImageError(path, "floating-point pixels have no agreed range", "convert it to 8 or 16 bits")
+        raise _refusal(path, "floating-point pixels have no agreed range", "convert it to 8 or 16 bits")
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         return Image.fromarray((np.clip(values, 0, 65535) / 257.0 + 0.5).astype(np.uint8))

@@ -16,6 +16,7 @@ from vae.data.sources import (
     VALIDATION_PHOTOS,
     ImageFiles,
     Photos,
+    fewest_by_hash,
     folder_images,
     split_by_hash,
 )
@@ -101,7 +102,7 @@ class HeldOutImages(Dataset[tuple[Tensor, int]]):
 def open_sources(config: DataConfig, channels: int) -> tuple[ImageFiles, ImageFiles]:
     """(training, validation) images of a data configuration."""
     training, validation = SOURCES[config.source](config, channels)
-    validation.names = validation.names[: config.validation_images]
+    validation.names = fewest_by_hash(validation.names, config.validation_images)
     return training, validation
 
 

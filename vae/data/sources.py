@@ -83,6 +83,15 @@ def split_by_hash(names: Sequence[str], fraction: float) -> tuple[list[str], lis
 
     Validation is never empty: failing any other it gets the name with the smallest hash.
     """
-    position = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64 for name in names}
-    validation = {name for name in names if position[name] < fraction} or {min(names, key=position.__getitem__)}
+    validation = {name for name in names if _share(name) < fraction} or {min(names, key=_share)}
     return [name for name in names if name not in validation], sorted(validation)
+
+
+def fewest_by_hash(names: Sequence[str], limit: int | None) -> list[str]:
+    """At most `limit` names, an unbiased choice that does not depend on their order; sorted."""
+    return sorted(sorted(names, key=_share)[:limit])
+
+
+def _share(name: str) -> float:
+    """The name's place in [0, 1), by its sha256."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64

@@ -35,13 +35,16 @@ def evaluate(config: EvaluateConfig) -> Path:
     models = {name: model.to(device) for name, model in load_models(config.models).items()}
     _check_sizes(models, config.data.resolution)
     metrics = PairedMetrics(tuple(config.metrics)).to(device)
+    measured = [name for name in config.metrics if name not in metrics.missing]
+    if not measured:
+        raise InputError(f"metrics={config.metrics}: {next(iter(metrics.missing.values()))}")
+    _check_writable(folder, config.output)
     batches = validation_loader(images, config.data, rank=0, world_size=1)
     total = math.ceil(len(images) / config.data.validation_batch_size)
     with _exact_arithmetic():
         rows = list(_measure(models, track(batches, "Measuring", total, console=Console(stderr=True)), metrics, device))
     for row in rows:
         row["image"] = images.names[row["image"]]
-    measured = [name for name in config.metrics if name not in metrics.missing]
     summary = {model: _summarise([row for row in rows if row["model"] == model], measured) for model in models}
     _print(summary, measured, metrics.missing, len(images), config.data.resolution)
     _write(folder, rows, measured, {"images": len(images), "metrics": summary, "missing": metrics.missing}, config)
@@ -104,14 +107,23 @@ def _write(folder: Path, rows: list[Row], measured: list[str], result: dict[str,
         "models": config.models,
         "library": library,
     } | result
+    write_text(folder / "metrics.json", json.dumps(document, indent=2, allow_nan=False) + "\n")
+    with replacing(folder / "images.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["image", "model", *measured])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _check_writable(folder: Path, output: str) -> None:
+    """Before the measuring, not after it."""
+    if (folder / "metrics.json").exists():
+        raise InputError(f"name={folder.name!r}: {folder} already holds an evaluation; choose another name")
     try:
-        write_text(folder / "metrics.json", json.dumps(document, indent=2, allow_nan=False) + "\n")
-        with replacing(folder / "images.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["image", "model", *measured])
-            writer.writeheader()
-            writer.writerows(rows)
+        with replacing(folder / "images.csv") as partial:
+            partial.touch()
+        (folder / "images.csv").unlink()
     except OSError as error:
-        raise InputError(f"output={config.output!r}: cannot write there ({error}); choose another folder") from error
+        raise InputError(f"output={output!r}: cannot write there ({error}); choose another folder") from error
 
 
 def _check_sizes(models: dict[str, AutoencoderKL], resolution: int) -> None:

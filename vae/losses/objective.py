@@ -43,7 +43,9 @@ class LossWeights:
 
 @dataclass
 class LossConfig:
-    """`discriminator_start` and `adversarial_start` count `updates`: the discriminator learns from the first on, the
+    """`adaptive_maximum` bounds the adaptive weight in LDM's units, of a reconstruction loss summed over the image.
+
+    `discriminator_start` and `adversarial_start` count `updates`: the discriminator learns from the first on, the
     autoencoder feels it from the second on, at full weight after `adversarial_ramp` more."""
 
     pixel: str = "l1"

@@ -6,7 +6,8 @@ from torch import Tensor
 from vae.errors import InputError
 from vae.metrics.psnr import psnr
 from vae.metrics.ssim import ssim
-from vae.models.backbones import BACKBONES, MissingBackboneError
+from vae.models.backbones import BACKBONES
+from vae.models.features import MissingBackboneError
 from vae.models.lpips import LPIPS
 
 PAIRED_METRICS = ("psnr", "ssim", *(f"lpips_{net}" for net in sorted(BACKBONES)))
@@ -16,10 +17,11 @@ HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips_alex": False, "lpips_vgg"
 class PairedMetrics:
     """(images, reconstructions), uint8 (B, C, H, W) -> {name: (B,) float64}.
 
-    A metric whose weights are missing is left out; `missing` says why and what to do.
+    A metric whose weights are missing is left out; `missing` says why and what to do. `shared` is an LPIPS network that
+    serves here too, for the metric of its net.
     """
 
-    def __init__(self, names: tuple[str, ...] = PAIRED_METRICS) -> None:
+    def __init__(self, names: tuple[str, ...] = PAIRED_METRICS, shared: LPIPS | None = None) -> None:
         unknown = sorted(set(names) - set(PAIRED_METRICS))
         if unknown:
             raise InputError(f"unknown metrics {unknown}, expected some of {list(PAIRED_METRICS)}")
@@ -28,8 +30,9 @@ class PairedMetrics:
         self.lpips: dict[str, LPIPS] = {}
         for name in names:
             if name.startswith("lpips_"):
+                net = name.removeprefix("lpips_")
                 try:
-                    self.lpips[name] = LPIPS(name.removeprefix("lpips_"))
+                    self.lpips[name] = shared if shared is not None and shared.net == net else LPIPS(net)
                 except MissingBackboneError as error:
                     self.missing[name] = str(error)
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from vae.errors import InputError
-from vae.models.backbones import BACKBONES, Backbone, Features, load_backbone
+from vae.models.backbones import BACKBONES, Backbone
+from vae.models.features import Features, load_backbone
 from vae.models.posterior import at_least_float32
 
 IMAGE_MEAN = (-0.030, -0.088, -0.188)  # ImageNet statistics restated for images in [-1, 1]
@@ -35,7 +36,7 @@ class LPIPS(nn.Module):
         super().__init__()
         if net not in BACKBONES:
             raise InputError(f"LPIPS net {net!r}, expected one of {sorted(BACKBONES)}")
-        backbone = BACKBONES[net]
+        self.net, backbone = net, BACKBONES[net]
         self.slices = _slices(backbone, load_backbone(net, path))
         self.heads = nn.ParameterList(_heads(net))
         self.register_buffer("image_mean", torch.tensor(IMAGE_MEAN).view(1, 3, 1, 1))

@@ -79,8 +79,8 @@ class Checkpoints(Callback):
 class Pictures(Callback):
     """At every validation, the same held-out images: input, reconstruction, error, as one PNG."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, run: Path) -> None:
+        self.folder = run / "reconstructions"
         self._pairs: list[tuple[Tensor, Tensor]] = []
 
     def on_validation_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -117,22 +117,23 @@ def log_picture(loggers: Sequence[Logger], picture: Image.Image, updates: int) -
             logger.experiment.add_image("val/reconstructions", TF.pil_to_tensor(picture), updates)
 
 
-def export(training: Training, folder: Path, name: str) -> list[Path]:
+def export(training: Training, run: Path) -> list[Path]:
     """The averaged weights as a diffusers folder and as one LDM file for `models/VAE`.
 
-    The scaling factor is the measured one: 1 / std of the validation latents.
+    The scaling factor is the measured one, 1 / std of the validation latents; so is the shift where the model has one.
     """
-    statistics = training.latent_statistics
-    config = replace(
-        training.config.model,
-        scaling_factor=statistics.scaling_factor if statistics.count else training.config.model.scaling_factor,
-        sample_size=training.config.data.resolution,
+    statistics, config = training.latent_statistics, training.config
+    measured = replace(
+        config.model,
+        scaling_factor=statistics.scaling_factor,
+        shift_factor=None if config.model.shift_factor is None else statistics.mean,
+        sample_size=config.data.resolution,
     )
     with torch.device("meta"):
-        model = AutoencoderKL(config)
+        model = AutoencoderKL(measured)
     model.load_state_dict(training.average.state_dict(), strict=True, assign=True)
-    folder = folder / step_name(training.updates)
+    folder = run / "exports" / step_name(training.updates)
     return [
         save_autoencoder(model, folder / "diffusers", format="diffusers"),
-        save_autoencoder(model, folder / f"{name}.vae.safetensors", format="ldm"),
+        save_autoencoder(model, folder / f"{run.name}.vae.safetensors", format="ldm"),
     ]

@@ -14,7 +14,7 @@ CLOCK = "updates"
 
 
 class MetricsFile(Logger):
-    """Written whole and at once, so a killed run leaves a readable file; a resumed run goes on in it.
+    """Appended to, and rewritten at once where a column is new: readable after a kill, and a resumed run goes on in it.
 
     Rows that a resumed run is about to live through again are dropped. `clock` gives the updates done.
     """
@@ -23,6 +23,8 @@ class MetricsFile(Logger):
         super().__init__()
         self.path, self._clock = path, clock
         self._rows: dict[int, dict[str, Any]] = {}
+        self._columns: list[str] = []
+        self._written: set[int] = set()
         self._is_first = True
         if path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
@@ -46,18 +48,30 @@ class MetricsFile(Logger):
         if self._is_first:
             self._rows = {done: row for done, row in self._rows.items() if done < updates}
             self._is_first = False
+        if updates in self._written:
+            self._columns = []  # the file has this row without what comes now
         row = self._rows.setdefault(updates, {CLOCK: updates})
         row |= {name: value for name, value in metrics.items() if name != "epoch"}
 
     @rank_zero_only
     def save(self) -> None:
-        columns = sorted({name for row in self._rows.values() for name in row} - {CLOCK})
-        with replacing(self.path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [CLOCK, *columns])
-            writer.writeheader()
-            writer.writerows(row for _, row in sorted(self._rows.items()))
+        """Append the rows that are complete: all but the newest, to which a validation may still add."""
+        self._write(sorted(self._rows)[:-1])
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        if self._rows:
-            self.save()
+        self._write(sorted(self._rows))
+
+    def _write(self, complete: list[int]) -> None:
+        columns = [CLOCK, *sorted({name for done in complete for name in self._rows[done]} - {CLOCK})]
+        fresh = [done for done in complete if done not in self._written]
+        if columns != self._columns:  # a new term, or the start of a session: the whole file anew
+            with replacing(self.path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows(self._rows[done] for done in complete)
+            self._columns, self._written = columns, set(complete)
+        elif fresh:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, columns).writerows(self._rows[done] for done in fresh)
+            self._written |= set(fresh)

@@ -45,9 +45,10 @@ class Training(lightning.LightningModule):
             self.game = AdversarialGame(self.discriminator, config.loss, self.autoencoder.decoder.conv_out)
         self.objective = Objective(config.loss)
         lpips = (f"lpips_{config.loss.perceptual_net}",) if config.loss.weights.perceptual else ()
-        self.metrics = PairedMetrics(("psnr", "ssim", *lpips))
+        self.metrics = PairedMetrics(("psnr", "ssim", *lpips), shared=self.objective.lpips)
         self.validation = nn.ModuleDict({name: MeanMetric() for name in self.metrics.names})
         self.latent_statistics = LatentStatistics(config.model.latent_channels)
+        self.validated_at = -1
 
     @property
     def updates(self) -> int:
@@ -56,7 +57,12 @@ class Training(lightning.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         config = self.config
         optimiser, schedule = build_optimiser(
-            config.optim, self.autoencoder, self.discriminator, config.updates, config.loss.discriminator_start
+            config.optim,
+            self.autoencoder,
+            self.discriminator,
+            config.updates,
+            config.loss.discriminator_start,
+            fused=self.device.type == "cuda" and config.trainer.get("precision") != "16-mixed",
         )
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -71,6 +77,7 @@ class Training(lightning.LightningModule):
             return posterior, features, self.autoencoder.decoder.conv_out(features)
 
         loss, logs = single_pass(self._images(batch), autoencode, self.objective, self.game, self.updates)
+        logs["learning_rate"] = torch.tensor(self.trainer.optimizers[0].param_groups[0]["lr"])
         for name, value in logs.items():
             self.log(f"train/{name}", value, prog_bar=name in ON_THE_BAR)
         return loss
@@ -119,6 +126,7 @@ class Training(lightning.LightningModule):
             self.latent_statistics = LatentStatistics(self.config.model.latent_channels)
             for share in shares:
                 self.latent_statistics.merge(share)
+        self.validated_at = self.updates
         self.log("val/latent_std", self.latent_statistics.std, sync_dist=True)
 
     def _images(self, batch: Batch) -> Tensor:

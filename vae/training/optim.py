@@ -56,10 +56,18 @@ def cosine(progress: float) -> float:
 SCHEDULES = {"constant": constant, "cosine": cosine}
 
 
-def build_optimiser(
-    config: OptimConfig, autoencoder: nn.Module, discriminator: nn.Module | None, updates: int, discriminator_start: int
+def build_optimiser(  # noqa: PLR0917
+    config: OptimConfig,
+    autoencoder: nn.Module,
+    discriminator: nn.Module | None,
+    updates: int,
+    discriminator_start: int,
+    fused: bool = False,
 ) -> tuple[Optimizer, LambdaLR]:
-    """The optimiser and the schedule that is stepped once an update, for a run of `updates`."""
+    """The optimiser and the schedule that is stepped once an update, for a run of `updates`.
+
+    `fused` must not be used under float16's loss scaling: a fused step unscales by itself, after the clipping.
+    """
     networks = [(autoencoder, config.learning_rate, 0)]
     if discriminator is not None:
         networks.append((discriminator, config.discriminator_learning_rate, discriminator_start))
@@ -70,7 +78,7 @@ def build_optimiser(
         groups,
         betas=(config.betas[0], config.betas[1]),
         weight_decay=config.weight_decay,
-        fused=torch.cuda.is_available(),
+        fused=fused,
     )
     factors = [_factor(config, updates, start) for _, _, start in networks]
     return optimiser, LambdaLR(optimiser, factors)

@@ -42,7 +42,7 @@ class AdversarialGame:
                 last_layer_gradient(features, self.last_layer.weight, g) for g in (reconstruction_gradient, gradient)
             ]
             ours, theirs = _mean_over_ranks(torch.stack(at_last_layer))
-            balance = adaptive_weight(ours, theirs, self.config.adaptive_maximum)
+            balance = adaptive_weight(ours, theirs, self.config.adaptive_maximum / leaf[0].numel())
         logs = {"adversarial": adversarial.detach(), "adaptive_weight": balance}
         return scale * self.config.weights.adversarial * balance * gradient, logs
 

@@ -35,24 +35,34 @@ def announce(config: TrainConfig, training: Training, folder: Path, images: tupl
         f"Autoencoder of {parameters:,} parameters, {images[0]} training and {images[1]} validation images at "
         f"{config.data.resolution} px, updates {done} to {config.updates}; everything goes to {folder}"
     )
+    if config.loss.weights.adversarial and config.loss.adversarial_start >= config.updates:
+        _say(
+            f"The adversarial term starts at update {config.loss.adversarial_start}, after this run ends: "
+            f"lower loss.adversarial_start to have it"
+        )
 
 
 def conclude(
-    folder: Path, exports: Sequence[Path], metrics: tuple[Mapping[str, float], Mapping[str, float]], pace: str
+    config: TrainConfig, exports: Sequence[Path], metrics: tuple[Mapping[str, float], Mapping[str, float]], pace: str
 ) -> None:
     before, after = metrics
     table = Table("validation (averaged weights)", "at the start", "at the end")
     for name in sorted(after):
         table.add_row(name, f"{before[name]:.4f}" if name in before else "", f"{after[name]:.4f}")
     Console().print(table)
+    run = exports[0].parents[2]
     left = {
-        "pictures": folder / "reconstructions",
-        "metrics": folder / "metrics.csv",
+        "pictures": run / "reconstructions",
+        "metrics": run / "metrics.csv",
         "diffusers": exports[0],
         "web UIs": exports[1],
+        "measure": f"python evaluate.py model={run} data.resolution={config.data.resolution}",
     }
-    for label, path in left.items():
-        _say(f"{label:>10}  {path}")
+    for label, text in left.items():
+        _say(f"{label:>10}  {text}")
+    scaling = 1.0 / after["val/latent_std"]
+    configured = config.model.scaling_factor
+    _say(f"scaling factor {scaling:.5g}, measured, is in the export; configured was {configured:g}")
     _say(pace)
 
 

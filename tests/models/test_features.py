@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vae.models import backbones
-from vae.models.backbones import BACKBONES, MissingBackboneError, load_backbone
+from vae.models import features as module
+from vae.models.backbones import BACKBONES
+from vae.models.features import MissingBackboneError, load_backbone
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """No caches, no package, no network."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
 
     def unreachable(*_: object, **__: object) -> None:
         raise OSError("no network")
@@ -50,7 +51,7 @@ def test_a_named_file_comes_first_and_a_stranger_is_warned_about(bare_machine):
 
 def test_torchvisions_cache_is_read_checked_and_converted_once(bare_machine, monkeypatch):
     features = _features("alex", 0.25)
-    known = backbones.features_sha256(features, BACKBONES["alex"])
+    known = module.features_sha256(features, BACKBONES["alex"])
     monkeypatch.setitem(BACKBONES, "alex", replace(BACKBONES["alex"], sha256=known))
     cached = bare_machine / "torch" / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth"
     cached.parent.mkdir(parents=True)
@@ -76,5 +77,5 @@ def test_the_package_reader_builds_arrays_and_nothing_else(tmp_path):
             return Path.touch, (sentinel,)
 
     with pytest.raises(pickle.UnpicklingError, match="is not a numpy array"):
-        backbones._ArraysOnlyUnpickler(io.BytesIO(pickle.dumps(Attack()))).load()
+        module._ArraysOnlyUnpickler(io.BytesIO(pickle.dumps(Attack()))).load()
     assert not sentinel.exists()

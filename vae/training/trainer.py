@@ -1,0 +1,117 @@
+"""The Lightning Trainer that a configuration means, or one line that says why there is none."""
+
+import inspect
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+
+from vae.config import TrainConfig
+from vae.errors import InputError, require
+from vae.training.artefacts import AtomicCheckpointIO, Checkpoints, Pictures
+from vae.training.metrics_file import MetricsFile
+from vae.training.terminal import Progress
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+COUNTS = ("accumulate_grad_batches", "log_every_n_steps", "num_nodes")
+OWNED = {  # arguments of lightning.Trainer that follow from our keys
+    "max_steps": "updates",
+    "max_epochs": "updates",
+    "val_check_interval": "validate_every",
+    "check_val_every_n_epoch": "validate_every",
+    "logger": "logger",
+    "gradient_clip_val": "optim.gradient_clip",
+    "gradient_clip_algorithm": "optim.gradient_clip",
+    "callbacks": "the key that asks for it",
+    "plugins": "trainer.precision or trainer.strategy",
+    "default_root_dir": "output",
+    "use_distributed_sampler": "nothing: the data order is ours",
+    "sync_batchnorm": "loss.discriminator.norm",
+    "enable_model_summary": "nothing",
+    "enable_checkpointing": "nothing: a run always has checkpoints",
+    "limit_train_batches": "updates",
+    "inference_mode": "nothing: validation is without gradients",
+    "num_sanity_val_steps": "nothing: validation runs once before training",
+}
+
+
+def build_trainer(config: TrainConfig, folder: Path) -> lightning.Trainer:
+    """A Trainer that counts in updates, writes below `folder` and nowhere else, and leaves the data order alone."""
+    arguments: dict[str, Any] = {"devices": 1, "log_every_n_steps": 10} | config.trainer
+    _check(arguments)
+    _quieten()
+    accumulate = arguments.get("accumulate_grad_batches", 1)
+    has_batch_norm = bool(config.loss.weights.adversarial) and config.loss.discriminator.norm == "batch"
+    bar = [Progress()] if arguments.get("enable_progress_bar", True) else []
+    try:
+        trainer = lightning.Trainer(
+            **arguments,
+            default_root_dir=folder,
+            enable_model_summary=False,
+            max_steps=config.updates,
+            max_epochs=-1,
+            limit_train_batches=config.updates * accumulate,
+            val_check_interval=min(config.validate_every, config.updates) * accumulate,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            enable_checkpointing=False,  # Lightning's; ours is a callback
+            use_distributed_sampler=False,
+            inference_mode=False,  # metrics live on from one validation to the next; inference tensors could not
+            sync_batchnorm=has_batch_norm,
+            logger=_build_loggers(config, folder, lambda: trainer.global_step),
+            callbacks=[Checkpoints(folder / "checkpoints", config.validate_every), Pictures(folder), *bar],
+            plugins=[AtomicCheckpointIO()],
+        )
+    except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"trainer={config.trainer}: {' '.join(str(error).split())}") from error
+    on_cpu = trainer.strategy.root_device.type == "cpu"
+    if on_cpu and arguments.get("precision") == "16-mixed":
+        raise InputError(
+            "trainer.precision='16-mixed' needs a GPU (on a CPU it would silently be bfloat16); "
+            "choose 'bf16-mixed' or '32-true'"
+        )
+    if on_cpu and has_batch_norm and trainer.world_size > 1:
+        raise InputError("loss.discriminator.norm='batch' over several CPU processes; choose 'group' or use GPUs")
+    return trainer
+
+
+def _check(arguments: dict[str, Any]) -> None:
+    known = set(inspect.signature(lightning.Trainer).parameters) - set(OWNED)
+    for name, value in arguments.items():
+        if name in OWNED:
+            raise InputError(f"trainer.{name}: set {OWNED[name]} instead")
+        require(name in known, f"trainer.{name}", f"an argument of lightning.Trainer: {sorted(known)}")
+        if name in COUNTS:
+            require(isinstance(value, int) and value >= 1, f"trainer.{name}={value!r}", "1 or more")
+    precision, devices = arguments.get("precision", "32-true"), arguments["devices"]
+    require(precision in PRECISIONS, f"trainer.precision={precision!r}", f"one of {list(PRECISIONS)}")
+    counted = not isinstance(devices, int) or devices >= 1 or devices == -1
+    require(counted, f"trainer.devices={devices}", "1 or more, or -1 for all")
+
+
+def _quieten() -> None:
+    """What Lightning says about itself, or about data loaders unlike ours, is not about the user's run."""
+    for noisy in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    not_ours = (".*treespec.*", ".*does not have many workers.*", ".*dataloader is not resumable.*")
+    for message in (*not_ours, ".*AMP with fp16 is not supported on CPU.*"):  # the last is refused in our words
+        warnings.filterwarnings("ignore", message)
+
+
+def _build_loggers(config: TrainConfig, folder: Path, clock: Callable[[], int]) -> list[Logger]:
+    """Always a CSV file. Weights & Biases runs offline where no key is configured: it never asks for a login."""
+    loggers: list[Logger] = [MetricsFile(folder / "metrics.csv", clock)]
+    if config.logger == "tensorboard":
+        loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
+    if config.logger == "wandb":
+        import wandb
+
+        has_key = wandb.login(prompt=False, verify=False)
+        settings = wandb.Settings(init_timeout=30, mode="online" if has_key else "offline")
+        loggers.append(WandbLogger(config.name, folder, project="vae", offline=not has_key, settings=settings))
+    return loggers
