@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 
 import vae
 from vae.checkpoints.safe import replacing, write_text
@@ -86,7 +86,7 @@ def _print(
     console = Console()
     console.print(f"{DEFAULT_V1}\n{images} images at {resolution}x{resolution}\n", highlight=False, soft_wrap=True)
     arrows = {name: "higher" if HIGHER_IS_BETTER[name] else "lower" for name in measured}
-    table = Table("model", *(f"{name}\n({arrows[name]} is better)" for name in measured))
+    table = Table(Column("model", overflow="fold"), *(f"{name}\n({arrows[name]} is better)" for name in measured))
     for model, by_name in summary.items():
         cells = [by_name[name] for name in measured]
         table.add_row(model, *("-" if cell["mean"] is None else f"{cell['mean']:.4f}" for cell in cells))
