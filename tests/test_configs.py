@@ -125,6 +125,24 @@ def test_a_model_to_measure_is_a_path_and_not_a_group(command):
     assert config.data.validation_fraction == 1.0
 
 
+def test_a_corrupt_image_met_by_a_data_worker_is_one_line(command, capsys, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.png").write_text("not an image")
+    overrides = ["model=tiny", "data=folder", f"data.root={folder}", "data.resolution=32", "loss=plain"]
+    small = [
+        "data.workers=1",
+        "loss.weights.perceptual=0",
+        "trainer.accelerator=cpu",
+        "trainer.enable_progress_bar=false",
+    ]
+    assert command("train", *overrides, *small, action=train_main)[0] == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert line.startswith(f"error: {folder}/")
+    assert line.endswith("replace or remove it")
+
+
 def test_the_doors_lead_to_training_and_evaluation(command, capsys):
     assert command("train", "data=folder", "data.root=/nowhere", action=train_main)[0] == 2
     assert command("evaluate", "model=/nowhere", action=evaluate_main)[0] == 2

@@ -80,7 +80,10 @@ def _sentence(error: BaseException) -> str:
         if isinstance(cause, OmegaConfBaseException) and cause.full_key:
             return f"{cause.full_key}: {_first_line(cause)}{_suggestion(cause)}"
     own = next((cause for cause in causes if isinstance(cause, InputError)), error)
-    return " ".join(str(own).partition("Config search path")[0].split())
+    message = str(own).strip()
+    if "Original Traceback" in message:  # from a data worker: the last line is the error, behind its class
+        message = message.splitlines()[-1].partition(": ")[2]
+    return " ".join(message.partition("Config search path")[0].split())
 
 
 def _first_line(error: BaseException) -> str:
