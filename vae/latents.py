@@ -10,13 +10,26 @@ from vae.models.posterior import DiagonalGaussian
 
 
 def scale_latents(latents: Tensor, config: AutoencoderConfig) -> Tensor:
-    """Raw latents -> (latents - shift_factor) * scaling_factor, the input of a diffusion model."""
-    return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
+    """Raw latents (B, C, h, w) -> (latents - shift) * scale, the input of a diffusion model.
+
+    Shift and scale are `shift_factor` and `scaling_factor`; where the configuration has `latents_mean` and
+    `latents_std`, per channel, `latents_mean` and `scaling_factor / latents_std`, as in diffusers' SDXL pipelines.
+    """
+    shift, scale = _shift_and_scale(config, latents)
+    return (latents - shift) * scale
 
 
 def unscale_latents(latents: Tensor, config: AutoencoderConfig) -> Tensor:
     """The inverse of `scale_latents`."""
-    return latents / config.scaling_factor + (config.shift_factor or 0.0)
+    shift, scale = _shift_and_scale(config, latents)
+    return latents / scale + shift
+
+
+def _shift_and_scale(config: AutoencoderConfig, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    if config.latents_mean is None or config.latents_std is None:
+        return config.shift_factor or 0.0, config.scaling_factor
+    mean, std = (like.new_tensor(values)[:, None, None] for values in (config.latents_mean, config.latents_std))
+    return mean, config.scaling_factor / std
 
 
 class LatentStatistics:

@@ -167,14 +167,20 @@ BAD: dict[str, tuple[Callable[[State], State], str]] = {
         lambda s: {name: t for name, t in s.items() if name != "decoder.mid.block_1.conv1.bias"},
         r"1 keys missing \(first \['decoder.mid_block.resnets.0.conv1.bias'\]\)",
     ),
-    "decoder only": (lambda s: {name: t for name, t in s.items() if not name.startswith("encoder")}, "is missing"),
+    "decoder only": (
+        lambda s: {name: t for name, t in s.items() if not name.startswith("encoder")},
+        "is it one half of one",
+    ),
     "encoder only": (lambda s: {name: t for name, t in s.items() if name.startswith("encoder")}, "an encoder alone"),
     "a diffusion model without a VAE": (
         lambda s: {"model.diffusion_model.out.2.bias": torch.zeros(4)},
-        "a diffusion model whose checkpoint has no VAE",
+        "an SD diffusion model without a VAE",
     ),
     "FLUX.2": (lambda s: s | {"bn.running_mean": torch.zeros(128)}, "a FLUX.2 autoencoder"),
-    "not finite": (lambda s: s | {"quant_conv.bias": torch.full((8,), torch.inf)}, "quant_conv.bias holds NaN or inf"),
+    "not finite": (
+        lambda s: s | {"quant_conv.bias": torch.full((8,), torch.inf)},
+        r"1 tensors hold NaN or infinite values",
+    ),
     "something else": (lambda s: {"layer.weight": torch.zeros(2)}, "are not a KL autoencoder's"),
 }
 

@@ -1,10 +1,10 @@
 """The folder layout of diffusers: `config.json` beside the weights, whose names are ours."""
 
-import json
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from vae.checkpoints.metadata import read_json
 from vae.checkpoints.safe import WeightsError
 from vae.models.autoencoder import AutoencoderConfig
 
@@ -13,6 +13,7 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 WRITTEN_FOR = "0.32.0"  # the oldest diffusers whose AutoencoderKL has every field written here
 PLAIN_BLOCKS = ("DownEncoderBlock2D", "UpDecoderBlock2D")
 ATTENTION_BLOCKS = ("AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D")
+THEIR_DEFAULTS = {"block_out_channels": [64], "layers_per_block": 1, "sample_size": 32}  # where they are not ours
 
 
 def to_diffusers_config(config: AutoencoderConfig) -> dict[str, Any]:
@@ -41,11 +42,11 @@ def from_diffusers_config(values: dict[str, Any], path: Path) -> AutoencoderConf
     if values.get("act_fn", "silu") != "silu":
         raise WeightsError(f"{path}: act_fn is {values['act_fn']!r}, expected 'silu'")
     known = {field.name for field in fields(AutoencoderConfig)}
-    given = {name: value for name, value in values.items() if name in known}
+    given = THEIR_DEFAULTS | {name: value for name, value in values.items() if name in known}
     blocks = values.get("down_block_types", [])
-    unknown = sorted(set(blocks) - {PLAIN_BLOCKS[0], ATTENTION_BLOCKS[0]})
-    if unknown:
-        raise WeightsError(f"{path}: down_block_types {unknown} are not supported")
+    supported = (PLAIN_BLOCKS[0], ATTENTION_BLOCKS[0])
+    if not isinstance(blocks, list) or any(kind not in supported for kind in blocks):
+        raise WeightsError(f"{path}: down_block_types {blocks!r:.80} are not supported, expected {list(supported)}")
     try:
         return AutoencoderConfig(
             **given, attention_levels=[i for i, kind in enumerate(blocks) if kind == ATTENTION_BLOCKS[0]]
@@ -55,10 +56,4 @@ def from_diffusers_config(values: dict[str, Any], path: Path) -> AutoencoderConf
 
 
 def read_config(path: Path) -> AutoencoderConfig:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise WeightsError(f"{path}: expected a JSON object")
-    return from_diffusers_config(values, path)
+    return from_diffusers_config(read_json(path), path)

@@ -1,65 +1,67 @@
 """From a path to named tensors: folders of diffusers, single files, whatever their suffix says they are."""
 
-import json
-from dataclasses import fields
 from pathlib import Path
 
-from vae.checkpoints.detect import prefix_of
+from vae.checkpoints.detect import autoencoder_names
 from vae.checkpoints.diffusers import CONFIG_FILE, WEIGHTS_FILE, read_config
+from vae.checkpoints.found import Source
+from vae.checkpoints.metadata import config_in, read_json, read_notes
 from vae.checkpoints.pickles import read_pickle
-from vae.checkpoints.safe import State, WeightsError, read_safetensors
-from vae.models.autoencoder import AutoencoderConfig
+from vae.checkpoints.safe import State, WeightsError
+from vae.checkpoints.tensorfile import read_safetensors
 
-CONFIG_KEY = "vae.config"  # our configuration as JSON in a safetensors file's metadata
 STEM = WEIGHTS_FILE.removesuffix(".safetensors")
-FOLDER_FILES = (WEIGHTS_FILE, f"{STEM}.fp16.safetensors", f"{STEM}.bin", f"{STEM}.fp16.bin")
-INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
+PREFERRED = (  # of a folder's weights: full precision first, safetensors before pickles, whole before sharded
+    WEIGHTS_FILE,
+    f"{WEIGHTS_FILE}.index.json",
+    f"{STEM}.bin",
+    f"{STEM}.bin.index.json",
+    f"{STEM}.fp16.safetensors",
+    f"{WEIGHTS_FILE}.index.fp16.json",
+    f"{STEM}.fp16.bin",
+)
+PIPELINE_PART = "vae"  # where a whole diffusion pipeline keeps its autoencoder
 
 
-def read_model(path: Path) -> tuple[Path, State, AutoencoderConfig | None]:
-    """(the file read, its tensors, the configuration beside or inside it if there is any)."""
-    if path.is_dir():
-        config = read_config(path / CONFIG_FILE)
-        index = path / INDEX_FILE
-        file = next((path / name for name in FOLDER_FILES if (path / name).is_file()), index)
-        if file is index and index.is_file():
-            return index, _read_shards(index), config
-        if file is index:
-            raise WeightsError(f"{path / WEIGHTS_FILE}: no such file, nor {', '.join(FOLDER_FILES[1:])}, nor shards")
-        return file, read_file(file)[0], config
-    state, metadata = read_file(path)
-    return path, state, _config_in(path, metadata)
+def read_source(path: Path) -> Source:
+    if not path.is_dir():
+        state, metadata = read_file(path)
+        return Source(path, state, config_in(path, metadata), read_notes(path, metadata))
+    if not (path / CONFIG_FILE).is_file() and (path / PIPELINE_PART / CONFIG_FILE).is_file():
+        path = path / PIPELINE_PART
+    config = read_config(path / CONFIG_FILE)
+    file = next((path / name for name in PREFERRED if (path / name).is_file()), None)
+    if file is None:
+        raise WeightsError(f"{path / WEIGHTS_FILE}: no such file, nor {', '.join(PREFERRED[1:])}; fetch it again")
+    if file.suffix == ".json":
+        return Source(file, _read_shards(file), config)
+    state, metadata = read_file(file)
+    return Source(file, state, config, read_notes(file, metadata))
 
 
-def read_file(path: Path) -> tuple[State, dict[str, str]]:
-    """(tensors, metadata) of one file, by its first bytes: safetensors, or PyTorch's pickle, which has no metadata."""
+def is_pickle(path: Path) -> bool:
+    """By its first bytes: PyTorch's pickle, and not safetensors, which is 8 bytes of length and then JSON."""
     if not path.is_file():
         raise WeightsError(f"{path}: no such file")
     with path.open("rb") as file:
         start = file.read(9)
-    is_pickle = start[8:] != b"{" and start.startswith((b"PK", b"\x80"))  # safetensors: 8 bytes of length, then JSON
-    return (read_pickle(path), {}) if is_pickle else read_safetensors(path, lambda names: prefix_of(names) or "")
+    return start[8:] != b"{" and start.startswith((b"PK", b"\x80"))
+
+
+def read_file(path: Path) -> tuple[State, dict[str, str]]:
+    """(tensors, metadata) of one file; pickles have no metadata. Of a full checkpoint only the autoencoder is read."""
+    if is_pickle(path):
+        return read_pickle(path, autoencoder_names), {}
+    return read_safetensors(path, autoencoder_names)
 
 
 def _read_shards(index: Path) -> State:
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise WeightsError(f"{index}: not an index of shards ({error!r})") from error
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise WeightsError(f"{index}: not an index of shards; fetch it again")
     state: State = {}
-    for name in sorted(map(str, names)):
+    for name in sorted(set(shards.values())):
         if Path(name).name != name:
             raise WeightsError(f"{index}: names the shard {name!r} outside its folder; refused")
-        state |= read_safetensors(index.parent / name)[0]
+        state |= read_file(index.parent / name)[0]
     return state
-
-
-def _config_in(path: Path, metadata: dict[str, str]) -> AutoencoderConfig | None:
-    if CONFIG_KEY not in metadata:
-        return None
-    known = {field.name for field in fields(AutoencoderConfig)}
-    try:
-        values = json.loads(metadata[CONFIG_KEY])
-        return AutoencoderConfig(**{name: value for name, value in values.items() if name in known})
-    except (ValueError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path}: its {CONFIG_KEY} is not a configuration ({error})") from error

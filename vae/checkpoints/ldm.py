@@ -3,6 +3,7 @@
 The published converters assume four levels; this table follows from the configuration and holds for any.
 """
 
+import torch
 from torch import Tensor
 
 from vae.checkpoints.safe import State
@@ -11,6 +12,7 @@ from vae.models.autoencoder import AutoencoderConfig
 RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "conv_shortcut": "nin_shortcut"}
 ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 ENDS = {"conv_in": "conv_in", "conv_norm_out": "norm_out", "conv_out": "conv_out"}
+SD_CHANNELS = 4  # of SD and SDXL, whose clients demand quant convolutions; SD3's and FLUX's have none
 
 
 def ldm_names(config: AutoencoderConfig) -> dict[str, str]:
@@ -32,16 +34,38 @@ def ldm_names(config: AutoencoderConfig) -> dict[str, str]:
 
 
 def to_ldm(state: State, config: AutoencoderConfig) -> State:
-    """Our tensors under LDM's names; attention projections [C, C] become 1x1 convolutions [C, C, 1, 1]."""
+    """Our tensors under LDM's names; attention projections [C, C] become 1x1 convolutions [C, C, 1, 1].
+
+    A network of the SD family without quant convolutions gets identities, which its clients demand.
+    """
     names = ldm_names(config)
-    return {names[name]: _as_convolution(name, tensor) for name, tensor in state.items()}
+    renamed = {names[name]: _as_convolution(name, tensor) for name, tensor in state.items()}
+    dtype = next(iter(state.values())).dtype
+    return renamed | {name: tensor.to(dtype) for name, tensor in _identities(config).items()}
 
 
 def from_ldm(state: State, config: AutoencoderConfig) -> State:
     """The inverse of `to_ldm`. A name that LDM does not have is kept, for the strict check that follows."""
     names = {theirs: ours for ours, theirs in ldm_names(config).items()}
+    filling = _identities(config)
+    state = {name: tensor for name, tensor in state.items() if name not in filling or not _same(tensor, filling[name])}
     renamed = {names.get(name, name): tensor for name, tensor in state.items()}
     return {name: tensor.flatten(1) if _is_projection(name) else tensor for name, tensor in renamed.items()}
+
+
+def _identities(config: AutoencoderConfig) -> State:
+    """1x1 convolutions that do nothing, in place of those that an SD network of this configuration lacks."""
+    missing = {"quant_conv": not config.use_quant_conv, "post_quant_conv": not config.use_post_quant_conv}
+    identities: State = {}
+    for name, width in (("quant_conv", 2 * SD_CHANNELS), ("post_quant_conv", SD_CHANNELS)):
+        if config.latent_channels == SD_CHANNELS and missing[name]:
+            identities[f"{name}.weight"] = torch.eye(width)[:, :, None, None]
+            identities[f"{name}.bias"] = torch.zeros(width)
+    return identities
+
+
+def _same(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.shape == other.shape and torch.equal(tensor.float(), other)
 
 
 def _level(ours: str, theirs: str, resnets: int) -> dict[str, str]:

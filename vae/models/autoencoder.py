@@ -5,7 +5,6 @@ Parameter names and configuration fields are those of diffusers.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -13,66 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vae.errors import InputError, require
+from vae.errors import InputError
+from vae.models.autoencoder_config import AutoencoderConfig
 from vae.models.layers import DownBlock, MidBlock, UpBlock, group_norm
 from vae.models.posterior import DiagonalGaussian
 
 INITIAL_LOGVAR = -6.0  # a standard deviation of 0.05
-
-
-@dataclass
-class AutoencoderConfig:
-    """The shape of an AutoencoderKL and the facts that travel with its weights. Defaults are SD 1.x and 2.x.
-
-    `attention_levels` names the levels (0 = full resolution) whose every resnet is followed by attention, as in LDM's
-    kl-f16 and kl-f32. Diffusion models see `(latents - shift_factor) * scaling_factor`; the autoencoder never does.
-    """
-
-    in_channels: int = 3
-    out_channels: int = 3
-    latent_channels: int = 4
-    block_out_channels: list[int] = field(default_factory=lambda: [128, 256, 512, 512])
-    layers_per_block: int = 2
-    norm_num_groups: int = 32
-    use_quant_conv: bool = True
-    use_post_quant_conv: bool = True
-    mid_block_add_attention: bool = True
-    attention_levels: list[int] = field(default_factory=list)
-    scaling_factor: float = 0.18215
-    shift_factor: float | None = None
-    latents_mean: list[float] | None = None
-    latents_std: list[float] | None = None
-    force_upcast: bool = True
-    sample_size: int = 512
-
-    def __post_init__(self) -> None:
-        counts = (
-            "in_channels",
-            "out_channels",
-            "latent_channels",
-            "layers_per_block",
-            "norm_num_groups",
-            "sample_size",
-        )
-        for name in counts:
-            require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)}", "1 or more")
-        widths, groups = self.block_out_channels, self.norm_num_groups
-        require(
-            bool(widths) and all(width >= 1 and width % groups == 0 for width in widths),
-            f"model.block_out_channels={widths}",
-            f"one width per level, each a multiple of model.norm_num_groups={groups}",
-        )
-        levels = range(len(widths))
-        require(
-            set(self.attention_levels) <= set(levels),
-            f"model.attention_levels={self.attention_levels}",
-            f"levels among {list(levels)}",
-        )
-        require(self.scaling_factor > 0, f"model.scaling_factor={self.scaling_factor}", "a positive number")
-
-    @property
-    def downsample_factor(self) -> int:
-        return 2 ** (len(self.block_out_channels) - 1)
 
 
 class _Half(nn.Module):

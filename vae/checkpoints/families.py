@@ -1,0 +1,39 @@
+"""The diffusion models that autoencoders belong to: their constants, and how a file gives itself away."""
+
+from collections.abc import Iterable
+
+FAMILIES: dict[str, tuple[float, float | None]] = {  # scaling and shift factor of the diffusion models
+    "sd": (0.18215, None),
+    "sdxl": (0.13025, None),
+    "sd3": (1.5305, 0.0609),
+    "flux": (0.3611, 0.1159),
+}
+SIGNS = {  # a tensor whose name contains this says which diffusion model a full checkpoint holds
+    "joint_blocks.": "sd3",
+    "double_blocks.": "flux",
+    "conditioner.embedders.1.": "sdxl",
+    "cond_stage_model.": "sd",
+}
+
+
+LOOKS = {  # what a file without an autoencoder is, by a part of its names; the first that fits
+    "lora_": "a LoRA",
+    ".label_emb.": "an SDXL diffusion model without a VAE",
+    "double_blocks.": "a FLUX diffusion model without a VAE",
+    "joint_blocks.": "an SD3 diffusion model without a VAE",
+    "model.diffusion_model.": "an SD diffusion model without a VAE",
+    ".transformer_blocks.": "a diffusion model in diffusers' layout",
+    "text_model.": "a text encoder",
+    "decoder.layers.": "a tiny autoencoder (TAESD), which is another architecture",
+    "encoder.": "an encoder alone; the whole autoencoder is needed",
+    "decoder.": "another kind of autoencoder",
+}
+
+
+def looks_like(names: Iterable[str]) -> str:
+    """A sentence about a file that has no KL autoencoder."""
+    names = sorted(names)
+    for sign, kind in LOOKS.items():
+        if any(sign in name for name in names):
+            return f"this looks like {kind}"
+    return f"its {len(names)} tensors are not a KL autoencoder's (first {names[:3]})"

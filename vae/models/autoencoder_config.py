@@ -1,0 +1,90 @@
+"""The shape of an AutoencoderKL, refused where it cannot be one."""
+
+import math
+from dataclasses import dataclass, field
+
+from vae.errors import require
+
+MOST_LEVELS, MOST_CHANNELS = 12, 16_384  # far above any published network; a file that claims more is a trap
+LIMITS = {
+    "in_channels": 1_024,
+    "out_channels": 1_024,
+    "latent_channels": 4_096,
+    "layers_per_block": 16,
+    "norm_num_groups": MOST_CHANNELS,
+    "sample_size": 65_536,
+}
+SWITCHES = ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention", "force_upcast")
+
+
+@dataclass
+class AutoencoderConfig:
+    """The shape of an AutoencoderKL and the facts that travel with its weights. Defaults are SD 1.x and 2.x.
+
+    `attention_levels` names the levels (0 = full resolution) whose every resnet is followed by attention, as in LDM's
+    kl-f16 and kl-f32. Diffusion models see `(latents - shift_factor) * scaling_factor`; the autoencoder never does.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: list[int] = field(default_factory=lambda: [128, 256, 512, 512])
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+    attention_levels: list[int] = field(default_factory=list)
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    latents_mean: list[float] | None = None
+    latents_std: list[float] | None = None
+    force_upcast: bool = True
+    sample_size: int = 512
+
+    def __post_init__(self) -> None:
+        """Types too: a configuration may come out of somebody's file."""
+        for name, most in LIMITS.items():
+            value = getattr(self, name)
+            require(
+                type(value) is int and 1 <= value <= most, f"model.{name}={value!r}", f"an integer from 1 to {most}"
+            )
+        for name in SWITCHES:
+            require(type(getattr(self, name)) is bool, f"model.{name}={getattr(self, name)!r}", "true or false")
+        widths, groups = self.block_out_channels, self.norm_num_groups
+        require(
+            isinstance(widths, list)
+            and 1 <= len(widths) <= MOST_LEVELS
+            and all(type(w) is int and 1 <= w <= MOST_CHANNELS and w % groups == 0 for w in widths),
+            f"model.block_out_channels={widths}",
+            f"1 to {MOST_LEVELS} widths, each a multiple of model.norm_num_groups={groups} and at most {MOST_CHANNELS}",
+        )
+        levels = range(len(widths))
+        require(
+            set(self.attention_levels) <= set(levels),
+            f"model.attention_levels={self.attention_levels}",
+            f"levels among {list(levels)}",
+        )
+        self._check_scale()
+
+    def _check_scale(self) -> None:
+        positive = _is_number(self.scaling_factor) and self.scaling_factor > 0
+        require(positive, f"model.scaling_factor={self.scaling_factor!r}", "a positive number")
+        shift = self.shift_factor
+        require(shift is None or _is_number(shift), f"model.shift_factor={shift!r}", "a number or null")
+        for name in ("latents_mean", "latents_std"):
+            values = getattr(self, name)
+            per_channel = isinstance(values, list) and len(values) == self.latent_channels
+            require(
+                values is None or (per_channel and all(_is_number(value) for value in values)),
+                f"model.{name}={values!r}",
+                f"null or a list of {self.latent_channels} numbers, one per latent channel",
+            )
+
+    @property
+    def downsample_factor(self) -> int:
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # pyright: ignore[reportArgumentType]
