@@ -2,9 +2,9 @@
 
 import json
 import warnings
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -19,9 +19,19 @@ from vae.checkpoints.tensorfile import Piece, write_pieces, write_safetensors
 from vae.errors import InputError
 from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
 
-__all__ = ["FORMATS", "Found", "Notes", "WeightsError", "load_autoencoder", "read_autoencoder", "save_autoencoder"]
+__all__ = [
+    "FORMATS",
+    "Found",
+    "Notes",
+    "WeightsError",
+    "load_autoencoder",
+    "read_autoencoder",
+    "save_autoencoder",
+    "save_found",
+]
 
 FORMATS = ("diffusers", "ldm")
+SINGLE_FILE = ".safetensors"
 HALF_FILE = WEIGHTS_FILE.replace(".safetensors", ".fp16.safetensors")
 FLOAT16_MAX = torch.finfo(torch.float16).max
 
@@ -41,14 +51,20 @@ def save_autoencoder(
     path = Path(path)
     if format not in FORMATS:
         raise InputError(f"format={format!r}, expected one of {list(FORMATS)}")
-    state, metadata = dict(model.state_dict()), to_metadata(model.config, notes or Notes())
-    if format == "ldm":
-        if path.suffix != ".safetensors":
-            raise InputError(f"{path}: name it NAME.vae.safetensors; web UIs refuse other kinds of file")
-        write_safetensors(path, _pieces(path, to_ldm(state, model.config), dtype), metadata)
-    else:
-        _write_folder(path, model.config, state, dtype, metadata)
+    if format == "ldm" and path.suffix != SINGLE_FILE:
+        raise InputError(f"{path}: name it NAME.vae{SINGLE_FILE}; web UIs refuse other kinds of file")
+    _write(path, format, _Export(dict(model.state_dict()), model.config, notes or Notes()), dtype)
     return path
+
+
+def save_found(found: Found, path: Path, dtype: torch.dtype | None = None) -> str:
+    """Write what was read to another place, in the layout that `path` asks for by its name; returns that layout.
+
+    `NAME.safetensors` is one LDM file, all else a diffusers folder. Without a `dtype` every tensor keeps its own.
+    """
+    format = "ldm" if path.suffix == SINGLE_FILE else "diffusers"
+    _write(path, format, _Export(found.state, found.config, found.notes), dtype)
+    return format
 
 
 def load_autoencoder(
@@ -80,10 +96,25 @@ def read_autoencoder(
     return found
 
 
-def _write_folder(
-    folder: Path, config: AutoencoderConfig, state: State, dtype: torch.dtype, metadata: Mapping[str, str]
-) -> None:
+class _Export(NamedTuple):
+    """What goes into a file, under our names."""
+
+    state: State
+    config: AutoencoderConfig
+    notes: Notes
+
+
+def _write(path: Path, format: str, export: _Export, dtype: torch.dtype | None) -> None:
+    if format == "ldm":
+        pieces = _pieces(path, to_ldm(export.state, export.config), dtype)
+        write_safetensors(path, pieces, to_metadata(export.config, export.notes))
+    else:
+        _write_folder(path, export, dtype)
+
+
+def _write_folder(folder: Path, export: _Export, dtype: torch.dtype | None) -> None:
     """All files are written before the first takes its name, and the configuration takes its own last."""
+    state, metadata = export.state, to_metadata(export.config, export.notes)
     with ExitStack() as files:
         described = files.enter_context(replacing(folder / CONFIG_FILE))
         plain = files.enter_context(replacing(folder / WEIGHTS_FILE))
@@ -96,10 +127,10 @@ def _write_folder(
         else:
             partial = files.enter_context(replacing(folder / HALF_FILE))
             write_pieces(partial, half, metadata, folder / HALF_FILE)
-        described.write_text(json.dumps(to_diffusers_config(config), indent=2) + "\n", encoding="utf-8")
+        described.write_text(json.dumps(to_diffusers_config(export.config), indent=2) + "\n", encoding="utf-8")
 
 
-def _pieces(path: Path, state: State, dtype: torch.dtype) -> dict[str, Piece]:
+def _pieces(path: Path, state: State, dtype: torch.dtype | None) -> dict[str, Piece]:
     if dtype is torch.float16:
         for name, tensor in state.items():
             if tensor.numel() and tensor.abs().max() > FLOAT16_MAX:

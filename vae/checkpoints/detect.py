@@ -33,7 +33,7 @@ def find_autoencoder(source: Source, config: AutoencoderConfig | None, *, ema: b
     """
     path, config = source.file, config or source.config
     stated = config is not None
-    family = next((name for sign, name in SIGNS.items() if any(sign in key for key in source.state)), None)
+    family = family_of(source.state)
     live, shadow = _autoencoder_tensors(path, source.state)
     ema = ema or not live
     ours = _averaged(path, live, shadow) if ema else live
@@ -45,6 +45,12 @@ def find_autoencoder(source: Source, config: AutoencoderConfig | None, *, ema: b
             config = replace(config, scaling_factor=scaling, shift_factor=shift)
     ours = from_ldm(ours, config) if layout == "ldm" else _modern_attention(ours)
     return Found(path, ours, config, layout, "EMA" if ema else "live", family, stated, source.notes)
+
+
+def family_of(names: Iterable[str]) -> str | None:
+    """Of the diffusion model whose tensors are among `names`."""
+    names = list(names)
+    return next((family for sign, family in SIGNS.items() if any(sign in name for name in names)), None)
 
 
 def autoencoder_names(names: Iterable[str]) -> set[str]:

@@ -2,20 +2,21 @@
 
 from collections.abc import Iterable
 
+LATENT_CHANNELS = {"sd": 4, "sdxl": 4, "sd3": 16, "flux": 16}
 FAMILIES: dict[str, tuple[float, float | None]] = {  # scaling and shift factor of the diffusion models
     "sd": (0.18215, None),
     "sdxl": (0.13025, None),
     "sd3": (1.5305, 0.0609),
     "flux": (0.3611, 0.1159),
 }
-SIGNS = {  # a tensor whose name contains this says which diffusion model a full checkpoint holds
+SIGNS = {  # a tensor whose name contains this says which diffusion model a full checkpoint holds; the first that fits
     "joint_blocks.": "sd3",
     "double_blocks.": "flux",
-    "conditioner.embedders.1.": "sdxl",
+    "conditioner.embedders.": "sdxl",
     "cond_stage_model.": "sd",
+    "model.diffusion_model.label_emb.": "sdxl",
+    "model.diffusion_model.input_blocks.": "sd",
 }
-
-
 LOOKS = {  # what a file without an autoencoder is, by a part of its names; the first that fits
     "lora_": "a LoRA",
     ".label_emb.": "an SDXL diffusion model without a VAE",

@@ -141,13 +141,21 @@ def read_safetensors(path: Path, wanted: Callable[[Iterable[str]], set[str]] = s
     return state, index.metadata
 
 
-def write_safetensors(path: Path, pieces: Mapping[str, Piece], metadata: Mapping[str, str]) -> None:
-    """One whole file, or the old one and an error that says why."""
+def write_safetensors(
+    path: Path, pieces: Mapping[str, Piece], metadata: Mapping[str, str], advance: Callable[[int], object] = int
+) -> None:
+    """One whole file, or the old one and an error that says why. `advance(bytes)` is told of everything written."""
     with replacing(path) as partial:
-        write_pieces(partial, pieces, metadata, path)
+        write_pieces(partial, pieces, metadata, path, advance)
 
 
-def write_pieces(partial: Path, pieces: Mapping[str, Piece], metadata: Mapping[str, str], path: Path) -> None:
+def write_pieces(
+    partial: Path,
+    pieces: Mapping[str, Piece],
+    metadata: Mapping[str, str],
+    path: Path,
+    advance: Callable[[int], object] = int,
+) -> None:
     """`partial` is to become `path`, which errors name. Larger types come first, so that each is aligned."""
     ordered = dict(sorted(pieces.items(), key=lambda item: -item[1].size // max(1, torch.Size(item[1].shape).numel())))
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
@@ -163,7 +171,7 @@ def write_pieces(partial: Path, pieces: Mapping[str, Piece], metadata: Mapping[s
             file.write(len(head).to_bytes(8, "little") + head)
             for piece in ordered.values():
                 for chunk in piece.chunks():
-                    file.write(chunk)
+                    advance(file.write(chunk))
     except OSError as error:
         raise WeightsError(f"{path}: cannot be written ({error}); what was there before is as it was") from error
 

@@ -1,0 +1,101 @@
+"""An autoencoder put into a full diffusion checkpoint. Every other tensor is copied byte for byte, as a stream."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vae.checkpoints.detect import ANCHOR, family_of, prefix_of
+from vae.checkpoints.families import LATENT_CHANNELS
+from vae.checkpoints.files import is_pickle
+from vae.checkpoints.found import Found
+from vae.checkpoints.ldm import to_ldm
+from vae.checkpoints.pickles import read_pickle
+from vae.checkpoints.safe import WeightsError
+from vae.checkpoints.tensorfile import DTYPES, Piece, read_index, write_safetensors
+
+PREFIX_OF = {"sd": "first_stage_model.", "sdxl": "first_stage_model.", "sd3": "first_stage_model.", "flux": "vae."}
+USUAL = ("F32", "F16", "BF16")  # precisions an autoencoder is kept in; a checkpoint in 8 bits keeps it in its own
+SD_OUTPUT = "model.diffusion_model.out.2.weight"  # (latent channels, ...)
+
+
+@dataclass(frozen=True)
+class Baked:
+    """What was done, for the user to read."""
+
+    prefix: str
+    dtype: torch.dtype | None  # what the autoencoder was cast to, if to anything
+    written: int
+    replaced: int
+    kept: int
+
+
+def bake(found: Found, checkpoint: Path, target: Path, advance: Callable[[int], object] = int) -> Baked:
+    """Write `checkpoint` to `target` with the autoencoder `found` in place of its own.
+
+    Old autoencoder tensors are all removed first, the new ones take the checkpoint's precision. `advance` is told of
+    the bytes written.
+    """
+    if target.suffix != ".safetensors":
+        raise WeightsError(f"{target}: name it NAME.safetensors; what is written is never a pickle")
+    pieces, metadata = _read(checkpoint)
+    prefix = _prefix(checkpoint, pieces)
+    stale = {name: piece for name, piece in pieces.items() if name.startswith(prefix)}
+    kept = {name: piece for name, piece in pieces.items() if name not in stale}
+    _check_channels(found, checkpoint, pieces, prefix)
+    dtype = _precision(stale or kept)
+    ours = {prefix + name: Piece.of(tensor, dtype) for name, tensor in to_ldm(found.state, found.config).items()}
+    write_safetensors(target, kept | ours, metadata, advance)
+    return Baked(prefix, dtype, len(ours), len(stale), len(kept))
+
+
+def size_after_baking(found: Found, checkpoint: Path) -> int:
+    """About how many bytes `bake` will write, for a progress bar."""
+    return checkpoint.stat().st_size + sum(tensor.numel() for tensor in found.state.values())
+
+
+def _read(checkpoint: Path) -> tuple[dict[str, Piece], dict[str, str]]:
+    if is_pickle(checkpoint):
+        return {name: Piece.of(tensor) for name, tensor in read_pickle(checkpoint).items()}, {}
+    index = read_index(checkpoint)
+    metadata = {key: value for key, value in index.metadata.items() if not key.startswith("vae.")}
+    return {name: Piece.copied(index, name) for name in index.entries}, metadata
+
+
+def _prefix(checkpoint: Path, names: Iterable[str]) -> str:
+    names = list(names)
+    prefix, family = prefix_of(names), family_of(names)
+    if prefix == "":
+        raise WeightsError(f"{checkpoint}: an autoencoder by itself, not a full checkpoint; use vae convert")
+    if prefix is None and family is None:
+        raise WeightsError(
+            f"{checkpoint}: neither an autoencoder in it nor a diffusion model of {', '.join(PREFIX_OF)}; "
+            f"where the autoencoder belongs cannot be told"
+        )
+    return prefix if prefix is not None else PREFIX_OF[family or ""]
+
+
+def _check_channels(found: Found, checkpoint: Path, pieces: dict[str, Piece], prefix: str) -> None:
+    family = family_of(pieces)
+    channels = LATENT_CHANNELS.get(family or "")
+    if prefix + ANCHOR in pieces:
+        channels = pieces[prefix + ANCHOR].shape[1]
+    elif SD_OUTPUT in pieces:
+        channels = pieces[SD_OUTPUT].shape[0]
+    ours = found.config.latent_channels
+    if channels not in (None, ours):
+        raise WeightsError(
+            f"{found.file}: {ours} latent channels, but the diffusion model of {checkpoint} works on {channels}; "
+            f"bake an autoencoder of its family"
+        )
+
+
+def _precision(pieces: dict[str, Piece]) -> torch.dtype | None:
+    """The dtype of most of `pieces`, if an autoencoder can be kept in it."""
+    sizes: Counter[str] = Counter()
+    for piece in pieces.values():
+        sizes[piece.dtype] += piece.size
+    (most, _), *_ = sizes.most_common(1)
+    return DTYPES[most] if most in USUAL else None
