@@ -17,6 +17,7 @@ FLOORS = {  # a module's floor is that of its longest listed prefix; imports poi
     "vae.metrics": 2,
     "vae.checkpoints": 2,
     "vae.latents": 2,
+    "vae.audit": 2,
     "vae.config": 3,
     "vae.training": 3,
     "vae.evaluation": 3,

@@ -77,7 +77,7 @@ REFUSED = {
     "model.latent_channels=abc": "model.latent_channels: Value 'abc' of type 'str' could not be converted to Integer",
     "updates=1.5": "updates: Value '1.5' of type 'float' could not be converted to Integer",
     "model=sdd": "Could not find 'model/sdd'",
-    "model.norm_num_groups=7": "model.block_out_channels=[128, 256, 512, 512], expected 1 to 12 widths, each a multiple",
+    "model.norm_num_groups=7": "model.block_out_channels=[128, 256, 512, 512], expected 1 to 12 widths, each a",
     "data.resolution=100": "data.resolution=100, expected a multiple of the model's downsampling factor 8, e.g. 96",
     "data.batch_size=0": "data.batch_size=0, expected 1 or more",
     "loss.pixel=l7": "loss.pixel='l7', expected one of ['charbonnier', 'l1', 'l2']",

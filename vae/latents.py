@@ -1,11 +1,13 @@
 """Between an autoencoder's raw latents and what a diffusion model sees, and the statistics that join the two."""
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vae.models.autoencoder import AutoencoderConfig
+from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from vae.models.posterior import DiagonalGaussian
 
 
@@ -84,3 +86,24 @@ class LatentStatistics:
     def scaling_factor(self) -> float:
         """What brings the latents to unit standard deviation: 1 / std, over all channels (LDM, appendix G)."""
         return 1.0 / self.std
+
+    def summary(self) -> dict[str, Any]:
+        """Everything measured, as plain numbers; `latents_mean` and `latents_std` are per channel."""
+        return {
+            "scaling_factor": self.scaling_factor,
+            "shift_factor": self.mean,
+            "mean": self.mean,
+            "std": self.std,
+            "latents_mean": self.channel_mean.tolist(),
+            "latents_std": self.channel_std.tolist(),
+            "values_per_channel": self.count,
+        }
+
+
+@torch.no_grad()
+def measure_latents(model: AutoencoderKL, batches: Iterable[Tensor]) -> LatentStatistics:
+    """Of the posteriors of `batches`, images (B, C, H, W) in [-1, 1] on the model's device."""
+    statistics = LatentStatistics(model.config.latent_channels)
+    for images in batches:
+        statistics.update(model.encode(images))
+    return statistics

@@ -25,6 +25,7 @@ SD_OUTPUT = "model.diffusion_model.out.2.weight"  # (latent channels, ...)
 class Baked:
     """What was done, for the user to read."""
 
+    family: str | None
     prefix: str
     dtype: torch.dtype | None  # what the autoencoder was cast to, if to anything
     written: int
@@ -48,10 +49,10 @@ def bake(found: Found, checkpoint: Path, target: Path, advance: Callable[[int], 
     dtype = _precision(stale or kept)
     ours = {prefix + name: Piece.of(tensor, dtype) for name, tensor in to_ldm(found.state, found.config).items()}
     write_safetensors(target, kept | ours, metadata, advance)
-    return Baked(prefix, dtype, len(ours), len(stale), len(kept))
+    return Baked(family_of(pieces), prefix, dtype, len(ours), len(stale), len(kept))
 
 
-def size_after_baking(found: Found, checkpoint: Path) -> int:
+def size_after(found: Found, checkpoint: Path) -> int:
     """About how many bytes `bake` will write, for a progress bar."""
     return checkpoint.stat().st_size + sum(tensor.numel() for tensor in found.state.values())
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from vae.errors import InputError
+from vae.errors import InputError, require
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
 MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's name
@@ -26,6 +26,7 @@ def open_image(path: str | Path, channels: int = 3) -> Image.Image:
 
     Upright as EXIF says, 16-bit scaled to 8 (not clipped), transparency composited on white.
     """
+    require(channels in MODES, f"{channels} image channels", "1 (greyscale) or 3 (RGB) where image files are read")
     status = _status(Path(path))
     if not stat.S_ISREG(status.st_mode):
         raise _refusal(path, "not a regular file")

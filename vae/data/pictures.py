@@ -37,3 +37,8 @@ def reconstruction_sheet(images: Tensor, reconstructions: dict[str, Tensor]) -> 
         error = (images.int() - pictures.int()).abs().mul(ERROR_GAIN).clamp(max=255).to(torch.uint8)
         rows |= {label: pictures, f"{label}: error x{ERROR_GAIN}": error}
     return contact_sheet(rows)
+
+
+def to_picture(pixels: Tensor) -> Image.Image:
+    """uint8 (C, H, W) of 1, 3 or 4 channels."""
+    return TF.to_pil_image(pixels)

@@ -3,7 +3,7 @@
 import hashlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -62,19 +62,24 @@ class Photos(ImageFiles):
 
 def folder_images(root: str | Path, key: str = "data.root") -> list[str]:
     """Image files below `root`, as sorted relative names; hidden files and folders are left out."""
+    return folder_files(root, EXTENSIONS, f"{key}={str(root)!r}")
+
+
+def folder_files(root: str | Path, suffixes: Collection[str], given: str) -> list[str]:
+    """Files with one of `suffixes` below `root`, likewise; `given` is what an error calls the folder."""
     folder = Path(root).expanduser()
     if not folder.is_dir():
-        raise InputError(f"{key}={str(root)!r}: no such folder; name an existing folder of images")
+        raise InputError(f"{given}: no such folder; name an existing one")
     names = []
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         names += [
             (Path(parent) / name).relative_to(folder).as_posix()
             for name in files
-            if Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".")
+            if Path(name).suffix.lower() in suffixes and not name.startswith(".")
         ]
     if not names:
-        raise InputError(f"{key}={str(root)!r}: no image in it or below (looked for {', '.join(sorted(EXTENSIONS))})")
+        raise InputError(f"{given}: nothing in it or below to read (looked for {', '.join(sorted(suffixes))})")
     return sorted(names)
 
 

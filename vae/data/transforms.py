@@ -1,10 +1,14 @@
 """From a photograph to a square of pixels, and from uint8 to [-1, 1]."""
 
+from pathlib import Path
+
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
+
+from vae.errors import InputError
 
 BICUBIC = Image.Resampling.BICUBIC  # Pillow's antialiased filter: of training, of validation and of protocol default-v1
 
@@ -29,6 +33,14 @@ def center_crop(image: Image.Image, size: int) -> Tensor:
     """The short side resized to `size`, then the central square; uint8 (C, size, size)."""
     square = v2.Compose([v2.Resize(size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)])
     return TF.pil_to_tensor(square(image))
+
+
+def crop_to_multiple(image: Image.Image, factor: int, path: str | Path) -> Tensor:
+    """The centre of the whole image, its sides multiples of `factor`; uint8 (C, H, W). Errors name `path`."""
+    height, width = (side // factor * factor for side in (image.height, image.width))
+    if not height or not width:
+        raise InputError(f"{path}: {image.width}x{image.height} pixels, expected {factor} or more each way")
+    return TF.center_crop(TF.pil_to_tensor(image), [height, width])
 
 
 def to_model_range(images: Tensor) -> Tensor:

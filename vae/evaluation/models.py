@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from vae.checkpoints import load_autoencoder
 from vae.errors import InputError
 from vae.models.autoencoder import AutoencoderKL
@@ -22,6 +24,16 @@ def load_models(paths: list[str]) -> dict[str, AutoencoderKL]:
     """{short distinct name: model}, in the order given."""
     found = [find_export(path) for path in paths]
     return {name: load_autoencoder(path) for name, path in zip(_short_names(paths), found, strict=True)}
+
+
+def find_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise InputError(f"device={name!r} is not to be had ({first}); choose 'auto' or 'cpu'") from error
 
 
 def _short_names(paths: list[str]) -> list[str]:

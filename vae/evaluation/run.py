@@ -19,7 +19,7 @@ from vae.config import EvaluateConfig
 from vae.data.loading import Batch, open_sources, validation_loader
 from vae.data.transforms import to_model_range, to_uint8
 from vae.errors import InputError
-from vae.evaluation.models import load_models
+from vae.evaluation.models import find_device, load_models
 from vae.evaluation.protocol import DEFAULT_V1
 from vae.metrics.paired import HIGHER_IS_BETTER, PairedMetrics
 from vae.models.autoencoder import AutoencoderKL
@@ -31,7 +31,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     """Measure `config.models` by protocol default-v1, print the table, write JSON and CSV; returns their folder."""
     folder = Path(config.output) / config.name
     _, images = open_sources(config.data, channels=3)
-    device = _device(config.device)
+    device = find_device(config.device)
     models = {name: model.to(device) for name, model in load_models(config.models).items()}
     _check_sizes(models, config.data.resolution)
     metrics = PairedMetrics(tuple(config.metrics)).to(device)
@@ -133,16 +133,6 @@ def _check_sizes(models: dict[str, AutoencoderKL], resolution: int) -> None:
             raise InputError(f"data.resolution={resolution} is not a multiple of {factor}, the factor of {name}")
         if channels != 3:
             raise InputError(f"{name} takes {channels} channels, expected 3")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise InputError(f"device={name!r} is not to be had ({first}); choose 'auto' or 'cpu'") from error
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """What a run leaves behind: checkpoints to resume from, published weights, pictures."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from vae.checkpoints import save_autoencoder
 from vae.checkpoints.safe import replacing
 from vae.data.pictures import reconstruction_sheet
-from vae.models.autoencoder import AutoencoderKL
-from vae.training.module import Training
 
 KEPT = 2  # checkpoints of a run
 PICTURED = 8  # held-out images on every sheet
@@ -115,25 +111,3 @@ def log_picture(loggers: Sequence[Logger], picture: Image.Image, updates: int) -
             logger.log_image("val/reconstructions", [picture], step=updates)
         elif isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image("val/reconstructions", TF.pil_to_tensor(picture), updates)
-
-
-def export(training: Training, run: Path) -> list[Path]:
-    """The averaged weights as a diffusers folder and as one LDM file for `models/VAE`.
-
-    The scaling factor is the measured one, 1 / std of the validation latents; so is the shift where the model has one.
-    """
-    statistics, config = training.latent_statistics, training.config
-    measured = replace(
-        config.model,
-        scaling_factor=statistics.scaling_factor,
-        shift_factor=None if config.model.shift_factor is None else statistics.mean,
-        sample_size=config.data.resolution,
-    )
-    with torch.device("meta"):
-        model = AutoencoderKL(measured)
-    model.load_state_dict(training.average.state_dict(), strict=True, assign=True)
-    folder = run / "exports" / step_name(training.updates)
-    return [
-        save_autoencoder(model, folder / "diffusers", format="diffusers"),
-        save_autoencoder(model, folder / f"{run.name}.vae.safetensors", format="ldm"),
-    ]

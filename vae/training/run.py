@@ -11,8 +11,9 @@ from vae.config import TrainConfig
 from vae.data.loading import open_sources, training_loader, validation_loader
 from vae.data.order import EndlessSampler
 from vae.data.sources import ImageFiles
+from vae.data.transforms import to_model_range
 from vae.errors import InputError, require
-from vae.training.artefacts import export
+from vae.training.export import export
 from vae.training.folder import folder_of, open_folder, updates_in
 from vae.training.module import Training
 from vae.training.terminal import announce, conclude
@@ -54,7 +55,7 @@ def train(config: TrainConfig) -> Path:
         os.environ.pop(RUN_NAME, None)
     if trainer.is_global_zero:
         after = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
-        exports = export(module, folder)
+        exports = export(module, folder, to_model_range(next(iter(held_out)).images))
         minutes, updates = (time.monotonic() - started) / 60, trainer.global_step - done
         conclude(config, exports, (before, after), f"{updates} updates in {minutes:.1f} minutes, start-up included")
     return folder

@@ -1,0 +1,57 @@
+"""How far latents have moved from another autoencoder's: whether its diffusion models can go on using them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vae.models.autoencoder import AutoencoderKL
+
+TOLERATED = 0.02  # of the latents' own spread; what drop-in replacements stay within
+
+
+@dataclass(frozen=True)
+class Drift:
+    """`changed`: encoder tensors that differ; the rest in units of the base's latent standard deviation."""
+
+    changed: list[str]
+    encoder_tensors: int
+    rms: float  # root mean square difference of the posterior means
+    shift: float  # largest difference of a channel's mean
+    stretch: float  # largest relative difference of a channel's standard deviation
+
+    @property
+    def is_tolerable(self) -> bool:
+        return max(self.rms, self.shift, self.stretch) <= TOLERATED
+
+    @property
+    def verdict(self) -> str:
+        if not self.changed:
+            return f"same latents: all {self.encoder_tensors} encoder tensors are identical bit for bit"
+        moved = f"rms {self.rms:.2%}, mean {self.shift:.2%}, std {self.stretch:.2%} of the base's spread"
+        count = f"{len(self.changed)} of {self.encoder_tensors} encoder tensors differ"
+        if self.is_tolerable:
+            return f"nearly the same latents: {count}; {moved}"
+        return f"latents have drifted: {count}; {moved}. A diffusion model trained on the base will not fit"
+
+
+@torch.no_grad()
+def latent_drift(base: AutoencoderKL, model: AutoencoderKL, images: Sequence[Tensor]) -> Drift:
+    """Both encode `images`, each (B, C, H, W) in [-1, 1]. Their configurations have the same latents."""
+    theirs, ours = _encoder_of(base), _encoder_of(model)
+    changed = [name for name in theirs if name not in ours or not torch.equal(theirs[name], ours[name])]
+    before = torch.cat([base.encode(image).mean.transpose(0, 1).flatten(1) for image in images], dim=1)
+    after = torch.cat([model.encode(image).mean.transpose(0, 1).flatten(1) for image in images], dim=1)
+    spread = before.std()
+    return Drift(
+        changed=changed,
+        encoder_tensors=len(theirs),
+        rms=((after - before).square().mean().sqrt() / spread).item(),
+        shift=((after.mean(dim=1) - before.mean(dim=1)).abs().max() / spread).item(),
+        stretch=(after.std(dim=1) / before.std(dim=1) - 1.0).abs().max().item(),
+    )
+
+
+def _encoder_of(model: AutoencoderKL) -> dict[str, Tensor]:
+    return {name: t for name, t in model.state_dict().items() if name.startswith(("encoder.", "quant_conv."))}

@@ -1,0 +1,46 @@
+"""Latents on disk, one image a file, in the form of ComfyUI's .latent files so that they open there too."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vae.checkpoints.families import FAMILIES
+from vae.checkpoints.safe import WeightsError
+from vae.checkpoints.tensorfile import Piece, read_index, write_safetensors
+from vae.models.autoencoder import AutoencoderConfig
+
+SUFFIX = ".latent"
+RAW = "latent_tensor"  # ComfyUI's key, for raw latents
+MARK = "latent_format_version_0"  # without this empty tensor ComfyUI takes them for scaled by SD's factor
+SCALED = "scaled_latents"  # a key of ours, so that nobody takes scaled latents for raw ones
+SCALE_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+
+
+def write_latents(path: Path, latents: Tensor, config: AutoencoderConfig, *, scaled: bool, drawn: str) -> None:
+    """`latents` (1, C, h, w); the metadata says whether they are scaled, by what, and how they were `drawn`."""
+    tensors = {SCALED: latents} if scaled else {RAW: latents, MARK: torch.empty(0)}
+    scale = {key: value for key, value in asdict(config).items() if key in SCALE_KEYS}
+    described = json.dumps({"scaled": scaled, "drawn": drawn, **scale}, sort_keys=True)
+    write_safetensors(path, {name: Piece.of(tensor) for name, tensor in tensors.items()}, {"vae.latents": described})
+
+
+def read_latents(path: Path, channels: int) -> tuple[Tensor, bool]:
+    """(float32 latents (B, channels, h, w), whether they are scaled), of ours or ComfyUI's."""
+    index = read_index(path)
+    key = next((key for key in (RAW, SCALED) if key in index.entries), None)
+    if key is None:
+        raise WeightsError(
+            f"{path}: neither {RAW} nor {SCALED} in it; expected a {SUFFIX} file of vae encode or ComfyUI's"
+        )
+    latents = index.read(key).float()
+    if latents.ndim != 4 or latents.shape[1] != channels:
+        shape = tuple(latents.shape)
+        raise WeightsError(f"{path}: latents are {shape}, expected (images, {channels}, height, width) for this model")
+    if not latents.isfinite().all():
+        raise WeightsError(f"{path}: latents hold NaN or infinite values; encode the image again")
+    if key == RAW and MARK not in index.entries:
+        latents = latents / FAMILIES["sd"][0]
+    return latents, key == SCALED

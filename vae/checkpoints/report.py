@@ -1,0 +1,76 @@
+"""What an autoencoder's file is, in words and numbers for people."""
+
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from vae.checkpoints.clients import clients_of, is_scale_of
+from vae.checkpoints.families import LATENT_CHANNELS
+from vae.checkpoints.found import Found
+
+HALF = torch.finfo(torch.float16)
+FAMILY_NAMES = {"sd": "SD 1.x/2.x", "sdxl": "SDXL", "sd3": "SD3", "flux": "FLUX.1"}
+
+
+def describe(found: Found) -> tuple[str, dict[str, Any]]:
+    """(title, facts in order)."""
+    config = found.config
+    title = f"AutoencoderKL f{config.downsample_factor}c{config.latent_channels}, {family_words(found)}"
+    dtypes = Counter(tensor.dtype for tensor in found.state.values())
+    facts = {
+        "layout": {"ldm": "LDM names, as in web UIs", "diffusers": "diffusers names"}[found.layout],
+        "weights": "averaged (EMA)" if found.weights == "EMA" else "live",
+        "stored as": ", ".join(f"{str(dtype).removeprefix('torch.')} ({count})" for dtype, count in dtypes.items()),
+        "parameters": f"{sum(tensor.numel() for tensor in found.state.values()):,} in {len(found.state)} tensors",
+        "architecture": "stated by its configuration" if found.stated else "read from the tensors",
+        **asdict(config),
+        "loads in": ", ".join(clients_of(config)),
+    }
+    for topic, noted in (("latents", found.notes.latents), ("training", found.notes.training)):
+        facts |= {f"{topic}: {name}": _short(value) for name, value in noted.items()}
+    return title, facts
+
+
+def family_words(found: Found) -> str:
+    """The family where the file tells it, else those that it may be of."""
+    if found.family is not None:
+        return f"of the {FAMILY_NAMES[found.family]} checkpoint it is in"
+    config = found.config
+    fitting = [name for name, channels in LATENT_CHANNELS.items() if channels == config.latent_channels]
+    scaled = [name for name in fitting if found.stated and is_scale_of(name, config)]
+    names = [FAMILY_NAMES[name] for name in scaled or fitting]
+    if not names or "A1111" not in clients_of(config):
+        return "of no known family"
+    return f"of the family of {' or '.join(names)}" + ("" if scaled else " by its shape")
+
+
+def soundness(found: Found) -> tuple[list[str], dict[str, str]]:
+    """(tensors with NaN or infinite values, how the weights fit into float16)."""
+    broken, largest, small, lost, dead, total = [], 0.0, 0, 0, [], 0
+    for name, stored in found.state.items():
+        sizes = stored.float().abs()
+        if not sizes.isfinite().all():
+            broken.append(name)
+            continue
+        largest = max(largest, sizes.max().item())
+        total += sizes.numel()
+        small += int((sizes.lt(HALF.tiny) & sizes.gt(0)).sum())
+        lost += int((sizes.lt(HALF.smallest_normal * HALF.eps / 2) & sizes.gt(0)).sum())
+        if name.endswith("weight") and not sizes.any():
+            dead.append(name)
+    facts = {
+        "finite": f"no: {len(broken)} tensors hold NaN or infinite values" if broken else "yes",
+        "largest weight": f"{largest:.4g}, {HALF.max / max(largest, 1e-30):,.0f} times below float16's limit",
+        "small in float16": f"{small / max(total, 1):.3%} of weights lose digits, {lost / max(total, 1):.3%} vanish",
+    }
+    return broken, facts | ({"all zero": f"{len(dead)} weights, first {dead[:3]}"} if dead else {})
+
+
+def _short(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_short(item) for item in value) + "]"
+    return str(value)

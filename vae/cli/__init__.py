@@ -1,0 +1,37 @@
+"""The `vae` command: what people do with an autoencoder once it is trained."""
+
+import sys
+
+import typer
+
+from vae.cli import images, weights
+from vae.errors import InputError
+
+app = typer.Typer(
+    help="Look into, convert and use KL autoencoders. Training is train.py, measuring is evaluate.py.",
+    epilog="Exit status: 0 done, 2 something given cannot be used (one line on stderr says what, and what to do).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+for command in (
+    weights.inspect,
+    weights.convert,
+    weights.export,
+    weights.extract,
+    weights.bake,
+    images.measure,
+    images.encode,
+    images.decode,
+    images.reconstruct,
+):
+    app.command()(command)
+
+
+def main() -> None:
+    """The console entry point: refused input is one line on stderr and status 2."""
+    try:
+        app()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

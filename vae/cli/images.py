@@ -1,0 +1,171 @@
+"""Subcommands that run a model on images and latents."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vae.cli.common import Device, Dtype, Images, Model, Resolution, dtype_named, image_files, progress, read, say
+from vae.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+    from torch import Tensor
+
+    from vae.models.autoencoder import AutoencoderKL
+
+Whole = Annotated[int | None, typer.Option("--resolution", help="cut this square from each, not the whole image")]
+
+
+def encode(
+    model: Model,
+    images: Images,
+    output: Annotated[Path, typer.Option(help="folder for the latents")] = Path("latents"),
+    sample: Annotated[int | None, typer.Option(help="draw from the posterior with this seed; else its mean")] = None,
+    scaled: Annotated[bool, typer.Option("--scaled", help="as diffusion models see them, not raw")] = False,
+    dtype: Dtype = "float32",
+    resolution: Whole = None,
+    device: Device = "auto",
+) -> None:
+    """Encode images to .latent files (safetensors), which ComfyUI's LoadLatent opens too.
+
+    Example: vae encode runs/first photos/ --output latents
+    """
+    import torch
+
+    from vae.checkpoints.latentfile import SUFFIX, write_latents
+    from vae.data.images import open_image
+    from vae.data.transforms import center_crop, crop_to_multiple, to_model_range
+    from vae.latents import scale_latents
+
+    precision, autoencoder = dtype_named(dtype), _load(model, device)
+    config = autoencoder.config
+    drawn = "mean" if sample is None else f"sample, seed {sample}"
+    files = image_files(images)
+    with progress("Encoding", len(files)) as advance, torch.no_grad():
+        for name, path in files.items():
+            image = open_image(path, config.in_channels)
+            factor = config.downsample_factor
+            pixels = center_crop(image, resolution) if resolution else crop_to_multiple(image, factor, path)
+            posterior = autoencoder.encode(to_model_range(pixels)[None].to(_place(autoencoder)))
+            generator = None if sample is None else torch.Generator(_place(autoencoder)).manual_seed(sample)
+            latents = posterior.mode() if sample is None else posterior.sample(generator)
+            latents = scale_latents(latents, config) if scaled else latents
+            target = output / f"{name}{SUFFIX}"
+            write_latents(target, latents.to(precision), config, scaled=scaled, drawn=drawn)
+            advance(1)
+    say(f"{len(files)} latents in {output}, {'scaled' if scaled else 'raw'}, {drawn}")
+
+
+def decode(
+    model: Model,
+    latents: Annotated[list[Path], typer.Argument(help=".latent files or folders of them")],
+    output: Annotated[Path, typer.Option(help="folder for the images")] = Path("decoded"),
+    device: Device = "auto",
+) -> None:
+    """Decode .latent files, of `vae encode` or of ComfyUI, to PNG images.
+
+    Example: vae decode runs/first latents/ --output decoded
+    """
+    import torch
+
+    from vae.checkpoints.latentfile import SUFFIX, read_latents
+    from vae.data.pictures import to_picture
+    from vae.data.transforms import to_uint8
+    from vae.latents import unscale_latents
+
+    autoencoder = _load(model, device)
+    files = image_files(latents, [SUFFIX])
+    with progress("Decoding", len(files)) as advance, torch.no_grad():
+        for name, path in files.items():
+            values, scaled = read_latents(path, autoencoder.config.latent_channels)
+            raw = unscale_latents(values, autoencoder.config) if scaled else values
+            decoded = to_uint8(autoencoder.decode(raw.to(_place(autoencoder)))).cpu()
+            for number, pixels in enumerate(decoded):
+                _save(to_picture(pixels), output / f"{name}{f'_{number}' if len(decoded) > 1 else ''}.png")
+            advance(1)
+    say(f"{len(files)} latents decoded to {output}")
+
+
+def reconstruct(
+    model: Model,
+    images: Images,
+    output: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("reconstructions"),
+    resolution: Resolution = 256,
+    device: Device = "auto",
+) -> None:
+    """Encode and decode images; write each beside its reconstruction and error as one PNG.
+
+    Example: vae reconstruct runs/first photos/ --output look
+    """
+    import torch
+
+    from vae.data.images import open_image
+    from vae.data.pictures import reconstruction_sheet
+    from vae.data.transforms import center_crop, to_model_range, to_uint8
+
+    autoencoder = _load(model, device)
+    files = image_files(images)
+    with progress("Reconstructing", len(files)) as advance, torch.no_grad():
+        for name, path in files.items():
+            image = center_crop(open_image(path, autoencoder.config.in_channels), resolution)[None]
+            posterior = autoencoder.encode(to_model_range(image).to(_place(autoencoder)))
+            reconstruction = to_uint8(autoencoder.decode(posterior.mode())).cpu()
+            _save(reconstruction_sheet(image, {"reconstruction": reconstruction}), output / f"{name}.png")
+            advance(1)
+    say(f"{len(files)} pictures in {output}")
+
+
+def measure(
+    model: Model,
+    images: Images,
+    write: Annotated[bool, typer.Option("--write", help="put the factors into the model's files")] = False,
+    per_channel: Annotated[
+        bool, typer.Option("--per-channel", help="write latents_mean and latents_std, and scaling_factor 1")
+    ] = False,
+    resolution: Resolution = 256,
+    device: Device = "auto",
+) -> None:
+    """Measure mean and spread of a model's latents on images, and the scaling factor that follows.
+
+    Example: vae measure runs/first photos/ --write
+    """
+    from vae.cli.measuring import print_statistics, write_factors
+    from vae.data.images import open_image
+    from vae.data.transforms import center_crop, to_model_range
+    from vae.latents import measure_latents
+
+    if per_channel and not write:
+        raise InputError("--per-channel says what --write writes; give both")
+    autoencoder, files = _load(model, device), image_files(images)
+    channels, place = autoencoder.config.in_channels, _place(autoencoder)
+    with progress("Measuring", len(files)) as advance:
+
+        def batches() -> "Iterator[Tensor]":
+            for path in files.values():
+                yield to_model_range(center_crop(open_image(path, channels), resolution))[None].to(place)
+                advance(1)
+
+        statistics = measure_latents(autoencoder, batches())
+    print_statistics(statistics, len(files), resolution)
+    if write:
+        write_factors(model, statistics, len(files), per_channel=per_channel)
+
+
+def _load(model: Path, device: str) -> "AutoencoderKL":
+    from vae.evaluation.models import find_device
+
+    return read(model).build().to(find_device(device))
+
+
+def _place(autoencoder: "AutoencoderKL") -> "torch.device":
+    return autoencoder.decoder.conv_in.weight.device
+
+
+def _save(picture: "Image.Image", target: Path) -> None:
+    from vae.checkpoints.safe import replacing
+
+    with replacing(target) as partial:
+        picture.save(partial, format="PNG")

@@ -1,0 +1,69 @@
+"""The parts of `vae measure`: the table, and the factors put into a model's files."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from vae.cli.common import say, warn
+from vae.errors import InputError
+
+if TYPE_CHECKING:
+    from vae.latents import LatentStatistics
+    from vae.models.autoencoder import AutoencoderConfig
+
+
+def print_statistics(statistics: "LatentStatistics", images: int, resolution: int) -> None:
+    table = Table("channel", "mean", "std")
+    for channel, (mean, std) in enumerate(zip(statistics.channel_mean, statistics.channel_std, strict=True)):
+        table.add_row(str(channel), f"{mean:.5f}", f"{std:.5f}")
+    table.add_row("all", f"{statistics.mean:.5f}", f"{statistics.std:.5f}", style="bold")
+    Console().print(table)
+    say(f"{images} images at {resolution} px, {statistics.count:,} values per channel, posterior noise included")
+    say(f"scaling_factor {statistics.scaling_factor:.6g} (1 / std), shift_factor {statistics.mean:.6g} (mean)")
+
+
+def write_factors(model: Path, statistics: "LatentStatistics", images: int, *, per_channel: bool) -> None:
+    """Into every file of the export that `model` means: one factor for all channels, or a mean and std for each.
+
+    Never both: diffusers' SDXL pipelines divide by latents_std whenever it is there, on top of scaling_factor.
+    """
+    from vae.checkpoints import Notes, read_autoencoder, save_found
+    from vae.checkpoints.clients import warnings_about
+
+    measured = statistics.summary() | {"images": images}
+    warnings: list[str] = []
+    for path in _files(model):
+        found = read_autoencoder(path)
+        if found.family is not None or found.file.suffix != ".safetensors":
+            raise InputError(
+                f"{found.file}: not a safetensors file of its own; vae extract or convert it first"
+            )
+        config = _per_channel(found.config, statistics) if per_channel else _global(found.config, statistics)
+        target = path if path.is_file() else found.file.parent
+        save_found(replace(found, config=config, notes=Notes(measured, found.notes.training)), target)
+        say(f"written  {target}")
+        warnings = warnings_about(config)
+    for line in warnings:
+        warn(line)
+
+
+def _per_channel(config: "AutoencoderConfig", statistics: "LatentStatistics") -> "AutoencoderConfig":
+    mean, std = statistics.channel_mean.tolist(), statistics.channel_std.tolist()
+    return replace(config, scaling_factor=1.0, shift_factor=None, latents_mean=mean, latents_std=std)
+
+
+def _global(config: "AutoencoderConfig", statistics: "LatentStatistics") -> "AutoencoderConfig":
+    shift = None if config.shift_factor is None else statistics.mean
+    factor = statistics.scaling_factor
+    return replace(config, scaling_factor=factor, shift_factor=shift, latents_mean=None, latents_std=None)
+
+
+def _files(model: Path) -> list[Path]:
+    """The weights that `model` means, and in an export the single file beside the folder."""
+    from vae.evaluation.models import find_export
+
+    path = find_export(model)
+    return [path, *(sorted(path.parent.glob("*.vae.safetensors")) if path.name == "diffusers" else [])]

@@ -1,0 +1,157 @@
+"""Subcommands about weight files: what they are, and how they get from one place to another."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vae.cli.common import (
+    PHOTOS,
+    Base,
+    Config,
+    Device,
+    Dtype,
+    Ema,
+    Model,
+    Resolution,
+    Target,
+    dtype_named,
+    progress,
+    read,
+    say,
+    warn,
+)
+from vae.cli.precision import make_float16_safe, print_audit, print_drift
+
+if TYPE_CHECKING:
+    import torch
+
+    from vae.checkpoints import Found
+
+
+def inspect(
+    model: Model,
+    audit: Annotated[Path | None, typer.Option(help="a folder of images, or photos: measure float16 on them")] = None,
+    base: Base = None,
+    config: Config = None,
+    ema: Ema = False,
+    resolution: Resolution = 256,
+    device: Device = "auto",
+) -> None:
+    """Say what a file is: family, architecture, precision, scale, soundness, and which programs can load it.
+
+    Example: vae inspect runs/first --audit photos
+    """
+    from vae.checkpoints.clients import warnings_about
+    from vae.checkpoints.report import describe, soundness
+    from vae.errors import InputError
+
+    found = read(model, config, ema=ema, finite=False)
+    title, facts = describe(found)
+    say(f"{found.file}: {title}")
+    broken, values = soundness(found)
+    for name, value in (facts | values).items():
+        say(f"{name:>24}  {value}")
+    for line in warnings_about(found.config):
+        warn(line)
+    if broken:
+        raise InputError(f"{found.file}: {len(broken)} tensors hold NaN or infinite values, first {broken[:3]}")
+    if audit is not None:
+        print_audit(found, audit, resolution, device)
+    if base is not None:
+        print_drift(found, base, audit or Path(PHOTOS), resolution, device)
+
+
+def convert(
+    model: Model,
+    target: Target,
+    dtype: Dtype = "float32",
+    fp16_safe: Annotated[bool, typer.Option("--fp16-safe", help="rescale weights so that float16 is safe")] = False,
+    images: Annotated[Path, typer.Option(help="for --fp16-safe and --base: a folder, or photos")] = Path(PHOTOS),
+    base: Base = None,
+    config: Config = None,
+    ema: Ema = False,
+    resolution: Resolution = 256,
+    device: Device = "auto",
+) -> None:
+    """Rewrite a model in another published layout or precision.
+
+    Example: vae convert runs/first models/VAE/first.vae.safetensors --dtype float16 --fp16-safe
+    """
+    precision = dtype_named(dtype)
+    found = read(model, config, ema=ema)
+    if fp16_safe:
+        found = make_float16_safe(found, images, resolution, device)
+    _write(found, target, precision)
+    if base is not None:
+        print_drift(found, base, images, resolution, device)
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="the directory of a run")],
+    step: Annotated[int | None, typer.Option(help="the update whose checkpoint is meant; the last one else")] = None,
+    live: Annotated[bool, typer.Option("--live", help="the weights themselves, not their moving average")] = False,
+    images: Annotated[str | None, typer.Option(help="measure on this folder, not on the run's validation set")] = None,
+) -> None:
+    """Publish the weights of a run's checkpoint, as the run itself does at its end.
+
+    Example: vae export runs/first --step 20000
+    """
+    from vae.checkpoints.clients import warnings_about
+    from vae.errors import require
+    from vae.training.artefacts import step_name
+    from vae.training.export import export_checkpoint
+
+    name = "last.ckpt" if step is None else f"{step_name(step)}.ckpt"
+    checkpoint = run.expanduser() / "checkpoints" / name
+    there = sorted(path.name for path in checkpoint.parent.glob("*.ckpt"))
+    require(
+        checkpoint.is_file(), f"{checkpoint}: no such checkpoint", f"one of {there}" if there else "a run's directory"
+    )
+    paths, config = export_checkpoint(run.expanduser(), checkpoint, images, live=live)
+    for path in paths:
+        say(f"written  {path}")
+    for line in warnings_about(config):
+        warn(line)
+
+
+def extract(checkpoint: Model, target: Target, dtype: Dtype = None, config: Config = None) -> None:
+    """Take the autoencoder out of a full checkpoint, as it is stored unless --dtype says otherwise.
+
+    Example: vae extract sd15.safetensors sd15.vae.safetensors
+    """
+    precision = dtype_named(dtype)
+    _write(read(checkpoint, config), target, precision)
+
+
+def bake(
+    model: Model,
+    checkpoint: Annotated[Path, typer.Argument(help="a full checkpoint")],
+    target: Annotated[Path, typer.Argument(help="the new full checkpoint, NAME.safetensors")],
+    config: Config = None,
+) -> None:
+    """Put an autoencoder into a full checkpoint; every other tensor stays as it is, byte for byte.
+
+    Example: vae bake mine.vae.safetensors sd15.safetensors sd15-mine.safetensors
+    """
+    from vae.checkpoints import bake as baking
+    from vae.checkpoints.clients import warnings_about
+
+    found = read(model, config)
+    with progress("Baking", baking.size_after(found, checkpoint)) as advance:
+        done = baking.bake(found, checkpoint, target, advance)
+    kind = str(done.dtype or found.dtype).removeprefix("torch.")
+    say(f"{done.kept} tensors copied, {done.replaced} old ones of the autoencoder removed")
+    say(f"{done.written} tensors written to {target} under {done.prefix!r} as {kind}")
+    for line in warnings_about(found.config, done.family):
+        warn(line)
+
+
+def _write(found: "Found", target: Path, dtype: "torch.dtype | None") -> None:
+    from vae.checkpoints import save_found
+    from vae.checkpoints.clients import warnings_about
+
+    layout = save_found(found, target, dtype)
+    say(f"{layout} layout written to {target}, {found.weights} weights of {found.file}")
+    for line in warnings_about(found.config):
+        warn(line)

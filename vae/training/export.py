@@ -1,0 +1,117 @@
+"""The published weights of a run: at its end, or later from one of its checkpoints."""
+
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+import vae
+from vae.audit.precision import audit_precision
+from vae.checkpoints import Found, Notes, save_autoencoder
+from vae.checkpoints.detect import find_autoencoder
+from vae.checkpoints.found import Source, check_complete, check_finite
+from vae.checkpoints.metadata import read_json
+from vae.checkpoints.pickles import read_pickle
+from vae.data.loading import DataConfig, open_sources, validation_loader
+from vae.data.transforms import to_model_range
+from vae.errors import InputError
+from vae.latents import LatentStatistics, measure_latents
+from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from vae.training.artefacts import step_name
+from vae.training.folder import CONFIG_FILE
+from vae.training.module import Training
+
+Part = TypeVar("Part")
+AUDITED = 2  # validation images that decide whether the export is safe in float16
+
+
+def export(training: Training, run: Path, images: Tensor) -> list[Path]:
+    """The averaged weights of `training`, judged on `images` (B, C, H, W) in [-1, 1]."""
+    config = training.config
+    with torch.device("meta"):
+        model = AutoencoderKL(config.model)
+    model.load_state_dict(training.average.state_dict(), strict=True, assign=True)
+    summary = describe(asdict(config), training.updates)
+    return publish(model.eval(), run, summary, training.latent_statistics, images)
+
+
+def publish(
+    model: AutoencoderKL, run: Path, summary: dict[str, Any], statistics: LatentStatistics, images: Tensor
+) -> list[Path]:
+    """`model` as a diffusers folder and as one LDM file for `models/VAE`, below `exports/` of `run`.
+
+    The scaling factor is the measured one, 1 / std of the validation latents; so is the shift where the model has one.
+    `force_upcast` says whether float16 is unsafe, as found on `images`.
+    """
+    model.config = replace(
+        model.config,
+        scaling_factor=statistics.scaling_factor,
+        shift_factor=None if model.config.shift_factor is None else statistics.mean,
+        sample_size=summary["resolution"],
+    )
+    audit = audit_precision(model, list(images[:AUDITED].split(1)))
+    model.config = replace(model.config, force_upcast=not audit.is_safe)
+    notes = Notes(latents=statistics.summary(), training=summary | {"precision": audit.verdict})
+    folder = run / "exports" / step_name(summary["updates"])
+    return [
+        save_autoencoder(model, folder / "diffusers", format="diffusers", notes=notes),
+        save_autoencoder(model, folder / f"{run.name}.vae.safetensors", format="ldm", notes=notes),
+    ]
+
+
+def describe(config: dict[str, Any], updates: int) -> dict[str, Any]:
+    """How the weights came to be, for those they are handed to: no paths, no names of machines."""
+    data, loss, optim = config["data"], config["loss"], config["optim"]
+    return {
+        "updates": updates,
+        "resolution": data["resolution"],
+        "batch_size_per_process": data["batch_size"],
+        "loss": {"pixel": loss["pixel"], "weights": loss["weights"]},
+        "learning_rate": optim["learning_rate"],
+        "ema_decay": optim["ema_decay"],
+        "seed": config["seed"],
+        "vae": vae.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def export_checkpoint(
+    run: Path, checkpoint: Path, images: str | None = None, *, live: bool = False
+) -> tuple[list[Path], AutoencoderConfig]:
+    """What `export` would have written at `checkpoint` of `run`; `live` takes the weights as they were, not averaged.
+
+    Measured on the run's validation images, or on those of the folder `images`. Returns the configuration too.
+    """
+    config = read_json(run / CONFIG_FILE)
+    found = _weights(run, checkpoint, config, "autoencoder." if live else "average.")
+    data = _part(run, config, "data", DataConfig)
+    if images is not None:
+        data = replace(data, source="folder", root=images, validation_root=images)
+    held_out = open_sources(data, found.config.in_channels)[1]
+    loader = validation_loader(held_out, data, rank=0, world_size=1)
+    batches = track(loader, "Measuring latents", math.ceil(len(held_out) / data.validation_batch_size))
+    model = found.build()
+    statistics = measure_latents(model, (to_model_range(batch.images) for batch in batches))
+    summary = describe(config, int(checkpoint.resolve().stem.removeprefix("step_")))
+    judged = to_model_range(next(iter(loader)).images)
+    paths = publish(model, run, summary | {"weights": "live" if live else "EMA"}, statistics, judged)
+    return paths, model.config
+
+
+def _weights(run: Path, checkpoint: Path, config: dict[str, Any], prefix: str) -> Found:
+    state = {name: tensor for name, tensor in read_pickle(checkpoint).items() if name.startswith(prefix)}
+    found = find_autoencoder(Source(checkpoint, state), _part(run, config, "model", AutoencoderConfig))
+    check_complete(found)
+    check_finite(found)
+    return found
+
+
+def _part(run: Path, config: dict[str, Any], name: str, kind: type[Part]) -> Part:
+    try:
+        return kind(**config[name])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{run / CONFIG_FILE}: {name} is not what this version of vae writes ({error})") from error
