@@ -18,8 +18,21 @@ def test_the_shift_comes_before_the_scale():
     assert scale_latents(torch.tensor(3.0), config) == 4.0
 
 
-@pytest.mark.parametrize("split", [[5], [1, 4], [2, 2, 1], [1, 1, 1, 1, 1]])
+def test_latents_with_a_mean_and_std_per_channel_are_scaled_as_diffusers_sdxl_pipelines_do():
+    config = AutoencoderConfig(
+        scaling_factor=0.5, latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[1.0, 2.0, 4.0, 8.0], shift_factor=9.0
+    )
+    latents = torch.randn(2, 4, 8, 8)
+    mean, std = (torch.tensor(values).view(1, 4, 1, 1) for values in (config.latents_mean, config.latents_std))
+    scaled = scale_latents(latents, config)
+    torch.testing.assert_close(scaled, (latents - mean) * 0.5 / std)
+    torch.testing.assert_close(scaled * std / 0.5 + mean, latents)
+    torch.testing.assert_close(unscale_latents(scaled, config), latents)
+
+
+@pytest.mark.parametrize("split", [[5], [1, 4], [2, 2, 1], [1, 1, 1, 2], [1, 1, 1, 1, 1]])
 def test_statistics_equal_the_two_pass_ones_however_the_images_are_split(split):
+    """100,000 values about 1000 in 1 to 5 shards."""
     mean = 1000 + torch.randn(5, 4, 50, 100, dtype=torch.float64)
     noise_free = torch.full_like(mean, -30.0)
     statistics = LatentStatistics(4)
@@ -31,6 +44,7 @@ def test_statistics_equal_the_two_pass_ones_however_the_images_are_split(split):
     torch.testing.assert_close(statistics.channel_mean, mean.mean(dim=(0, 2, 3)))
     assert statistics.std == pytest.approx(mean.std(correction=0).item(), rel=1e-9)
     assert statistics.mean == pytest.approx(mean.mean().item(), rel=1e-12)
+    assert statistics.scaling_factor == pytest.approx(1 / mean.std(correction=0).item(), rel=1e-9)
 
 
 def test_the_spread_of_the_posterior_counts():

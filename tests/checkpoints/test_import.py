@@ -1,4 +1,4 @@
-"""The files that people really have, good and bad, made here from their description."""
+"""Pickles with foreign objects, averaged weights, folders and full checkpoints, made here from their description."""
 
 import argparse
 import json
@@ -18,7 +18,6 @@ from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
 State = dict[str, torch.Tensor]
 
 SD_SHAPED = AutoencoderConfig(block_out_channels=[32, 32, 64, 64], layers_per_block=2)
-OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
 
 
 @pytest.fixture(scope="module")
@@ -39,73 +38,6 @@ def _shadow(state: State) -> State:
         "model_ema.decay": torch.tensor(0.9999),
         "model_ema.num_updates": torch.tensor(7, dtype=torch.int32),
     }
-
-
-def _old_attention(state: State) -> State:
-    renamed = {}
-    for name, tensor in state.items():
-        for new, old in OLD_NAMES.items():
-            name = name.replace(new, old)
-        renamed[name] = tensor
-    return renamed
-
-
-def _prefixed(prefix: str) -> Callable[[State], State]:
-    return lambda state: (
-        {prefix + name: tensor for name, tensor in state.items()}
-        | {
-            "model.diffusion_model.out.2.bias": torch.zeros(4),
-            "cond_stage_model.transformer.weight": torch.zeros(2),
-        }
-    )
-
-
-GOOD: dict[str, Callable[[State], State]] = {
-    "bare names": dict,
-    "prefix first_stage_model": _prefixed("first_stage_model."),
-    "prefix vae": _prefixed("vae."),
-    "loss and counters of a training checkpoint": lambda s: (
-        s
-        | {
-            "loss.logvar": torch.zeros(()),
-            "loss.discriminator.main.0.bias": torch.zeros(64),
-            "model_ema.decay": torch.ones(()),
-        }
-    ),
-    "averages of a training checkpoint": lambda s: s | _shadow(s),
-    "linear attention": lambda s: {
-        name: t.flatten(1).clone() if ".attn_1." in name and t.ndim == 4 else t for name, t in s.items()
-    },
-}
-
-
-@pytest.mark.parametrize("make", GOOD.values(), ids=GOOD.keys())
-def test_single_files_import_bit_for_bit_from_the_tensors_alone(tmp_path, model, ldm, make):
-    save_file(make(ldm), tmp_path / "vae.safetensors")
-    found = read_autoencoder(tmp_path / "vae.safetensors")
-    assert (found.layout, found.weights) == ("ldm", "live")
-    assert found.config.block_out_channels == SD_SHAPED.block_out_channels
-    assert found.config.layers_per_block == 2
-    assert all(torch.equal(found.state[name], tensor) for name, tensor in model.state_dict().items())
-    assert found.state.keys() == model.state_dict().keys()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_every_precision_imports_as_stored(tmp_path, model, ldm, dtype):
-    save_file({name: tensor.to(dtype) for name, tensor in ldm.items()}, tmp_path / "vae.safetensors")
-    found = read_autoencoder(tmp_path / "vae.safetensors")
-    assert all(torch.equal(found.state[name], tensor.to(dtype)) for name, tensor in model.state_dict().items())
-
-
-@pytest.mark.parametrize("rename", [dict, _old_attention], ids=["new attention names", "old attention names"])
-@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_single_files_with_diffusers_names_import_too(tmp_path, model, rename, suffix):
-    state = rename(dict(model.state_dict()))
-    path = tmp_path / f"vae.{suffix}"
-    save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
-    found = read_autoencoder(path)
-    assert found.layout == "diffusers"
-    assert all(torch.equal(found.state[name], tensor) for name, tensor in model.state_dict().items())
 
 
 class _Callback:
@@ -144,34 +76,7 @@ def test_the_averages_are_taken_when_asked_for_and_only_when_complete(tmp_path, 
         read_autoencoder(tmp_path / "partly.safetensors", ema=True)
 
 
-def test_a_file_that_may_have_lost_its_quant_convolutions_needs_an_explicit_architecture(tmp_path, ldm):
-    rest = {name: tensor for name, tensor in ldm.items() if "quant_conv" not in name}
-    save_file(rest, tmp_path / "vae.safetensors")
-    with pytest.raises(WeightsError, match="a network that has none, or a file that lost them"):
-        load_autoencoder(tmp_path / "vae.safetensors")
-    stated = AutoencoderConfig(block_out_channels=[32, 32, 64, 64], use_quant_conv=False, use_post_quant_conv=False)
-    assert load_autoencoder(tmp_path / "vae.safetensors", config=stated).config == stated
-
-
-def _not_reversed(state: State) -> State:
-    def turn(name: str) -> str:
-        parts = name.split(".")
-        return ".".join([*parts[:2], str(3 - int(parts[2])), *parts[3:]]) if name.startswith("decoder.up.") else name
-
-    return {turn(name): tensor for name, tensor in state.items()}
-
-
 BAD: dict[str, tuple[Callable[[State], State], str]] = {
-    "up blocks in diffusers' order": (_not_reversed, r"decoder\.up|keys missing"),
-    "one bias missing": (
-        lambda s: {name: t for name, t in s.items() if name != "decoder.mid.block_1.conv1.bias"},
-        r"1 keys missing \(first \['decoder.mid_block.resnets.0.conv1.bias'\]\)",
-    ),
-    "decoder only": (
-        lambda s: {name: t for name, t in s.items() if not name.startswith("encoder")},
-        "is it one half of one",
-    ),
-    "encoder only": (lambda s: {name: t for name, t in s.items() if name.startswith("encoder")}, "an encoder alone"),
     "a diffusion model without a VAE": (
         lambda s: {"model.diffusion_model.out.2.bias": torch.zeros(4)},
         "an SD diffusion model without a VAE",

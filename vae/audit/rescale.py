@@ -39,7 +39,7 @@ def rescale(model: AutoencoderKL, audit: PrecisionAudit) -> dict[str, float]:
     for half in ("encoder", "decoder"):
         before = 1.0
         for stream in _streams(layers, half):
-            factor = _factor(stream.peak(audit))
+            factor = factor_for(stream.peak(audit))
             _scale(layers[stream.begins], factor / before, factor)
             for name in stream.writers:
                 _scale(layers[name], factor, factor)
@@ -93,12 +93,12 @@ def _blocks(layers: dict[str, nn.Module], half: str) -> list[str]:
 
 
 def _scale_inside(layer: nn.Module, name: str, audit: PrecisionAudit) -> dict[str, float]:
-    factor = _factor(audit.peaks.get(name, 0.0))
+    factor = factor_for(audit.peaks.get(name, 0.0))
     _scale(layer, factor, factor)
     return {name: factor} if factor != 1.0 else {}
 
 
-def _factor(peak: float) -> float:
+def factor_for(peak: float) -> float:
     """The largest power of two, at most 1, that brings `peak` to where it has the headroom asked for."""
     excess = peak * HEADROOM / FLOAT16_MAX
     return 2.0 ** -math.ceil(math.log2(excess)) if 1.0 < excess < math.inf else 1.0

@@ -1,7 +1,6 @@
 """What an autoencoder's file is, in words and numbers for people."""
 
 from collections import Counter
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,23 +13,29 @@ HALF = torch.finfo(torch.float16)
 FAMILY_NAMES = {"sd": "SD 1.x/2.x", "sdxl": "SDXL", "sd3": "SD3", "flux": "FLUX.1"}
 
 
-def describe(found: Found) -> tuple[str, dict[str, Any]]:
-    """(title, facts in order)."""
+def title_of(found: Found) -> str:
     config = found.config
-    title = f"AutoencoderKL f{config.downsample_factor}c{config.latent_channels}, {family_words(found)}"
-    dtypes = Counter(tensor.dtype for tensor in found.state.values())
-    facts = {
+    return f"AutoencoderKL f{config.downsample_factor}c{config.latent_channels}, {family_words(found)}"
+
+
+def facts_of(found: Found) -> dict[str, Any]:
+    """About the file and its weights."""
+    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in found.state.values())
+    tensors, parameters = len(found.state), sum(tensor.numel() for tensor in found.state.values())
+    return {
         "layout": {"ldm": "LDM names, as in web UIs", "diffusers": "diffusers names"}[found.layout],
-        "weights": "averaged (EMA)" if found.weights == "EMA" else "live",
-        "stored as": ", ".join(f"{str(dtype).removeprefix('torch.')} ({count})" for dtype, count in dtypes.items()),
-        "parameters": f"{sum(tensor.numel() for tensor in found.state.values()):,} in {len(found.state)} tensors",
+        "weights": "a training checkpoint's averages (EMA)" if found.weights == "EMA" else "as they are",
+        "stored as": ", ".join(f"{dtype} ({count} tensors)" for dtype, count in dtypes.items()),
+        "parameters": f"{parameters:,} in {tensors} tensors",
+        "loads in": ", ".join(clients_of(found.config)),
         "architecture": "stated by its configuration" if found.stated else "read from the tensors",
-        **asdict(config),
-        "loads in": ", ".join(clients_of(config)),
     }
-    for topic, noted in (("latents", found.notes.latents), ("training", found.notes.training)):
-        facts |= {f"{topic}: {name}": _short(value) for name, value in noted.items()}
-    return title, facts
+
+
+def notes_of(found: Found) -> dict[str, str]:
+    """What the file says about its latents and its training, if it is one of ours."""
+    topics = {"latents": found.notes.latents, "training": found.notes.training}
+    return {f"{topic}: {name}": _short(value) for topic, noted in topics.items() for name, value in noted.items()}
 
 
 def family_words(found: Found) -> str:

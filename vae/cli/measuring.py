@@ -38,9 +38,7 @@ def write_factors(model: Path, statistics: "LatentStatistics", images: int, *, p
     for path in _files(model):
         found = read_autoencoder(path)
         if found.family is not None or found.file.suffix != ".safetensors":
-            raise InputError(
-                f"{found.file}: not a safetensors file of its own; vae extract or convert it first"
-            )
+            raise InputError(f"{found.file}: not a safetensors file of its own; vae extract or convert it first")
         config = _per_channel(found.config, statistics) if per_channel else _global(found.config, statistics)
         target = path if path.is_file() else found.file.parent
         save_found(replace(found, config=config, notes=Notes(measured, found.notes.training)), target)

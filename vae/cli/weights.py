@@ -42,15 +42,16 @@ def inspect(
 
     Example: vae inspect runs/first --audit photos
     """
+    from dataclasses import asdict
+
     from vae.checkpoints.clients import warnings_about
-    from vae.checkpoints.report import describe, soundness
+    from vae.checkpoints.report import facts_of, notes_of, soundness, title_of
     from vae.errors import InputError
 
     found = read(model, config, ema=ema, finite=False)
-    title, facts = describe(found)
-    say(f"{found.file}: {title}")
     broken, values = soundness(found)
-    for name, value in (facts | values).items():
+    say(f"{found.file}: {title_of(found)}")
+    for name, value in (values | facts_of(found) | asdict(found.config) | notes_of(found)).items():
         say(f"{name:>24}  {value}")
     for line in warnings_about(found.config):
         warn(line)

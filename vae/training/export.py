@@ -56,17 +56,19 @@ def publish(
     audit = audit_precision(model, list(images[:AUDITED].split(1)))
     model.config = replace(model.config, force_upcast=not audit.is_safe)
     notes = Notes(latents=statistics.summary(), training=summary | {"precision": audit.verdict})
-    folder = run / "exports" / step_name(summary["updates"])
+    mark = "live_" if summary["weights"] == "live" else ""  # beside the averaged ones, and never taken for them
+    folder = run / "exports" / f"{mark}{step_name(summary['updates'])}"
     return [
         save_autoencoder(model, folder / "diffusers", format="diffusers", notes=notes),
         save_autoencoder(model, folder / f"{run.name}.vae.safetensors", format="ldm", notes=notes),
     ]
 
 
-def describe(config: dict[str, Any], updates: int) -> dict[str, Any]:
-    """How the weights came to be, for those they are handed to: no paths, no names of machines."""
+def describe(config: dict[str, Any], updates: int, weights: str = "EMA") -> dict[str, Any]:
+    """How the `weights` came to be, for those they are handed to: no paths, no names of machines."""
     data, loss, optim = config["data"], config["loss"], config["optim"]
     return {
+        "weights": weights,
         "updates": updates,
         "resolution": data["resolution"],
         "batch_size_per_process": data["batch_size"],
@@ -96,9 +98,10 @@ def export_checkpoint(
     batches = track(loader, "Measuring latents", math.ceil(len(held_out) / data.validation_batch_size))
     model = found.build()
     statistics = measure_latents(model, (to_model_range(batch.images) for batch in batches))
-    summary = describe(config, int(checkpoint.resolve().stem.removeprefix("step_")))
+    updates = int(checkpoint.resolve().stem.removeprefix("step_"))
+    summary = describe(config, updates, "live" if live else "EMA")
     judged = to_model_range(next(iter(loader)).images)
-    paths = publish(model, run, summary | {"weights": "live" if live else "EMA"}, statistics, judged)
+    paths = publish(model, run, summary, statistics, judged)
     return paths, model.config
 
 

@@ -1,0 +1,165 @@
+"""`vae encode`, `decode`, `reconstruct`, `measure`."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import read_json
+from vae.checkpoints import load_autoencoder, read_autoencoder, save_autoencoder
+from vae.data.transforms import center_crop, crop_to_multiple, to_model_range, to_uint8
+from vae.latents import scale_latents
+from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
+
+COMMANDS = ("inspect", "convert", "export", "extract", "bake", "measure", "encode", "decode", "reconstruct")
+
+
+def _difference(one: Path, other: Path) -> int:
+    pictures = [np.asarray(Image.open(path)).astype(int) for path in (one, other)]
+    return int(np.abs(pictures[0] - pictures[1]).max())
+
+
+def _squares(photos: Path) -> torch.Tensor:
+    """The central 32 pixels of every photograph, as one batch."""
+    files = [path for path in sorted(photos.rglob("*")) if path.is_file()]
+    return torch.stack([to_model_range(center_crop(Image.open(path).convert("RGB"), 32)) for path in files])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(call, capsys, command):
+    assert call(command, "--help") == 0
+    assert f"Example: vae {command}" in capsys.readouterr().out
+
+
+def test_help_names_every_command_and_the_exit_statuses(call, capsys):
+    assert call("--help") == 0
+    printed = capsys.readouterr().out
+    assert all(command in printed for command in COMMANDS)
+    assert "Exit status: 0 done, 2" in printed
+
+
+def test_encoded_images_decode_to_what_the_model_reconstructs(call, model, photos, tmp_path):
+    assert call("encode", model, photos, "--output", tmp_path / "latents") == 0
+    assert call("decode", model, tmp_path / "latents", "--output", tmp_path / "out") == 0
+    names = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png"))
+    assert names == ["a_png.png", "b_jpg.png", "sub/a_png.png"]
+    autoencoder = load_autoencoder(model)
+    with Image.open(photos / "b.jpg") as photo, Image.open(tmp_path / "out" / "b_jpg.png") as decoded, torch.no_grad():
+        images = to_model_range(crop_to_multiple(photo.convert("RGB"), 2, "b.jpg"))[None]
+        expected = to_uint8(autoencoder.decode(autoencoder.encode(images).mode()))[0]
+        assert decoded.size == (36, 32)
+        assert np.abs(np.asarray(decoded).astype(int) - expected.permute(1, 2, 0).numpy()).max() <= 1
+
+
+def test_scaled_latents_are_scaled_and_come_back(call, model, photos, tmp_path):
+    for name, extra in (("raw", ()), ("scaled", ("--scaled",))):
+        assert call("encode", model, photos / "a.png", "--output", tmp_path / name, *extra) == 0
+        assert call("decode", model, tmp_path / name, "--output", tmp_path / f"{name} out") == 0
+    raw, scaled = (load_file(tmp_path / name / "a_png.latent") for name in ("raw", "scaled"))
+    assert scaled.keys() == {"scaled_latents"}
+    torch.testing.assert_close(
+        scaled["scaled_latents"], scale_latents(raw["latent_tensor"], load_autoencoder(model).config)
+    )
+    pictures = [
+        np.asarray(Image.open(tmp_path / f"{name} out" / "a_png.png")).astype(int) for name in ("raw", "scaled")
+    ]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_samples_are_a_function_of_their_seed(call, model, photos, tmp_path):
+    for name, seed in (("one", 1), ("again", 1), ("two", 2)):
+        assert call("encode", model, photos / "a.png", "--sample", seed, "--output", tmp_path / name) == 0
+    one, again, two = (load_file(tmp_path / name / "a_png.latent")["latent_tensor"] for name in ("one", "again", "two"))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, two)
+
+
+def test_latent_files_are_comfyuis(call, model, photos, tmp_path):
+    """Its LoadLatent reads `latent_tensor`, and divides by 0.18215 where `latent_format_version_0` is not there."""
+    call("encode", model, photos / "a.png", "--output", tmp_path / "ours")
+    ours = load_file(tmp_path / "ours" / "a_png.latent")
+    assert ours.keys() == {"latent_tensor", "latent_format_version_0"}
+    assert ours["latent_tensor"].shape == (1, 3, 15, 20)
+    (tmp_path / "old").mkdir()
+    save_file({"latent_tensor": ours["latent_tensor"] * 0.18215}, tmp_path / "old" / "a_png.latent")
+    for name in ("ours", "old"):
+        assert call("decode", model, tmp_path / name, "--output", tmp_path / f"{name} out") == 0
+    assert _difference(tmp_path / "ours out" / "a_png.png", tmp_path / "old out" / "a_png.png") <= 1
+
+
+def test_reconstruct_writes_a_picture_for_each_image(call, model, photos, tmp_path):
+    assert call("reconstruct", model, photos, "--output", tmp_path / "out", "--resolution", 32) == 0
+    names = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png"))
+    assert names == ["a_png.png", "b_jpg.png", "sub/a_png.png"]
+
+
+def test_measure_writes_the_factors_into_both_files_of_an_export(call, capsys, tiny, photos, tmp_path):
+    autoencoder = AutoencoderKL(tiny).eval()
+    export = tmp_path / "exports" / "step_0000001"
+    folder = save_autoencoder(autoencoder, export / "diffusers")
+    single = save_autoencoder(autoencoder, export / "run.vae.safetensors", "ldm")
+    assert call("measure", tmp_path, photos, "--resolution", 32) == 0
+    assert load_autoencoder(folder).config == tiny
+    assert call("measure", tmp_path, photos, "--resolution", 32, "--write") == 0
+    with torch.no_grad():
+        images = [
+            to_model_range(center_crop(Image.open(path).convert("RGB"), 32)) for path in sorted(photos.rglob("*.*"))
+        ]
+        posterior = autoencoder.encode(torch.stack(images))
+    expected = 1 / (posterior.mean.double().var(correction=0) + posterior.logvar.double().exp().mean()).sqrt().item()
+    for path in (folder, single):
+        found = read_autoencoder(path)
+        assert found.config.scaling_factor == pytest.approx(expected, rel=1e-6)
+        assert found.notes.latents["images"] == 3
+        assert len(found.notes.latents["latents_std"]) == 3
+    assert read_json(folder / "config.json")["scaling_factor"] == pytest.approx(expected, rel=1e-6)
+    assert "scaling_factor" in capsys.readouterr().out
+
+
+def test_factors_per_channel_replace_the_global_one_and_are_never_added_to_it(call, model, photos):
+    assert call("measure", model, photos, "--resolution", 32, "--write", "--per-channel") == 0
+    config = load_autoencoder(model).config
+    assert config.scaling_factor == 1.0
+    assert config.shift_factor is None
+    with torch.no_grad():
+        images = [
+            to_model_range(center_crop(Image.open(path).convert("RGB"), 32)) for path in sorted(photos.rglob("*.*"))
+        ]
+        scaled = scale_latents(load_autoencoder(model).encode(torch.stack(images)).mode(), config)
+    torch.testing.assert_close(scaled.mean(dim=(0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("reconstruct", "MODEL", "/nowhere.png"), "/nowhere.png: No such file or directory"),
+        (("reconstruct", "MODEL", "PHOTO", "--resolution", "33"), "33x33 pixels, expected multiples of 2"),
+        (("encode", "MODEL", "/nowhere.png"), "/nowhere.png: No such file or directory"),
+        (("encode", "MODEL", "PHOTO", "PHOTO"), "two files are called a.png"),
+        (("encode", "MODEL", "PHOTO", "--dtype", "int8"), "--dtype int8, expected one of"),
+        (("encode", "MODEL", "PHOTO", "--device", "abacus"), "device='abacus' is not to be had"),
+        (("decode", "MODEL", "PHOTO"), "a.png: damaged or not safetensors"),
+        (("decode", "MODEL", "MODEL/diffusion_pytorch_model.safetensors"), "neither latent_tensor nor scaled_latents"),
+        (("decode", "MODEL", "PHOTOS"), "nothing in it or below to read (looked for .latent)"),
+        (("measure", "MODEL", "PHOTO", "--per-channel"), "--per-channel says what --write writes"),
+    ],
+)
+def test_refused_input_is_one_line_and_status_two(call, capsys, model, photos, tmp_path, arguments, message):
+    names = {"MODEL": model, "PHOTO": photos / "a.png", "PHOTOS": photos}
+    given = [str(names.get(argument, argument)).replace("MODEL/", f"{model}/") for argument in arguments]
+    assert call(*given, *(("--output", tmp_path / "out") if arguments[0] != "measure" else ())) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_latents_of_another_model_are_refused(call, capsys, model, photos, tmp_path):
+    other = save_autoencoder(
+        AutoencoderKL(AutoencoderConfig(block_out_channels=[8, 16], norm_num_groups=4)), tmp_path / "other"
+    )
+    call("encode", other, photos / "a.png", "--output", tmp_path / "latents")
+    assert call("decode", model, tmp_path / "latents", "--output", tmp_path / "out") == 2
+    assert "latents are (1, 4, 15, 20), expected (images, 3, height, width)" in capsys.readouterr().err

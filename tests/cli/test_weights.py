@@ -1,0 +1,144 @@
+"""`vae inspect`, `convert`, `export`, `extract`, `bake`."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.audit.test_precision import overflowing
+from tests.conftest import read_json
+from vae.checkpoints import load_autoencoder, read_autoencoder, save_autoencoder
+from vae.checkpoints.ldm import to_ldm
+from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from vae.training.run import train
+
+PIXELS = ("--resolution", 32)
+
+
+def test_inspect_says_what_a_model_is(call, capsys, model):
+    assert call("inspect", model) == 0
+    printed = capsys.readouterr()
+    assert "AutoencoderKL f2c3, of no known family" in printed.out
+    assert "scaling_factor  0.18215" in printed.out
+    assert "finite  yes" in printed.out
+    assert "stored as  float32" in printed.out
+    assert "warning: only diffusers can load it" in printed.err
+
+
+def test_inspect_finds_a_network_that_is_not_safe_in_float16(call, capsys, tmp_path, perturbed, tiny):
+    save_autoencoder(overflowing(perturbed(tiny)), tmp_path / "broken")
+    assert call("inspect", tmp_path / "broken", "--audit", "photos", *PIXELS) == 0
+    printed = capsys.readouterr().out
+    assert "safe in float16: no, because the largest activation is" in printed
+    assert "float16  -inf dB" in printed
+
+
+def test_inspect_names_tensors_that_are_not_finite_and_ends_with_status_two(call, capsys, model):
+    path = model / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(path) | {"decoder.conv_in.bias": torch.full((16,), torch.nan)}, path)
+    assert call("inspect", model) == 2
+    printed = capsys.readouterr()
+    assert "finite  no: 1 tensors hold NaN or infinite values" in printed.out
+    assert "decoder.conv_in.bias" in printed.err
+
+
+def test_inspect_compares_with_a_base(call, capsys, model, tmp_path):
+    state = load_file(model / "diffusion_pytorch_model.safetensors")
+    tuned = load_autoencoder(model)
+    tuned.load_state_dict(state | {"decoder.conv_out.bias": torch.ones(3)})
+    save_autoencoder(tuned, tmp_path / "tuned")
+    assert call("inspect", tmp_path / "tuned", "--base", model, *PIXELS) == 0
+    assert "same latents: all" in capsys.readouterr().out
+
+
+def test_convert_goes_to_one_file_and_back(call, model, tmp_path):
+    assert call("convert", model, tmp_path / "one.vae.safetensors") == 0
+    assert call("convert", tmp_path / "one.vae.safetensors", tmp_path / "again") == 0
+    states = [load_autoencoder(path).state_dict() for path in (model, tmp_path / "again")]
+    assert all((states[0][name] == states[1][name]).all() for name in states[0])
+    assert read_json(tmp_path / "again" / "config.json") == read_json(model / "config.json")
+
+
+def test_convert_repairs_float16_says_so_and_sets_force_upcast(call, capsys, tmp_path, perturbed, tiny):
+    broken = overflowing(perturbed(tiny))
+    save_autoencoder(broken, tmp_path / "broken")
+    target = tmp_path / "fixed.vae.safetensors"
+    assert call("convert", tmp_path / "broken", target, "--fp16-safe", "--dtype", "float16", *PIXELS) == 0
+    printed = capsys.readouterr().out
+    before, after = (line for line in printed.splitlines() if "safe in float16" in line)
+    assert before.startswith("before: safe in float16: no")
+    assert after.startswith("after:  safe in float16: yes")
+    found = read_autoencoder(target)
+    assert not found.config.force_upcast
+    latents = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        exact = broken.decode(latents)
+        in_half = found.build(torch.float16).decode(latents).float()
+    assert in_half.isfinite().all()
+    assert (in_half - exact).abs().max() < 0.05
+
+
+def test_export_publishes_a_checkpoint_as_the_run_does_at_its_end(call, tiny_run):
+    run = train(tiny_run)
+    export = run / "exports" / "step_0000008"
+    expected = {path.relative_to(export): path.read_bytes() for path in export.rglob("*") if path.is_file()}
+    for path in export.rglob("*.safetensors"):
+        path.unlink()
+    assert call("export", run) == 0
+    assert {path.relative_to(export): path.read_bytes() for path in export.rglob("*") if path.is_file()} == expected
+    assert call("export", run, "--step", 4, "--live") == 0
+    state = torch.load(run / "checkpoints" / "step_0000004.ckpt", weights_only=True)["state_dict"]
+    live = read_autoencoder(run / "exports" / "live_step_0000004" / "diffusers")
+    assert all(torch.equal(tensor, state[f"autoencoder.{name}"]) for name, tensor in live.state.items())
+    assert live.notes.training["weights"] == "live"
+
+
+def test_an_export_holds_no_path_of_the_machine_it_was_made_on(call, tiny_run, tmp_path):
+    export = train(tiny_run) / "exports" / "step_0000008"
+    assert all(str(tmp_path).encode() not in path.read_bytes() for path in export.rglob("*") if path.is_file())
+    notes = read_autoencoder(export / "diffusers").notes
+    assert notes.training["updates"] == 8
+    assert notes.training["precision"].startswith("safe in float16: yes")
+    assert len(notes.latents["latents_std"]) == 3
+
+
+def test_bake_and_extract_report_what_they_did(call, capsys, tmp_path):
+    config = AutoencoderConfig(block_out_channels=[32, 32])
+    model = AutoencoderKL(config)
+    single = save_autoencoder(model, tmp_path / "m.vae.safetensors", "ldm")
+    old = {f"first_stage_model.{n}": t.contiguous() for n, t in to_ldm(dict(model.state_dict()), config).items()}
+    unet = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 4, 3, 3)}
+    save_file(unet | old, tmp_path / "full.safetensors")
+    assert call("bake", single, tmp_path / "full.safetensors", tmp_path / "new.safetensors") == 0
+    assert f"1 tensors copied, {len(old)} old ones" in capsys.readouterr().out
+    assert call("extract", tmp_path / "new.safetensors", tmp_path / "out.vae.safetensors") == 0
+    assert all(torch.equal(load_file(single)[n], t) for n, t in load_file(tmp_path / "out.vae.safetensors").items())
+
+
+def test_an_ambiguous_file_converts_with_a_stated_architecture(call, capsys, tmp_path):
+    config = AutoencoderConfig(block_out_channels=[32], use_quant_conv=False, use_post_quant_conv=False)
+    state = to_ldm(dict(AutoencoderKL(config).state_dict()), config)
+    save_file({n: t.contiguous() for n, t in state.items() if "quant_conv" not in n}, tmp_path / "bare.safetensors")
+    assert call("convert", tmp_path / "bare.safetensors", tmp_path / "out") == 2
+    assert "say which" in capsys.readouterr().err
+    stated = save_autoencoder(AutoencoderKL(config), tmp_path / "stated")
+    assert call("convert", tmp_path / "bare.safetensors", tmp_path / "out", "--config", stated / "config.json") == 0
+    assert load_autoencoder(tmp_path / "out").config == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("inspect", "/nowhere"), "'/nowhere': no such file or folder"),
+        (("convert", "MODEL", "x", "--dtype", "int8"), "--dtype int8, expected one of"),
+        (("export", "MODEL"), "last.ckpt: no such checkpoint, expected a run's directory"),
+        (("bake", "MODEL", "MODEL/diffusion_pytorch_model.safetensors", "x.safetensors"), "an autoencoder by itself"),
+        (("extract", "/nowhere.safetensors", "x"), "'/nowhere.safetensors': no such file or folder"),
+    ],
+)
+def test_refused_input_is_one_line_and_status_two(call, capsys, model, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    given = [argument.replace("MODEL", str(model)) for argument in arguments]
+    assert call(*given) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
