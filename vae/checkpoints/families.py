@@ -18,6 +18,7 @@ SIGNS = {  # a tensor whose name contains this says which diffusion model a full
     "model.diffusion_model.input_blocks.": "sd",
 }
 LOOKS = {  # what a file without an autoencoder is, by a part of its names; the first that fits
+    "average.decoder.": "a checkpoint of a training run; vae export publishes its weights",
     "lora_": "a LoRA",
     ".label_emb.": "an SDXL diffusion model without a VAE",
     "double_blocks.": "a FLUX diffusion model without a VAE",

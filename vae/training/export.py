@@ -30,7 +30,7 @@ AUDITED = 2  # validation images that decide whether the export is safe in float
 
 
 def export(training: Training, run: Path, images: Tensor) -> list[Path]:
-    """The averaged weights of `training`, judged on `images` (B, C, H, W) in [-1, 1]."""
+    """The averaged weights of `training`, judged on `images` (B, C, H, W) in [-1, 1], on the device they are on."""
     config = training.config
     with torch.device("meta"):
         model = AutoencoderKL(config.model)
@@ -53,7 +53,7 @@ def publish(
         shift_factor=None if model.config.shift_factor is None else statistics.mean,
         sample_size=summary["resolution"],
     )
-    audit = audit_precision(model, list(images[:AUDITED].split(1)))
+    audit = audit_precision(model.to(images.device), list(images[:AUDITED].split(1)))
     model.config = replace(model.config, force_upcast=not audit.is_safe)
     notes = Notes(latents=statistics.summary(), training=summary | {"precision": audit.verdict})
     mark = "live_" if summary["weights"] == "live" else ""  # beside the averaged ones, and never taken for them

@@ -55,7 +55,8 @@ def train(config: TrainConfig) -> Path:
         os.environ.pop(RUN_NAME, None)
     if trainer.is_global_zero:
         after = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
-        exports = export(module, folder, to_model_range(next(iter(held_out)).images))
+        judged = to_model_range(next(iter(held_out)).images.to(trainer.strategy.root_device))
+        exports = export(module, folder, judged)
         minutes, updates = (time.monotonic() - started) / 60, trainer.global_step - done
         conclude(config, exports, (before, after), f"{updates} updates in {minutes:.1f} minutes, start-up included")
     return folder
