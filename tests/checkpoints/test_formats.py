@@ -65,6 +65,33 @@ def test_half_precision_files_are_half_as_large_and_load_as_float32(tmp_path, ti
     assert load_autoencoder(path).decoder.conv_in.weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_folder_loads_in_diffusers_whether_the_variant_is_asked_for_or_not(tmp_path, tiny, variant, dtype):
+    model = AutoencoderKL(tiny)
+    save_autoencoder(model, tmp_path, dtype=dtype)
+    theirs, report = cast(Any, Authority).from_pretrained(tmp_path, variant=variant, output_loading_info=True)
+    assert not any(report.values())
+    stored = torch.float16 if variant else dtype
+    assert all(torch.equal(theirs.state_dict()[n], t.to(stored).float()) for n, t in model.state_dict().items())
+
+
+def test_weights_beyond_float16_are_refused_in_it_and_leave_the_folder_without_the_variant(tmp_path, tiny):
+    model = AutoencoderKL(tiny)
+    save_autoencoder(model, tmp_path / "folder")
+    with torch.no_grad():
+        model.decoder.conv_in.bias[0] = 1e5
+    with pytest.raises(WeightsError, match=r"decoder.conv_in.bias exceeds float16; write bfloat16 or float32"):
+        save_autoencoder(model, tmp_path / "m.safetensors", "ldm", torch.float16)
+    with pytest.warns(UserWarning, match="no float16 variant"):
+        save_autoencoder(model, tmp_path / "folder")
+    assert {path.name for path in (tmp_path / "folder").iterdir()} == {
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    }
+    assert load_autoencoder(tmp_path / "folder").decoder.conv_in.bias[0] == 1e5
+
+
 def test_exports_may_be_read_by_other_users(tmp_path, tiny):
     path = save_autoencoder(AutoencoderKL(tiny), tmp_path / "shared.safetensors", "ldm")
     assert stat.S_IMODE(path.stat().st_mode) & stat.S_IRGRP

@@ -28,7 +28,7 @@ Resolution = Annotated[int, typer.Option(help="side in pixels of the square that
 Base = Annotated[Path | None, typer.Option(help="the autoencoder whose latents must be kept: say how far they moved")]
 
 PHOTOS = "photos"  # instead of a folder: the embedded photographs
-AUDITED = 4  # images
+AUDITED = 2  # images; saturated and noisy ones and latents of the prior come on top
 
 
 def say(line: str = "") -> None:
