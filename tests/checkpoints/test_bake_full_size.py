@@ -13,7 +13,8 @@ import torch
 from tests.checkpoints.sd15 import TEXT, TEXT_PARAMETERS, UNET, UNET_PARAMETERS, full_checkpoint
 from tests.presets import preset
 from vae.checkpoints import read_autoencoder, save_autoencoder
-from vae.checkpoints.tensorfile import Index, Piece, read_index, write_safetensors
+from vae.checkpoints.tensorfile import Index, read_index
+from vae.checkpoints.writing import Piece, write_safetensors
 from vae.models.autoencoder import AutoencoderKL
 
 MOST_MEMORY = 400_000_000  # bytes above what importing torch takes, which is more than that by itself

@@ -15,7 +15,7 @@ from vae.checkpoints.found import Found, check_complete, check_finite
 from vae.checkpoints.ldm import to_ldm
 from vae.checkpoints.metadata import Notes, to_metadata
 from vae.checkpoints.safe import State, WeightsError, replacing
-from vae.checkpoints.tensorfile import Piece, write_pieces, write_safetensors
+from vae.checkpoints.writing import Piece, write_pieces, write_safetensors
 from vae.errors import InputError
 from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
 

@@ -14,7 +14,8 @@ from vae.checkpoints.found import Found
 from vae.checkpoints.ldm import to_ldm
 from vae.checkpoints.pickles import read_pickle
 from vae.checkpoints.safe import WeightsError
-from vae.checkpoints.tensorfile import DTYPES, Piece, read_index, write_safetensors
+from vae.checkpoints.tensorfile import DTYPES, read_index
+from vae.checkpoints.writing import Piece, write_safetensors
 
 PREFIX_OF = {"sd": "first_stage_model.", "sdxl": "first_stage_model.", "sd3": "first_stage_model.", "flux": "vae."}
 USUAL = ("F32", "F16", "BF16")  # precisions an autoencoder is kept in; a checkpoint in 8 bits keeps it in its own
@@ -59,7 +60,7 @@ def size_after(found: Found, checkpoint: Path) -> int:
 
 def _read(checkpoint: Path) -> tuple[dict[str, Piece], dict[str, str]]:
     if is_pickle(checkpoint):
-        return {name: Piece.of(tensor) for name, tensor in read_pickle(checkpoint).items()}, {}
+        return {name: Piece.of(tensor) for name, tensor in read_pickle(checkpoint, copy=False).items()}, {}
     index = read_index(checkpoint)
     metadata = {key: value for key, value in index.metadata.items() if not key.startswith("vae.")}
     return {name: Piece.copied(index, name) for name in index.entries}, metadata

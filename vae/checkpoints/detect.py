@@ -8,7 +8,7 @@ from pathlib import Path
 from vae.checkpoints.architecture import infer_config
 from vae.checkpoints.families import FAMILIES, SIGNS, looks_like
 from vae.checkpoints.found import Found, Source
-from vae.checkpoints.ldm import from_ldm
+from vae.checkpoints.ldm import as_linear, from_ldm, is_projection
 from vae.checkpoints.safe import State, WeightsError
 from vae.models.autoencoder import AutoencoderConfig
 
@@ -105,7 +105,4 @@ def _modern_attention(state: State) -> State:
         )
 
     renamed = {rename(name): tensor for name, tensor in state.items()}
-    return {
-        name: tensor.flatten(1) if re.search(r"attentions\.\d+\.to_.*weight$", name) else tensor
-        for name, tensor in renamed.items()
-    }
+    return {name: as_linear(tensor) if is_projection(name) else tensor for name, tensor in renamed.items()}

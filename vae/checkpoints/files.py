@@ -20,6 +20,7 @@ PREFERRED = (  # of a folder's weights: full precision first, safetensors before
     f"{WEIGHTS_FILE}.index.fp16.json",
     f"{STEM}.fp16.bin",
 )
+LONGEST_NAME = 255  # bytes, of file systems
 PIPELINE_PART = "vae"  # where a whole diffusion pipeline keeps its autoencoder
 
 
@@ -61,7 +62,7 @@ def _read_shards(index: Path) -> State:
         raise WeightsError(f"{index}: not an index of shards; fetch it again")
     state: State = {}
     for name in sorted(set(shards.values())):
-        if Path(name).name != name:
-            raise WeightsError(f"{index}: names the shard {name!r} outside its folder; refused")
+        if Path(name).name != name or not name.isprintable() or len(name.encode()) > LONGEST_NAME:
+            raise WeightsError(f"{index}: names the shard {name!r} outside its folder, or by no name; refused")
         state |= read_file(index.parent / name)[0]
     return state

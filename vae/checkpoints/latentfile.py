@@ -9,7 +9,8 @@ from torch import Tensor
 
 from vae.checkpoints.families import FAMILIES
 from vae.checkpoints.safe import WeightsError
-from vae.checkpoints.tensorfile import Piece, read_index, write_safetensors
+from vae.checkpoints.tensorfile import read_index
+from vae.checkpoints.writing import Piece, write_safetensors
 from vae.models.autoencoder import AutoencoderConfig
 
 SUFFIX = ".latent"

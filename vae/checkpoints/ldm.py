@@ -50,7 +50,7 @@ def from_ldm(state: State, config: AutoencoderConfig) -> State:
     filling = _identities(config)
     state = {name: tensor for name, tensor in state.items() if name not in filling or not _same(tensor, filling[name])}
     renamed = {names.get(name, name): tensor for name, tensor in state.items()}
-    return {name: tensor.flatten(1) if _is_projection(name) else tensor for name, tensor in renamed.items()}
+    return {name: as_linear(tensor) if is_projection(name) else tensor for name, tensor in renamed.items()}
 
 
 def _identities(config: AutoencoderConfig) -> State:
@@ -80,9 +80,14 @@ def _below(ours: str, theirs: str, inner: dict[str, str]) -> dict[str, str]:
     return {f"{ours}.{a}": f"{theirs}.{b}" for a, b in inner.items()}
 
 
-def _is_projection(name: str) -> bool:
+def as_linear(weight: Tensor) -> Tensor:
+    """[C, C, 1, 1] -> [C, C]; anything else is left for the check of shapes."""
+    return weight[:, :, 0, 0] if weight.ndim == 4 and weight.shape[2:] == (1, 1) else weight
+
+
+def is_projection(name: str) -> bool:
     return ".attentions." in name and ".to_" in name and name.endswith(".weight")
 
 
 def _as_convolution(name: str, tensor: Tensor) -> Tensor:
-    return tensor[:, :, None, None] if _is_projection(name) else tensor
+    return tensor[:, :, None, None] if is_projection(name) else tensor

@@ -75,6 +75,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _object(path: Path, key: str, text: str) -> dict[str, Any]:
+    if len(text) > MAX_JSON:
+        raise WeightsError(f"{path}: its {key} is longer than {MAX_JSON:,} characters")
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -1,6 +1,6 @@
 """Tensors out of PyTorch's files (.ckpt, .pt, .pth, .bin): zip archives, and the older form that is only pickles.
 
-Tensors are views of the file, checked against its size before they exist.
+Tensors are checked against the file's size before they exist.
 """
 
 import math
@@ -21,6 +21,7 @@ from vae.checkpoints.unpickling import View, unpickle
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file that torch wrote before 1.6
 LOCAL_HEADER = 30  # bytes of a zip member's header before its name
+MAX_ELEMENTS = 2**40  # of a tensor, were its empty sides 1
 DEPTH = 4  # of nested dictionaries that are looked through for the weights
 
 
@@ -32,33 +33,45 @@ class Data:
     crc: int | None = None
 
 
-def read_pickle(path: Path, wanted: Callable[[Iterable[str]], set[str]] = set) -> State:
+def read_pickle(path: Path, wanted: Callable[[Iterable[str]], set[str]] = set, *, copy: bool = True) -> State:
     """Tensors of a PyTorch file by name, out of nested `state_dict`s; other contents are passed over.
 
-    Those not among `wanted(names)` stay on "meta".
+    Those not among `wanted(names)` stay on "meta". Without `copy` they are views of the file, which must then stay as
+    it is: for those who go through all of a large one.
     """
     try:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             is_zip = mapped[: len(ZIP_MAGIC)] == ZIP_MAGIC
             tree, storages = _read_zip(path, mapped) if is_zip else _read_legacy(path, file, mapped)
+        views = _tensors(tree)
     except WeightsError:
         raise
     except Exception as error:  # a damaged pickle can fail in any way; none of them has run anything
         raise WeightsError(f"{path}: not a readable PyTorch file ({type(error).__name__}: {error})") from error
-    views = _tensors(tree)
     if not views:
         raise WeightsError(f"{path}: a PyTorch file without tensors by name; expected a model's state_dict")
     chosen = wanted(views)
-    return {name: _materialise(path, name, view, storages, read=name in chosen) for name, view in views.items()}
+    for name, view in views.items():
+        _check_view(path, name, view, storages)
+    if sum(views[name].storage.dtype.itemsize * math.prod(views[name].size) for name in chosen) > len(mapped):
+        raise WeightsError(f"{path}: its tensors share their data and are more than the file has; it is damaged")
+    return {
+        name: _read(path, name, view, storages[view.storage.key], copy=copy)
+        if name in chosen
+        else torch.empty(view.size, dtype=view.storage.dtype, device="meta")
+        for name, view in views.items()
+    }
 
 
 def _read_zip(path: Path, mapped: mmap.mmap) -> tuple[object, dict[str, Data]]:
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
+        if sum(member.file_size for member in members) > len(mapped):
+            raise WeightsError(f"{path}: its members claim more bytes than it has; it is damaged")
         for member in members:
             if member.compress_type != zipfile.ZIP_STORED or member.file_size > len(mapped):
-                raise WeightsError(f"{path}: {member.filename} is compressed, which torch never writes; refused")
+                raise WeightsError(f"{path}: {member.filename!r} is not stored whole, as torch does it; refused")
         (description,) = (member for member in members if member.filename.endswith("/data.pkl"))
         folder = description.filename.removesuffix("data.pkl") + "data/"
         storages = {
@@ -67,7 +80,7 @@ def _read_zip(path: Path, mapped: mmap.mmap) -> tuple[object, dict[str, Data]]:
             if member.filename.startswith(folder)
         }
         with archive.open(description) as stream:
-            return unpickle(stream, description.file_size)[0], storages
+            return unpickle(stream)[0], storages
 
 
 def _bytes_of(member: zipfile.ZipInfo, mapped: mmap.mmap) -> memoryview:
@@ -79,16 +92,17 @@ def _bytes_of(member: zipfile.ZipInfo, mapped: mmap.mmap) -> memoryview:
 
 
 def _read_legacy(path: Path, file: IO[bytes], mapped: mmap.mmap) -> tuple[object, dict[str, Data]]:
-    size = len(mapped)
-    if unpickle(file, size)[0] != LEGACY_MAGIC:
+    if unpickle(file)[0] != LEGACY_MAGIC:
         raise WeightsError(f"{path}: neither safetensors nor a file of torch.save; fetch it again or convert it")
     for _ in range(2):  # protocol, system
-        unpickle(file, size)
-    tree, spoken_of = unpickle(file, size)
-    keys, _ = unpickle(file, size)
+        unpickle(file)
+    tree, spoken_of = unpickle(file)
+    keys, _ = unpickle(file)
     storages: dict[str, Data] = {}
     position = file.tell()
     for key in keys if isinstance(keys, list) else []:
+        if not isinstance(key, str) or key not in spoken_of:
+            raise WeightsError(f"{path}: it lists a storage that no tensor speaks of; it is damaged")
         count = int.from_bytes(mapped[position : position + 8], "little")
         position += 8
         length = count * spoken_of[key].dtype.itemsize
@@ -110,20 +124,29 @@ def _tensors(tree: object) -> dict[str, View]:
     return most
 
 
-def _materialise(path: Path, name: str, view: View, storages: dict[str, Data], *, read: bool) -> Tensor:
-    data, dtype = storages.get(view.storage.key), view.storage.dtype
+def _check_view(path: Path, name: str, view: View, storages: dict[str, Data]) -> None:
+    """Refuse a tensor that the file does not hold, before it exists."""
+    data = storages.get(view.storage.key)
     sizes = (view.offset, *view.size, *view.stride)
     if data is None or not all(isinstance(n, int) and n >= 0 for n in sizes) or len(view.size) != len(view.stride):
         raise WeightsError(f"{path}: {name} has no data of its own; the file is damaged")
-    available = len(data.content) // dtype.itemsize
+    if math.prod(max(1, n) for n in view.size) > MAX_ELEMENTS or max(sizes) > MAX_ELEMENTS:
+        raise WeightsError(f"{path}: {name} has sides of {view.size}; it is damaged")
+    available = len(data.content) // view.storage.dtype.itemsize
     elements = math.prod(view.size)
     last = view.offset + sum((n - 1) * step for n, step in zip(view.size, view.stride, strict=True))
     if elements > available or (elements and last >= available):
         raise WeightsError(f"{path}: {name} claims {elements} values where the file has {available}; it is damaged")
-    if not elements or not read:
-        return torch.empty(view.size, dtype=dtype, device=None if read else "meta")
+
+
+def _read(path: Path, name: str, view: View, data: Data, *, copy: bool) -> Tensor:
+    dtype = view.storage.dtype
+    if not math.prod(view.size):
+        return torch.empty(view.size, dtype=dtype)
     _check_sum(path, name, data)
-    return torch.frombuffer(data.content, dtype=dtype, count=available).as_strided(view.size, view.stride, view.offset)
+    whole = torch.frombuffer(data.content, dtype=dtype, count=len(data.content) // dtype.itemsize)
+    tensor = whole.as_strided(view.size, view.stride, view.offset)
+    return tensor.clone() if copy else tensor
 
 
 def _check_sum(path: Path, name: str, data: Data) -> None:

@@ -11,10 +11,18 @@ from torch import Tensor
 from vae.errors import InputError
 
 State = dict[str, Tensor]
+LONGEST = 900  # characters of a message
 
 
 class WeightsError(InputError):
-    """A weight file cannot be used: names the file, what is wrong and what to do."""
+    """A weight file cannot be used: names the file, what is wrong and what to do.
+
+    Parts of it come out of that file: what is not printable is spelt out, what has no end is cut.
+    """
+
+    def __init__(self, message: str) -> None:
+        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message[:LONGEST])
+        super().__init__(shown if len(message) <= LONGEST else f"{shown}...")
 
 
 @contextmanager

@@ -1,11 +1,12 @@
-"""One safetensors file: an index of tensors, read one at a time, written as a stream.
+"""One safetensors file: an index of tensors, read one at a time.
 
-The library judges the index (overlaps, holes, sizes, types). Reading and writing are by position, so that memory stays
-near one tensor, and a file that shrinks under our hands is an error and not a crash.
+The library judges the index (overlaps, holes, sizes, types). Reading is by position, so that memory stays near one
+tensor, and a file that shrinks under our hands is an error and not a crash.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -14,12 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vae.checkpoints.safe import State, WeightsError, check_space, replacing
+from vae.checkpoints.safe import State, WeightsError
 
 MAX_HEADER = 8_000_000  # bytes; a full SDXL checkpoint has 0.4 million
 MAX_TENSORS = 10_000  # a full SDXL checkpoint has 2,515
+MAX_OBJECTS = 500_000  # of JSON in an index, metadata in somebody's own JSON included
+MAX_ELEMENTS = 2**40  # of a tensor, were its empty sides 1
 CHUNK = 8 * 1024 * 1024
-ALIGNMENT = 8
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -34,7 +36,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -82,33 +83,6 @@ class Index:
             raise WeightsError(f"{self.path}: it ends within {name}; it was cut off while being read")
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A tensor to be written: its header, and where its bytes come from once it is its turn."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    size: int
-    chunks: Callable[[], Iterable[bytes | memoryview]]
-
-    @classmethod
-    def of(cls, tensor: Tensor, dtype: torch.dtype | None = None) -> "Piece":
-        """`tensor` cast to `dtype`; the copy is made when it is written."""
-        dtype = dtype or tensor.dtype
-
-        def chunks() -> list[memoryview]:
-            data = tensor.detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8)
-            return [data.numpy().data]
-
-        return cls(NAMES[dtype], tuple(tensor.shape), tensor.numel() * dtype.itemsize, chunks)
-
-    @classmethod
-    def copied(cls, index: Index, name: str) -> "Piece":
-        """The bytes of another file as they are."""
-        entry = index.entries[name]
-        return cls(entry.dtype, entry.shape, entry.size, lambda: index.chunks(name))
-
-
 def read_index(path: Path) -> Index:
     """Refuses anything that is not a whole, well-formed safetensors file of sensible size, naming it."""
     if not path.is_file():
@@ -122,10 +96,12 @@ def read_index(path: Path) -> Index:
         if isinstance(error, WeightsError):
             raise
         raise WeightsError(f"{path}: damaged or not safetensors ({error}); fetch or export it again") from error
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}
     entries = {}
     for name, described in header.items():
         start, stop = described["data_offsets"]
+        if math.prod(max(1, side) for side in described["shape"]) > MAX_ELEMENTS:
+            raise WeightsError(f"{path}: {name!r} has sides of {described['shape']}; not a model's weights")
         entries[name] = Entry(described["dtype"], tuple(described["shape"]), data + start, stop - start)
     return Index(path, entries, metadata)
 
@@ -141,47 +117,15 @@ def read_safetensors(path: Path, wanted: Callable[[Iterable[str]], set[str]] = s
     return state, index.metadata
 
 
-def write_safetensors(
-    path: Path, pieces: Mapping[str, Piece], metadata: Mapping[str, str], advance: Callable[[int], object] = int
-) -> None:
-    """One whole file, or the old one and an error that says why. `advance(bytes)` is told of everything written."""
-    with replacing(path) as partial:
-        write_pieces(partial, pieces, metadata, path, advance)
-
-
-def write_pieces(
-    partial: Path,
-    pieces: Mapping[str, Piece],
-    metadata: Mapping[str, str],
-    path: Path,
-    advance: Callable[[int], object] = int,
-) -> None:
-    """`partial` is to become `path`, which errors name. Larger types come first, so that each is aligned."""
-    ordered = dict(sorted(pieces.items(), key=lambda item: -item[1].size // max(1, torch.Size(item[1].shape).numel())))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    end = 0
-    for name, piece in ordered.items():
-        header[name] = {"dtype": piece.dtype, "shape": piece.shape, "data_offsets": [end, end + piece.size]}
-        end += piece.size
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % ALIGNMENT)
-    check_space(path.parent, end + len(head), path)
-    try:
-        with partial.open("wb") as file:
-            file.write(len(head).to_bytes(8, "little") + head)
-            for piece in ordered.values():
-                for chunk in piece.chunks():
-                    advance(file.write(chunk))
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be written ({error}); what was there before is as it was") from error
-
-
 def _read_header(path: Path, file: IO[bytes]) -> tuple[dict[str, Any], int]:
     """(the index as JSON, where the data begins); its size and count are judged before it costs anything."""
     size = int.from_bytes(file.read(8), "little")
     if size > MAX_HEADER:
         raise WeightsError(f"{path}: damaged or not safetensors (an index of {size:,} bytes); fetch or export it again")
-    header = json.loads(file.read(size), object_pairs_hook=_without_repetition)
+    text = file.read(size)
+    if text.count(b"{") + text.count(b"[") > MAX_OBJECTS:
+        raise WeightsError(f"{path}: its index has more than {MAX_OBJECTS:,} lists and objects; not a model's weights")
+    header = json.loads(text, object_pairs_hook=_without_repetition)
     if not isinstance(header, dict):
         raise ValueError("its index is not a JSON object")
     if len(header) > MAX_TENSORS:

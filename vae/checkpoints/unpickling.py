@@ -5,8 +5,8 @@ callbacks, OmegaConf objects or numpy scalars beside their weights load too.
 """
 
 import pickle
-import pickletools
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -24,6 +24,7 @@ STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+LARGEST_TUPLE = 1000  # items, those of the tuples in it counted each time they stand there
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,12 @@ class View:
     stride: tuple[int, ...]
 
 
+def unpickle(file: IO[bytes]) -> tuple[object, dict[str, Storage]]:
+    """(the object, the storages it speaks of) of the pickle that `file` stands at."""
+    reader = _TensorsOnly(file)
+    return reader.load(), reader.storages
+
+
 class _Inert:
     """Stands in for any class or function of a pickle: takes everything, does nothing."""
 
@@ -51,8 +58,6 @@ class _Inert:
     def __call__(self, *args: object, **kwargs: object) -> "_Inert":
         return _Inert()
 
-    def __setstate__(self, state: object) -> None: ...
-
     def __setitem__(self, key: object, value: object) -> None: ...
 
     def append(self, item: object) -> None: ...
@@ -60,8 +65,20 @@ class _Inert:
     def extend(self, items: object) -> None: ...
 
 
-class _TensorsOnly(pickle.Unpickler):
-    """`storages` collects every storage that was spoken of, by its key."""
+class _Tuple(tuple[object, ...]):
+    """Knows how much it holds: tuples nest by reference, and a few bytes make one whose hash takes for ever."""
+
+    size: int
+
+
+_Unpickler: Any = pickle._Unpickler  # whose insides have no types
+
+
+class _TensorsOnly(_Unpickler):
+    """The unpickler written in Python: its memo is a dictionary, where the one in C makes room for any slot named.
+
+    `storages` collects every storage that was spoken of, by its key.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file)
@@ -80,9 +97,48 @@ class _TensorsOnly(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> object:
         kind, dtype, key, _, elements, *_ = pid
-        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(elements, int):
+        known = kind == "storage" and isinstance(dtype, torch.dtype)
+        if not known or not isinstance(key, str | int) or not isinstance(elements, int):
             return _Inert()
         return self.storages.setdefault(str(key), Storage(dtype, str(key), elements))
+
+    def _forget_state(self) -> None:
+        """BUILD: would set attributes of whatever is there, ours included."""
+        self.stack.pop()
+
+    def _forget_items(self) -> None:
+        """FROZENSET: would hash its items."""
+        self.pop_mark()
+        self.append(_Inert())
+
+    def _read_bytearray(self) -> None:
+        """BYTEARRAY8: would make room for any length named, before it is seen whether so much is there."""
+        self.append(self.read(int.from_bytes(self.read(8), "little")))
+
+    def _measure_tuple(self) -> None:
+        made = _Tuple(self.stack[-1])
+        made.size = 1 + sum(item.size if isinstance(item, _Tuple) else 1 for item in made)
+        self.stack[-1] = made if made.size <= LARGEST_TUPLE else _Inert()
+
+
+Operation = Callable[[Any], None]
+
+
+def _measured(load: Operation) -> Operation:
+    def run(reader: _TensorsOnly) -> None:
+        load(reader)
+        reader._measure_tuple()
+
+    return run
+
+
+_theirs = _Unpickler.dispatch
+_TensorsOnly.dispatch = _theirs | {
+    pickle.BUILD[0]: _TensorsOnly._forget_state,
+    pickle.FROZENSET[0]: _TensorsOnly._forget_items,
+    pickle.BYTEARRAY8[0]: _TensorsOnly._read_bytearray,
+    **{op[0]: _measured(_theirs[op[0]]) for op in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)},
+}
 
 
 def _rebuild_tensor(storage: object, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> object:
@@ -91,17 +147,3 @@ def _rebuild_tensor(storage: object, offset: int, size: tuple[int, ...], stride:
 
 def _rebuild_parameter(data: object, *_: object) -> object:
     return data
-
-
-def unpickle(file: IO[bytes], size: int) -> tuple[object, dict[str, Storage]]:
-    """(the object, the storages it speaks of) of the pickle that `file`, of `size` bytes, stands at.
-
-    Read through once before: the C unpickler makes room for whatever memo slot a pickle names.
-    """
-    start = file.tell()
-    for operation, argument, _ in pickletools.genops(file):
-        if "PUT" in operation.name and isinstance(argument, int) and argument > size:
-            raise pickle.UnpicklingError(f"memo slot {argument} in a pickle of at most {size} bytes")
-    file.seek(start)
-    reader = _TensorsOnly(file)
-    return reader.load(), reader.storages

@@ -61,7 +61,8 @@ class AutoencoderConfig:
         )
         levels = range(len(widths))
         require(
-            set(self.attention_levels) <= set(levels),
+            isinstance(self.attention_levels, list)
+            and all(type(level) is int and level in levels for level in self.attention_levels),
             f"model.attention_levels={self.attention_levels}",
             f"levels among {list(levels)}",
         )
@@ -87,4 +88,7 @@ class AutoencoderConfig:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # pyright: ignore[reportArgumentType]
+    try:
+        return type(value) in (int, float) and math.isfinite(value)  # pyright: ignore[reportArgumentType]
+    except OverflowError:  # an integer beyond any float
+        return False

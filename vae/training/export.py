@@ -106,7 +106,8 @@ def export_checkpoint(
 
 
 def _weights(run: Path, checkpoint: Path, config: dict[str, Any], prefix: str) -> Found:
-    state = {name: tensor for name, tensor in read_pickle(checkpoint).items() if name.startswith(prefix)}
+    state = read_pickle(checkpoint, lambda names: {name for name in names if name.startswith(prefix)})
+    state = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
     found = find_autoencoder(Source(checkpoint, state), _part(run, config, "model", AutoencoderConfig))
     check_complete(found)
     check_finite(found)
