@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import read_json
 from vae.checkpoints import load_autoencoder, read_autoencoder, save_autoencoder
+from vae.checkpoints.ldm import to_ldm
 from vae.data.transforms import center_crop, crop_to_multiple, to_model_range, to_uint8
 from vae.latents import scale_latents
 from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
@@ -117,6 +118,20 @@ def test_measure_writes_the_factors_into_both_files_of_an_export(call, capsys, t
         assert len(found.notes.latents["latents_std"]) == 3
     assert read_json(folder / "config.json")["scaling_factor"] == pytest.approx(expected, rel=1e-6)
     assert "scaling_factor" in capsys.readouterr().out
+
+
+def test_factors_are_never_written_into_a_full_checkpoint(call, capsys, photos, tmp_path):
+    config = AutoencoderConfig(block_out_channels=[32, 32])
+    state = to_ldm(dict(AutoencoderKL(config).state_dict()), config)
+    unet = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 4, 3, 3)}
+    full = unet | {f"first_stage_model.{name}": tensor.contiguous() for name, tensor in state.items()}
+    save_file(full, tmp_path / "full.safetensors")
+    before = (tmp_path / "full.safetensors").read_bytes()
+    assert call("measure", tmp_path / "full.safetensors", photos, "--resolution", 32, "--write") == 2
+    printed = capsys.readouterr()
+    assert "not a safetensors file of its own" in printed.err
+    assert "scaling_factor" not in printed.out
+    assert (tmp_path / "full.safetensors").read_bytes() == before
 
 
 def test_factors_per_channel_replace_the_global_one_and_are_never_added_to_it(call, model, photos):

@@ -130,6 +130,7 @@ def test_an_ambiguous_file_converts_with_a_stated_architecture(call, capsys, tmp
     [
         (("inspect", "/nowhere"), "'/nowhere': no such file or folder"),
         (("convert", "MODEL", "x", "--dtype", "int8"), "--dtype int8, expected one of"),
+        (("convert", "MODEL", "x.ckpt"), "x.ckpt: name it NAME.vae.safetensors for one file"),
         (("export", "MODEL"), "last.ckpt: no such checkpoint, expected a run's directory"),
         (("bake", "MODEL", "MODEL/diffusion_pytorch_model.safetensors", "x.safetensors"), "an autoencoder by itself"),
         (("extract", "/nowhere.safetensors", "x"), "'/nowhere.safetensors': no such file or folder"),

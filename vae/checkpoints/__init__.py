@@ -32,6 +32,7 @@ __all__ = [
 
 FORMATS = ("diffusers", "ldm")
 SINGLE_FILE = ".safetensors"
+OTHER_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".sft", ".gguf")  # files that are never written
 HALF_FILE = WEIGHTS_FILE.replace(".safetensors", ".fp16.safetensors")
 FLOAT16_MAX = torch.finfo(torch.float16).max
 
@@ -62,6 +63,10 @@ def save_found(found: Found, path: Path, dtype: torch.dtype | None = None) -> st
 
     `NAME.safetensors` is one LDM file, all else a diffusers folder. Without a `dtype` every tensor keeps its own.
     """
+    if path.suffix in OTHER_SUFFIXES:
+        raise InputError(
+            f"{path}: name it NAME.vae{SINGLE_FILE} for one file, or without suffix for a diffusers folder"
+        )
     format = "ldm" if path.suffix == SINGLE_FILE else "diffusers"
     _write(path, format, _Export(found.state, found.config, found.notes), dtype)
     return format

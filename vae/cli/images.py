@@ -132,13 +132,15 @@ def measure(
 
     Example: vae measure runs/first photos/ --write
     """
-    from vae.cli.measuring import print_statistics, write_factors
+    from vae.cli.measuring import check_writable, print_statistics, write_factors
     from vae.data.images import open_image
     from vae.data.transforms import center_crop, to_model_range
     from vae.latents import measure_latents
 
     if per_channel and not write:
         raise InputError("--per-channel says what --write writes; give both")
+    if write:
+        check_writable(model)
     autoencoder, files = _load(model, device), image_files(images)
     channels, place = autoencoder.config.in_channels, _place(autoencoder)
     with progress("Measuring", len(files)) as advance:

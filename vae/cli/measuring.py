@@ -37,8 +37,6 @@ def write_factors(model: Path, statistics: "LatentStatistics", images: int, *, p
     warnings: list[str] = []
     for path in _files(model):
         found = read_autoencoder(path)
-        if found.family is not None or found.file.suffix != ".safetensors":
-            raise InputError(f"{found.file}: not a safetensors file of its own; vae extract or convert it first")
         config = _per_channel(found.config, statistics) if per_channel else _global(found.config, statistics)
         target = path if path.is_file() else found.file.parent
         save_found(replace(found, config=config, notes=Notes(measured, found.notes.training)), target)
@@ -46,6 +44,16 @@ def write_factors(model: Path, statistics: "LatentStatistics", images: int, *, p
         warnings = warnings_about(config)
     for line in warnings:
         warn(line)
+
+
+def check_writable(model: Path) -> None:
+    """Refuse, before anything is measured, files that factors cannot be written into."""
+    from vae.checkpoints import read_autoencoder
+
+    for path in _files(model):
+        found = read_autoencoder(path)
+        if found.family is not None or found.file.suffix != ".safetensors":
+            raise InputError(f"{found.file}: not a safetensors file of its own; vae extract or convert it first")
 
 
 def _per_channel(config: "AutoencoderConfig", statistics: "LatentStatistics") -> "AutoencoderConfig":
