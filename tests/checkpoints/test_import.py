@@ -4,7 +4,6 @@ import argparse
 import json
 import pathlib
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,10 +76,6 @@ def test_the_averages_are_taken_when_asked_for_and_only_when_complete(tmp_path, 
 
 
 BAD: dict[str, tuple[Callable[[State], State], str]] = {
-    "a diffusion model without a VAE": (
-        lambda s: {"model.diffusion_model.out.2.bias": torch.zeros(4)},
-        "an SD diffusion model without a VAE",
-    ),
     "FLUX.2": (lambda s: s | {"bn.running_mean": torch.zeros(128)}, "a FLUX.2 autoencoder"),
     "not finite": (
         lambda s: s | {"quant_conv.bias": torch.full((8,), torch.inf)},
@@ -144,37 +139,3 @@ def test_folders_with_half_precision_pickled_or_sharded_weights_load(tmp_path, m
     weight_map = {name: shard for shard, inside in shards.items() for name in inside}
     (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert loads()
-
-
-@pytest.mark.parametrize("shard", ["../evil.safetensors", "/etc/passwd"])
-def test_shards_outside_their_folder_are_refused(tmp_path, model, shard):
-    save_autoencoder(model, tmp_path)
-    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
-    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"encoder.conv_in.weight": shard}}))
-    with pytest.raises(WeightsError, match="outside its folder"):
-        load_autoencoder(tmp_path)
-
-
-def test_a_pickle_that_would_run_code_runs_none(tmp_path, ldm):
-    sentinel = tmp_path / "executed"
-
-    class Attack:
-        def __reduce__(self):
-            return Path.touch, (sentinel,)
-
-    for zipped in (True, False):
-        torch.save({"state_dict": ldm, "attack": Attack()}, tmp_path / "a.ckpt", _use_new_zipfile_serialization=zipped)
-        assert read_autoencoder(tmp_path / "a.ckpt").state
-        torch.save(Attack(), tmp_path / "b.ckpt", _use_new_zipfile_serialization=zipped)
-        with pytest.raises(WeightsError, match="without tensors by name"):
-            read_autoencoder(tmp_path / "b.ckpt")
-    assert not sentinel.exists()
-
-
-def test_a_view_larger_than_its_file_is_refused_before_it_exists(tmp_path):
-    bomb = torch.zeros(1).expand(10**11)
-    torch.save({"decoder.conv_in.weight": bomb}, tmp_path / "bomb.pt")
-    assert (tmp_path / "bomb.pt").stat().st_size < 10_000
-    with pytest.raises(WeightsError, match="claims 100000000000 values where the file has 1"):
-        read_autoencoder(tmp_path / "bomb.pt")

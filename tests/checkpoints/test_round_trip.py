@@ -1,5 +1,6 @@
 """Out and back again without the loss of a bit, for any network; and diffusers as the authority on the single file."""
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -9,9 +10,11 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as Authority
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from tests.presets import PRESETS, preset
 from vae.checkpoints import Notes, load_autoencoder, read_autoencoder, save_autoencoder
+from vae.checkpoints.ldm import to_ldm
 from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
 
 GROUPS = 4
@@ -52,6 +55,36 @@ def test_any_network_survives_both_layouts_bit_for_bit(config: AutoencoderConfig
             assert found.config == config
             assert found.notes == notes
             _assert_same(found.state, dict(model.state_dict()))
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> AutoencoderConfig:
+    """Such as nothing states: in groups of 32, with quant convolutions where SD's four channels are."""
+    levels, latent = draw(st.integers(1, 4)), draw(st.sampled_from([3, 4, 8, 16]))
+    has_quant = latent == 4 or draw(st.booleans())
+    return AutoencoderConfig(
+        in_channels=3,
+        latent_channels=latent,
+        block_out_channels=[32 * draw(st.integers(1, 2)) for _ in range(levels)],
+        layers_per_block=draw(st.integers(1, 3)),
+        use_quant_conv=has_quant,
+        use_post_quant_conv=has_quant,
+        mid_block_add_attention=draw(st.booleans()),
+        attention_levels=sorted(draw(st.sets(st.integers(0, levels - 1), max_size=1))),
+    )
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(config=networks(), layout=st.sampled_from(["ldm", "diffusers"]))
+def test_any_networks_architecture_is_read_from_its_tensors(config: AutoencoderConfig, layout: str) -> None:
+    state = dict(AutoencoderKL(config).state_dict())
+    named = to_ldm(state, config) if layout == "ldm" else state
+    with TemporaryDirectory() as folder:
+        save_file({name: tensor.clone() for name, tensor in named.items()}, Path(folder) / "m.safetensors")
+        found = read_autoencoder(Path(folder) / "m.safetensors")
+    assert found.layout == layout or not config.mid_block_add_attention
+    assert replace(found.config, scaling_factor=1.0, shift_factor=None) == replace(config, scaling_factor=1.0)
+    _assert_same(found.state, state)
 
 
 @pytest.mark.parametrize("name", PRESETS)

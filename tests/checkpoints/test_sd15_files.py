@@ -126,8 +126,13 @@ CASES = {
     "queries and values swapped": Case(_swapped),
     "key bias zeroed": Case(_zero_key_bias),
     "up blocks not reversed": Case(_not_reversed, refused=r"is \(.*\), expected|keys missing \(first \["),
-    "quant convolutions dropped": Case(_without("quant_conv"), refused="or a file that lost them; say which"),
-    "decoder only": Case(_half("decoder"), refused=r"encoder.*missing\); is it one half of one"),
+    "quant convolutions dropped": Case(
+        _without("quant_conv"),
+        refused=r"4 keys missing \(first \['quant_conv.weight'.* or a file that lost them; say which",
+    ),
+    "decoder only": Case(
+        _half("decoder"), refused=r"encoder.* is missing beside its 136 tensors \(first \[.*is it one half of one"
+    ),
     "encoder only": Case(_half("encoder"), refused="an encoder alone"),
     "one bias missing": Case(_without(MISSING_BIAS), refused=r"1 keys missing \(first \['decoder.mid_block.resnets.0"),
 }

@@ -75,7 +75,7 @@ SINGLE: dict[str, tuple[Callable[[State], State], str]] = {
     ),
     "a decoder alone": (
         lambda s: {name: tensor for name, tensor in s.items() if name.startswith("decoder.")},
-        "not a complete autoencoder .* missing.; is it one half of one",
+        "not a complete autoencoder, .* is missing .*; is it one half of one",
     ),
     "integer weights": (
         lambda s: {name: (100 * tensor).to(torch.int8) for name, tensor in s.items()},

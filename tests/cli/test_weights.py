@@ -21,7 +21,7 @@ def test_inspect_says_what_a_model_is(call, capsys, model):
     assert "scaling_factor  0.18215" in printed.out
     assert "finite  yes" in printed.out
     assert "stored as  float32" in printed.out
-    assert "warning: only diffusers can load it" in printed.err
+    assert "warning: only diffusers and kohya sd-scripts (folder) can load it" in printed.err
 
 
 def test_inspect_finds_a_network_that_is_not_safe_in_float16(call, capsys, tmp_path, perturbed, tiny):
@@ -85,6 +85,9 @@ def test_export_publishes_a_checkpoint_as_the_run_does_at_its_end(call, tiny_run
         path.unlink()
     assert call("export", run) == 0
     assert {path.relative_to(export): path.read_bytes() for path in export.rglob("*") if path.is_file()} == expected
+    (run / "checkpoints" / "last.ckpt").unlink()
+    (run / "checkpoints" / "step_0000008.ckpt").rename(run / "checkpoints" / "last.ckpt")  # as a copy without links is
+    assert call("export", run) == 0
     assert call("export", run, "--step", 4, "--live") == 0
     state = torch.load(run / "checkpoints" / "step_0000004.ckpt", weights_only=True)["state_dict"]
     live = read_autoencoder(run / "exports" / "live_step_0000004" / "diffusers")
@@ -132,6 +135,11 @@ def test_an_ambiguous_file_converts_with_a_stated_architecture(call, capsys, tmp
         (("convert", "MODEL", "x", "--dtype", "int8"), "--dtype int8, expected one of"),
         (("convert", "MODEL", "x.ckpt"), "x.ckpt: name it NAME.vae.safetensors for one file"),
         (("export", "MODEL"), "last.ckpt: no such checkpoint, expected a run's directory"),
+        (("bake", "MODEL", "nowhere.safetensors", "x.safetensors"), "nowhere.safetensors: no such file"),
+        (("bake", "MODEL", "MODEL", "x.safetensors"), "model: a folder, not a file"),
+        (("convert", "MODEL", "MODEL/config.json/x.safetensors"), "x.safetensors: cannot be written"),
+        (("convert", "MODEL", "out", "--images", "nowhere"), "--images nowhere, expected --fp16-safe or --base"),
+        (("convert", "MODEL", "out", "--family", "sdxl"), "--family sdxl, expected one of []"),
         (("bake", "MODEL", "MODEL/diffusion_pytorch_model.safetensors", "x.safetensors"), "an autoencoder by itself"),
         (("extract", "/nowhere.safetensors", "x"), "'/nowhere.safetensors': no such file or folder"),
     ],

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vae.audit.activations import peaks_of, rounding
+from vae.latents import unscale_latents
 from vae.models.autoencoder import AutoencoderKL
 
 FLOAT16_MAX = 65504.0
@@ -112,7 +113,7 @@ def _extremes(like: Tensor) -> list[Tensor]:
 def _prior(model: AutoencoderKL, like: Tensor) -> Tensor:
     """Raw latents whose scaled form is N(0, PRIOR_SPREAD^2)."""
     noise = torch.randn(like[:1].shape, generator=torch.Generator().manual_seed(0)).to(like)
-    return PRIOR_SPREAD * noise / model.config.scaling_factor + (model.config.shift_factor or 0.0)
+    return unscale_latents(PRIOR_SPREAD * noise, model.config)
 
 
 def _psnr(images: Sequence[Tensor], exact: Sequence[Tensor]) -> float:

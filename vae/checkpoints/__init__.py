@@ -3,6 +3,7 @@
 import json
 import warnings
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,12 +11,12 @@ import torch
 
 from vae.checkpoints.detect import find_autoencoder
 from vae.checkpoints.diffusers import CONFIG_FILE, WEIGHTS_FILE, to_diffusers_config
-from vae.checkpoints.files import read_source
+from vae.checkpoints.files import PREFERRED, read_source
 from vae.checkpoints.found import Found, check_complete, check_finite
 from vae.checkpoints.ldm import to_ldm
-from vae.checkpoints.metadata import Notes, to_metadata
+from vae.checkpoints.metadata import ASSUMED, Notes, read_json, to_metadata
 from vae.checkpoints.safe import State, WeightsError, replacing
-from vae.checkpoints.writing import Piece, write_pieces, write_safetensors
+from vae.checkpoints.writing import pieces_of, write_pieces, write_safetensors
 from vae.errors import InputError
 from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
 
@@ -34,7 +35,6 @@ FORMATS = ("diffusers", "ldm")
 SINGLE_FILE = ".safetensors"
 OTHER_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".sft", ".gguf")  # files that are never written
 HALF_FILE = WEIGHTS_FILE.replace(".safetensors", ".fp16.safetensors")
-FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
 def save_autoencoder(
@@ -64,11 +64,12 @@ def save_found(found: Found, path: Path, dtype: torch.dtype | None = None) -> st
     `NAME.safetensors` is one LDM file, all else a diffusers folder. Without a `dtype` every tensor keeps its own.
     """
     if path.suffix in OTHER_SUFFIXES:
-        raise InputError(
-            f"{path}: name it NAME.vae{SINGLE_FILE} for one file, or without suffix for a diffusers folder"
-        )
+        raise InputError(f"{path}: name it NAME.vae{SINGLE_FILE} for one file, or without suffix for a folder")
+    if found.others and path.exists() and path.resolve() in (found.file.resolve(), found.file.resolve().parent):
+        raise InputError(f"{path}: holds {found.others} tensors beside the autoencoder, which would be lost")
     format = "ldm" if path.suffix == SINGLE_FILE else "diffusers"
-    _write(path, format, _Export(found.state, found.config, found.notes), dtype)
+    notes = found.notes if found.scale_is_known else replace(found.notes, latents=found.notes.latents | ASSUMED)
+    _write(path, format, _Export(found.state, found.config, notes), dtype)
     return format
 
 
@@ -111,7 +112,7 @@ class _Export(NamedTuple):
 
 def _write(path: Path, format: str, export: _Export, dtype: torch.dtype | None) -> None:
     if format == "ldm":
-        pieces = _pieces(path, to_ldm(export.state, export.config), dtype)
+        pieces = pieces_of(path, to_ldm(export.state, export.config), dtype)
         write_safetensors(path, pieces, to_metadata(export.config, export.notes))
     else:
         _write_folder(path, export, dtype)
@@ -119,25 +120,29 @@ def _write(path: Path, format: str, export: _Export, dtype: torch.dtype | None) 
 
 def _write_folder(folder: Path, export: _Export, dtype: torch.dtype | None) -> None:
     """All files are written before the first takes its name, and the configuration takes its own last."""
+    _check_folder(folder)
     state, metadata = export.state, to_metadata(export.config, export.notes)
+    plain, half = folder / WEIGHTS_FILE, folder / HALF_FILE
+    try:
+        in_half = pieces_of(half, state, torch.float16)
+    except WeightsError as error:
+        in_half = None
+        warnings.warn(f"no float16 variant: {error}", stacklevel=4)
     with ExitStack() as files:
         described = files.enter_context(replacing(folder / CONFIG_FILE))
-        plain = files.enter_context(replacing(folder / WEIGHTS_FILE))
-        write_pieces(plain, _pieces(folder / WEIGHTS_FILE, state, dtype), metadata, folder / WEIGHTS_FILE)
-        try:
-            half = _pieces(folder / HALF_FILE, state, torch.float16)
-        except WeightsError as error:
-            (folder / HALF_FILE).unlink(missing_ok=True)
-            warnings.warn(f"no float16 variant: {error}", stacklevel=4)
-        else:
-            partial = files.enter_context(replacing(folder / HALF_FILE))
-            write_pieces(partial, half, metadata, folder / HALF_FILE)
+        for path, pieces in ((plain, pieces_of(plain, state, dtype)), (half, in_half)):
+            if pieces is not None:
+                write_pieces(files.enter_context(replacing(path)), pieces, metadata, path)
         described.write_text(json.dumps(to_diffusers_config(export.config), indent=2) + "\n", encoding="utf-8")
+    if in_half is None:
+        half.unlink(missing_ok=True)
 
 
-def _pieces(path: Path, state: State, dtype: torch.dtype | None) -> dict[str, Piece]:
-    if dtype is torch.float16:
-        for name, tensor in state.items():
-            if tensor.numel() and tensor.abs().max() > FLOAT16_MAX:
-                raise WeightsError(f"{path}: {name} exceeds float16; write bfloat16 or float32, or use --fp16-safe")
-    return {name: Piece.of(tensor, dtype) for name, tensor in state.items()}
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder whose other contents diffusers would mix up with ours, or that is another thing's."""
+    others = [name for name in PREFERRED if name not in (WEIGHTS_FILE, HALF_FILE) and (folder / name).exists()]
+    if others:
+        raise InputError(f"{folder}: has {others[0]}, which diffusers may load instead; choose another folder")
+    described = folder / CONFIG_FILE
+    if described.exists() and read_json(described).get("_class_name") != "AutoencoderKL":
+        raise InputError(f"{folder}: its {CONFIG_FILE} is another thing's and would be lost; choose another folder")

@@ -4,10 +4,12 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from vae.checkpoints.families import FAMILIES
+from vae.checkpoints.families import FAMILIES, families_of
 from vae.checkpoints.ldm import SD_CHANNELS
 from vae.checkpoints.safe import State, WeightsError
 from vae.models.autoencoder import AutoencoderConfig
+
+QUANT_CONVS = ("quant_conv.weight", "quant_conv.bias", "post_quant_conv.weight", "post_quant_conv.bias")
 
 
 def infer_config(path: Path, state: State) -> AutoencoderConfig:
@@ -33,22 +35,29 @@ def infer_config(path: Path, state: State) -> AutoencoderConfig:
             ],
         )
     except (KeyError, IndexError) as error:
-        raise WeightsError(f"{path}: not a complete autoencoder ({error} missing); is it one half of one?") from error
+        names = sorted(state)
+        raise WeightsError(
+            f"{path}: not a complete autoencoder, {error} is missing beside its {len(names)} tensors "
+            f"(first {names[:3]}); is it one half of one?"
+        ) from error
     except ValueError as error:
         raise WeightsError(
             f"{path}: its widths do not tell the number of groups ({error}); load it with its config.json"
         ) from error
     if config.latent_channels == SD_CHANNELS and not (config.use_quant_conv and config.use_post_quant_conv):
+        missing = [name for name in QUANT_CONVS if name not in state]
         raise WeightsError(
-            f"{path}: {SD_CHANNELS} latent channels without quant_conv and post_quant_conv: a network that has none, "
-            f"or a file that lost them; say which by the architecture (config=, or a diffusers folder's config.json)"
+            f"{path}: {SD_CHANNELS} latent channels and {len(missing)} keys missing (first {missing[:3]}): a network "
+            f"that has none, or a file that lost them; say which by the architecture (--config, or config= in Python)"
         )
     return _with_family_constants(config)
 
 
 def _with_family_constants(config: AutoencoderConfig) -> AutoencoderConfig:
     """By its latent channels; SD and SDXL, or SD3 and FLUX, cannot be told apart by a standalone file."""
-    scaling, shift = FAMILIES["sd" if config.use_quant_conv else "flux"]
+    fitting = families_of(config)
+    fallback = "sd" if config.use_quant_conv else "flux"
+    scaling, shift = FAMILIES[fitting[0] if fitting == ["x4"] else fallback]
     return replace(config, scaling_factor=scaling, shift_factor=shift)
 
 

@@ -1,5 +1,6 @@
 """An autoencoder put into a full diffusion checkpoint. Every other tensor is copied byte for byte, as a stream."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from vae.checkpoints.detect import ANCHOR, family_of, prefix_of
+from vae.checkpoints.detect import ANCHOR, PREFIXES, family_of, prefix_of
 from vae.checkpoints.families import LATENT_CHANNELS
 from vae.checkpoints.files import is_pickle
 from vae.checkpoints.found import Found
@@ -15,10 +16,11 @@ from vae.checkpoints.ldm import to_ldm
 from vae.checkpoints.pickles import read_pickle
 from vae.checkpoints.safe import WeightsError
 from vae.checkpoints.tensorfile import DTYPES, read_index
-from vae.checkpoints.writing import Piece, write_safetensors
+from vae.checkpoints.writing import Piece, pieces_of, write_safetensors
 
 PREFIX_OF = {"sd": "first_stage_model.", "sdxl": "first_stage_model.", "sd3": "first_stage_model.", "flux": "vae."}
 USUAL = ("F32", "F16", "BF16")  # precisions an autoencoder is kept in; a checkpoint in 8 bits keeps it in its own
+STALE_KEYS = ("vae.", "modelspec.hash_sha256", "sshs_")  # of the metadata, untrue of the new file
 SD_OUTPUT = "model.diffusion_model.out.2.weight"  # (latent channels, ...)
 
 
@@ -44,31 +46,36 @@ def bake(found: Found, checkpoint: Path, target: Path, advance: Callable[[int], 
         raise WeightsError(f"{target}: name it NAME.safetensors; what is written is never a pickle")
     pieces, metadata = _read(checkpoint)
     prefix = _prefix(checkpoint, pieces)
-    stale = {name: piece for name, piece in pieces.items() if name.startswith(prefix)}
+    stale = {name: piece for name, piece in pieces.items() if name.startswith((prefix, *_prefixes(pieces)))}
     kept = {name: piece for name, piece in pieces.items() if name not in stale}
     _check_channels(found, checkpoint, pieces, prefix)
+    _check_network(found, checkpoint, {name.removeprefix(prefix): piece.shape for name, piece in stale.items()})
     dtype = _precision(stale or kept)
-    ours = {prefix + name: Piece.of(tensor, dtype) for name, tensor in to_ldm(found.state, found.config).items()}
+    weights = pieces_of(target, to_ldm(found.state, found.config), dtype)
+    ours = {prefix + name: piece for name, piece in weights.items()}
     write_safetensors(target, kept | ours, metadata, advance)
     return Baked(family_of(pieces), prefix, dtype, len(ours), len(stale), len(kept))
 
 
 def size_after(found: Found, checkpoint: Path) -> int:
     """About how many bytes `bake` will write, for a progress bar."""
+    is_pickle(checkpoint)  # refuses what is no file
     return checkpoint.stat().st_size + sum(tensor.numel() for tensor in found.state.values())
 
 
 def _read(checkpoint: Path) -> tuple[dict[str, Piece], dict[str, str]]:
     if is_pickle(checkpoint):
-        return {name: Piece.of(tensor) for name, tensor in read_pickle(checkpoint, copy=False).items()}, {}
+        return {name: Piece.of(tensor) for name, tensor in read_pickle(checkpoint, whole=True).items()}, {}
     index = read_index(checkpoint)
-    metadata = {key: value for key, value in index.metadata.items() if not key.startswith("vae.")}
+    metadata = {key: value for key, value in index.metadata.items() if not key.startswith(STALE_KEYS)}
     return {name: Piece.copied(index, name) for name in index.entries}, metadata
 
 
 def _prefix(checkpoint: Path, names: Iterable[str]) -> str:
     names = list(names)
     prefix, family = prefix_of(names), family_of(names)
+    if family in PREFIX_OF and PREFIX_OF[family] in _prefixes(names):
+        return PREFIX_OF[family]
     if prefix == "":
         raise WeightsError(f"{checkpoint}: an autoencoder by itself, not a full checkpoint; use vae convert")
     if prefix is None and family is None:
@@ -77,6 +84,22 @@ def _prefix(checkpoint: Path, names: Iterable[str]) -> str:
             f"where the autoencoder belongs cannot be told"
         )
     return prefix if prefix is not None else PREFIX_OF[family or ""]
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+    """Of every autoencoder inside the checkpoint, which may have several under different names."""
+    return [prefix for prefix in PREFIXES if prefix and prefix + ANCHOR in names]
+
+
+def _check_network(found: Found, checkpoint: Path, old: dict[str, tuple[int, ...]]) -> None:
+    """What is there says which network the checkpoint's programs build."""
+    ours = {name: tuple(tensor.shape) for name, tensor in to_ldm(found.state, found.config).items()}
+    differing = [name for name, shape in ours.items() if old and math.prod(old.get(name, ())) != math.prod(shape)]
+    if differing and ANCHOR in old and any(".mid.block_1." in name for name in old):
+        raise WeightsError(
+            f"{found.file}: another network than the autoencoder in {checkpoint}, {len(differing)} tensors differ "
+            f"(first {differing[:3]}); bake one of its architecture"
+        )
 
 
 def _check_channels(found: Found, checkpoint: Path, pieces: dict[str, Piece], prefix: str) -> None:

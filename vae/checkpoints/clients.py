@@ -4,33 +4,31 @@ Read off their loaders: A1111 1.10, Forge (2025-06), ComfyUI 0.3 to 0.5, SD.Next
 All but diffusers take the architecture from the diffusion model's family and the scaling factor from a constant.
 """
 
-import math
-
-from vae.checkpoints.families import FAMILIES, LATENT_CHANNELS
+from vae.checkpoints.families import FAMILIES, LATENT_CHANNELS, SD_WIDTHS, X4_WIDTHS, families_of, has_scale_of
+from vae.checkpoints.found import Found
 from vae.models.autoencoder import AutoencoderConfig
 
-SD_WIDTHS = [128, 256, 512, 512]
-X4_WIDTHS = [128, 256, 512]
-WEB_UIS = ["A1111", "Forge", "SD.Next", "kohya sd-scripts"]
-SAME_SCALE = 0.01  # relative; what a few per cent do to an image is not seen
+ANY_NETWORK = ["diffusers", "kohya sd-scripts (folder)"]
+WEB_UIS = ["Forge", "SD.Next", "kohya sd-scripts"]
 
 
 def clients_of(config: AutoencoderConfig) -> list[str]:
     """The programs that load such a network."""
-    clients = ["diffusers"]
-    if not oddities(config):
-        wide, latent = config.block_out_channels, config.latent_channels
-        if latent not in (32, 64):
-            clients.append("ComfyUI")
-        if wide == SD_WIDTHS and latent in LATENT_CHANNELS.values():
-            clients += WEB_UIS
-        elif wide == X4_WIDTHS and latent == LATENT_CHANNELS["sd"]:
-            clients.append("Forge")
-    return clients
+    if oddities(config):
+        return ANY_NETWORK
+    clients, latent, widths = ["diffusers"], config.latent_channels, config.block_out_channels
+    if latent not in (32, 64):
+        clients.append("ComfyUI")
+    is_sd = latent == LATENT_CHANNELS["sd"]
+    is_sd3_or_flux = latent == LATENT_CHANNELS["flux"] and not (config.use_quant_conv or config.use_post_quant_conv)
+    if widths == SD_WIDTHS and (is_sd or is_sd3_or_flux):
+        knows_family = is_sd or has_scale_of("sd3", config)
+        return clients + WEB_UIS + (["A1111"] if knows_family else [])
+    return clients + (["Forge"] if widths == X4_WIDTHS and is_sd else []) + ANY_NETWORK[1:]
 
 
 def oddities(config: AutoencoderConfig) -> list[str]:
-    """What no client but diffusers has."""
+    """What no web UI has."""
     found = {
         f"widths {config.block_out_channels}": config.block_out_channels not in (SD_WIDTHS, X4_WIDTHS),
         f"{config.layers_per_block} layers per block": config.layers_per_block != 2,
@@ -42,8 +40,19 @@ def oddities(config: AutoencoderConfig) -> list[str]:
     return [oddity for oddity, is_there in found.items() if is_there]
 
 
+def warnings_of(found: Found, family: str | None = None) -> list[str]:
+    """What somebody who hands `found` over must know, to a diffusion model of `family` if that is known."""
+    if found.scale_is_known:
+        return warnings_about(found.config, family)
+    fitting, lines = families_of(found.config), _about_clients(found.config)
+    if len(fitting) > 1 and family is None and not oddities(found.config):
+        guess = f"scaling_factor {found.config.scaling_factor:g} is assumed; --family says which"
+        lines.append(f"the file does not tell whether it is of {' or '.join(fitting)}: {guess}")
+    return lines
+
+
 def warnings_about(config: AutoencoderConfig, family: str | None = None) -> list[str]:
-    """What somebody who hands this autoencoder over must know, to a diffusion model of `family` if that is known."""
+    """`warnings_of`, where the scaling factor is known."""
     return [*_about_clients(config), *_about_scale(config, family)]
 
 
@@ -59,20 +68,16 @@ def _about_clients(config: AutoencoderConfig) -> list[str]:
 
 
 def _about_scale(config: AutoencoderConfig, family: str | None) -> list[str]:
-    fitting = [name for name, channels in LATENT_CHANNELS.items() if channels == config.latent_channels]
-    families = fitting if family is None else [family]
-    if not families or set(clients_of(config)) == {"diffusers"}:
+    families = families_of(config) if family is None else [family]
+    if not families or oddities(config):
         return []
-    if not any(is_scale_of(name, config) for name in families):
+    lines = []
+    if not any(has_scale_of(name, config) for name in families):
         constants = " or ".join(f"{FAMILIES[name][0]} ({name})" for name in families)
-        return [
-            f"scaling_factor {config.scaling_factor:.5g} is no family's: web UIs and ComfyUI will use {constants}, so "
-            f"with their diffusion models images come out washed out or too harsh; for them keep the base's latents"
-        ]
-    if config.shift_factor is None and fitting == ["sd3", "flux"]:
-        return ["SD3 and FLUX pipelines need a shift_factor, and there is none; vae measure --write finds one"]
-    return []
-
-
-def is_scale_of(family: str, config: AutoencoderConfig) -> bool:
-    return math.isclose(config.scaling_factor, FAMILIES[family][0], rel_tol=SAME_SCALE)
+        lines.append(
+            f"web UIs and ComfyUI will use {constants}, not scaling_factor {config.scaling_factor:.5g}: with their "
+            f"diffusion models images come out washed out or too harsh; for them keep the base's latents"
+        )
+    if config.shift_factor is None and "flux" in families:
+        lines.append("SD3 and FLUX pipelines need a shift_factor, and there is none; vae measure --write finds one")
+    return lines

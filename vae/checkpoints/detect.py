@@ -17,6 +17,7 @@ PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 ANCHOR = "decoder.conv_in.weight"
 SHADOW = "model_ema."  # LDM's averaged weights, whose names have lost their dots
 SHADOW_COUNTERS = ("decay", "num_updates")
+PLAYGROUND, PLAYGROUND_SCALE = ("edm_mean", "edm_std"), 0.5  # Playground v2.5's latents, per channel
 TRAINING_ONLY = ("loss.", SHADOW, "colorize")
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.17
 LDM_WORDS = (  # of its names; longer ones first, where one begins another
@@ -35,16 +36,20 @@ def find_autoencoder(source: Source, config: AutoencoderConfig | None, *, ema: b
     stated = config is not None
     family = family_of(source.state)
     live, shadow = _autoencoder_tensors(path, source.state)
-    ema = ema or not live
+    ema = ema or ANCHOR not in live
     ours = _averaged(path, live, shadow) if ema else live
+    others = len(source.state) - len(ours)
     layout = "diffusers" if any(".mid_block." in name for name in ours) else "ldm"
     if config is None:
         config = infer_config(path, ours)
         if family is not None:
             scaling, shift = FAMILIES[family]
             config = replace(config, scaling_factor=scaling, shift_factor=shift)
+        if set(PLAYGROUND) <= source.state.keys():
+            mean, std = (source.state[name].flatten().tolist() for name in PLAYGROUND)
+            config = replace(config, scaling_factor=PLAYGROUND_SCALE, latents_mean=mean, latents_std=std)
     ours = from_ldm(ours, config) if layout == "ldm" else _modern_attention(ours)
-    return Found(path, ours, config, layout, "EMA" if ema else "live", family, stated, source.notes)
+    return Found(path, ours, config, layout, "EMA" if ema else "live", family, stated, others, source.notes)
 
 
 def family_of(names: Iterable[str]) -> str | None:
@@ -54,11 +59,11 @@ def family_of(names: Iterable[str]) -> str | None:
 
 
 def autoencoder_names(names: Iterable[str]) -> set[str]:
-    """Those of the tensors in a file that belong to its autoencoder; in a file of its own, averaged weights too."""
+    """Those of the tensors in a file that belong to its autoencoder, averaged weights too."""
     names = list(names)
     prefix = prefix_of(names) or ""
-    starts = [prefix + part for part in PARTS] + ([] if prefix else [SHADOW])
-    return {name for name in names if name.startswith(tuple(starts))}
+    starts = tuple(prefix + part for part in (*PARTS, SHADOW))
+    return {name for name in names if name.startswith(starts) or name in PLAYGROUND}
 
 
 def prefix_of(names: Iterable[str]) -> str | None:
@@ -84,7 +89,10 @@ def _autoencoder_tensors(path: Path, state: State) -> tuple[State, State]:
 
 def _averaged(path: Path, live: State, shadow: State) -> State:
     """The averaged weights under LDM's names: those of the live ones, or spelt out where there are none."""
-    names = {name.replace(".", ""): name for name in live} or {name: _with_dots(path, name) for name in shadow}
+    if ANCHOR in live:
+        names = {name.replace(".", ""): name for name in live if name.startswith(PARTS)}
+    else:
+        names = {name: _with_dots(path, name) for name in shadow}
     missing = [name for dotless, name in names.items() if dotless not in shadow]
     if missing:
         raise WeightsError(f"{path}: {len(missing)} averaged weights missing (first {missing[:3]}); load the live ones")

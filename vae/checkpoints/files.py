@@ -27,10 +27,13 @@ PIPELINE_PART = "vae"  # where a whole diffusion pipeline keeps its autoencoder
 def read_source(path: Path) -> Source:
     if not path.is_dir():
         state, metadata = read_file(path)
-        return Source(path, state, config_in(path, metadata), read_notes(path, metadata))
+        beside = path.parent / CONFIG_FILE
+        in_folder = path.name in PREFERRED and beside.is_file()
+        config = read_config(beside) if in_folder else config_in(path, metadata)
+        return Source(path, state, config, read_notes(path, metadata))
     if not (path / CONFIG_FILE).is_file() and (path / PIPELINE_PART / CONFIG_FILE).is_file():
         path = path / PIPELINE_PART
-    config = read_config(path / CONFIG_FILE)
+    config = read_config(path / CONFIG_FILE) if (path / CONFIG_FILE).is_file() else None
     file = next((path / name for name in PREFERRED if (path / name).is_file()), None)
     if file is None:
         raise WeightsError(f"{path / WEIGHTS_FILE}: no such file, nor {', '.join(PREFERRED[1:])}; fetch it again")
@@ -43,7 +46,7 @@ def read_source(path: Path) -> Source:
 def is_pickle(path: Path) -> bool:
     """By its first bytes: PyTorch's pickle, and not safetensors, which is 8 bytes of length and then JSON."""
     if not path.is_file():
-        raise WeightsError(f"{path}: no such file")
+        raise WeightsError(f"{path}: {'a folder, not a' if path.is_dir() else 'no such'} file")
     with path.open("rb") as file:
         start = file.read(9)
     return start[8:] != b"{" and start.startswith((b"PK", b"\x80"))

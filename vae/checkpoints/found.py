@@ -1,12 +1,13 @@
 """What was read from a path, and the autoencoder that was found in it."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from vae.checkpoints.metadata import Notes
+from vae.checkpoints.families import FAMILIES
+from vae.checkpoints.metadata import ASSUMED, Notes
 from vae.checkpoints.safe import State, WeightsError
 from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
 
@@ -32,7 +33,20 @@ class Found:
     weights: str  # "live" or "EMA"
     family: str | None  # of the diffusion model beside it; None where the file has none
     stated: bool  # whether the configuration came from a file, and not from the tensors
+    others: int  # tensors in the file beside these
     notes: Notes
+
+    @property
+    def scale_is_known(self) -> bool:
+        """A standalone file of somebody else's does not tell SD from SDXL, or SD3 from FLUX."""
+        return (self.stated or self.family is not None) and not self.notes.latents.keys() & ASSUMED.keys()
+
+    def of_family(self, family: str) -> "Found":
+        """The same with the constants of `family`, which somebody who knows has named."""
+        scaling, shift = FAMILIES[family]
+        notes = replace(self.notes, latents={k: v for k, v in self.notes.latents.items() if k not in ASSUMED})
+        config = replace(self.config, scaling_factor=scaling, shift_factor=shift)
+        return replace(self, config=config, stated=True, notes=notes)
 
     @property
     def dtype(self) -> torch.dtype:

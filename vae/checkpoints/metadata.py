@@ -14,6 +14,7 @@ from vae.models.autoencoder import AutoencoderConfig
 
 FORMAT_VERSION = 1
 CONFIG_KEY = "vae.config"
+ASSUMED = {"assumed": "scaling_factor and shift_factor, since the file they came from does not tell its family"}
 MAX_JSON = 1_000_000  # bytes of a configuration
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vae.checkpoints.safe import State, WeightsError
-from vae.checkpoints.unpickling import View, unpickle
+from vae.checkpoints.unpickling import Pickle, View, unpickle
 
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file that torch wrote before 1.6
@@ -33,18 +33,20 @@ class Data:
     crc: int | None = None
 
 
-def read_pickle(path: Path, wanted: Callable[[Iterable[str]], set[str]] = set, *, copy: bool = True) -> State:
+def read_pickle(path: Path, wanted: Callable[[Iterable[str]], set[str]] = set, *, whole: bool = False) -> State:
     """Tensors of a PyTorch file by name, out of nested `state_dict`s; other contents are passed over.
 
-    Those not among `wanted(names)` stay on "meta". Without `copy` they are views of the file, which must then stay as
-    it is: for those who go through all of a large one.
+    Those not among `wanted(names)` stay on "meta". `whole` is for those who go through all of a large file: tensors are
+    views of it, so it must stay as it is, and kinds that cannot be read are refused and not passed over.
     """
     try:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             is_zip = mapped[: len(ZIP_MAGIC)] == ZIP_MAGIC
-            tree, storages = _read_zip(path, mapped) if is_zip else _read_legacy(path, file, mapped)
-        views = _tensors(tree)
+            pickled, storages = _read_zip(path, mapped) if is_zip else _read_legacy(path, file, mapped)
+        if whole and pickled.unread:
+            raise WeightsError(f"{path}: tensors of a kind that is not read from pickles; save it as safetensors first")
+        views = _tensors(path, pickled.tree)
     except WeightsError:
         raise
     except Exception as error:  # a damaged pickle can fail in any way; none of them has run anything
@@ -57,14 +59,14 @@ def read_pickle(path: Path, wanted: Callable[[Iterable[str]], set[str]] = set, *
     if sum(views[name].storage.dtype.itemsize * math.prod(views[name].size) for name in chosen) > len(mapped):
         raise WeightsError(f"{path}: its tensors share their data and are more than the file has; it is damaged")
     return {
-        name: _read(path, name, view, storages[view.storage.key], copy=copy)
+        name: _read(path, name, view, storages[view.storage.key], copy=not whole)
         if name in chosen
         else torch.empty(view.size, dtype=view.storage.dtype, device="meta")
         for name, view in views.items()
     }
 
 
-def _read_zip(path: Path, mapped: mmap.mmap) -> tuple[object, dict[str, Data]]:
+def _read_zip(path: Path, mapped: mmap.mmap) -> tuple[Pickle, dict[str, Data]]:
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         if sum(member.file_size for member in members) > len(mapped):
@@ -80,7 +82,7 @@ def _read_zip(path: Path, mapped: mmap.mmap) -> tuple[object, dict[str, Data]]:
             if member.filename.startswith(folder)
         }
         with archive.open(description) as stream:
-            return unpickle(stream)[0], storages
+            return unpickle(stream), storages
 
 
 def _bytes_of(member: zipfile.ZipInfo, mapped: mmap.mmap) -> memoryview:
@@ -91,13 +93,13 @@ def _bytes_of(member: zipfile.ZipInfo, mapped: mmap.mmap) -> memoryview:
     return memoryview(mapped)[start : start + member.file_size]
 
 
-def _read_legacy(path: Path, file: IO[bytes], mapped: mmap.mmap) -> tuple[object, dict[str, Data]]:
-    if unpickle(file)[0] != LEGACY_MAGIC:
+def _read_legacy(path: Path, file: IO[bytes], mapped: mmap.mmap) -> tuple[Pickle, dict[str, Data]]:
+    if unpickle(file).tree != LEGACY_MAGIC:
         raise WeightsError(f"{path}: neither safetensors nor a file of torch.save; fetch it again or convert it")
     for _ in range(2):  # protocol, system
         unpickle(file)
-    tree, spoken_of = unpickle(file)
-    keys, _ = unpickle(file)
+    pickled = unpickle(file)
+    spoken_of, keys = pickled.storages, unpickle(file).tree
     storages: dict[str, Data] = {}
     position = file.tell()
     for key in keys if isinstance(keys, list) else []:
@@ -108,20 +110,31 @@ def _read_legacy(path: Path, file: IO[bytes], mapped: mmap.mmap) -> tuple[object
         length = count * spoken_of[key].dtype.itemsize
         storages[key] = Data(memoryview(mapped)[position : position + length])
         position += length
-    return tree, storages
+    return pickled, storages
 
 
-def _tensors(tree: object) -> dict[str, View]:
+def _tensors(path: Path, tree: object) -> dict[str, View]:
     """The tensors of the dictionary that has most of them, at most `DEPTH` levels down; none is looked at twice."""
-    level, seen, most = [tree], set(), dict[str, View]()
+    level: list[tuple[str, object]] = [("", tree)]
+    seen: set[int] = set()
+    sets: list[tuple[str, dict[str, View]]] = []
     for _ in range(DEPTH):
-        dictionaries = {id(item): item for item in level if isinstance(item, dict) and id(item) not in seen}
+        dictionaries = {id(item): (key, item) for key, item in level if isinstance(item, dict) and id(item) not in seen}
         seen |= dictionaries.keys()
-        for item in dictionaries.values():
-            here = {name: value for name, value in item.items() if isinstance(name, str) and isinstance(value, View)}
-            most = max(most, here, key=len)
-        level = [value for item in dictionaries.values() for value in item.values()]
-    return most
+        for key, item in dictionaries.values():
+            sets.append((key, {n: v for n, v in item.items() if isinstance(n, str) and isinstance(v, View)}))
+        level = [
+            (str(key)[:40], value)
+            for _, item in dictionaries.values()
+            for key, value in item.items()
+            if isinstance(key, str)
+        ]
+    most = max((len(views) for _, views in sets), default=0)
+    largest = [(key, views) for key, views in sets if len(views) == most]
+    if most and len(largest) > 1:
+        keys = [key for key, _ in largest][:3]
+        raise WeightsError(f"{path}: {len(largest)} sets of weights of one size ({keys}); save the one you want alone")
+    return largest[0][1] if largest else {}
 
 
 def _check_view(path: Path, name: str, view: View, storages: dict[str, Data]) -> None:

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from vae.checkpoints.clients import clients_of, is_scale_of
-from vae.checkpoints.families import LATENT_CHANNELS
+from vae.checkpoints.clients import clients_of, oddities
+from vae.checkpoints.families import families_of, has_scale_of
 from vae.checkpoints.found import Found
 
 HALF = torch.finfo(torch.float16)
-FAMILY_NAMES = {"sd": "SD 1.x/2.x", "sdxl": "SDXL", "sd3": "SD3", "flux": "FLUX.1"}
+FAMILY_NAMES = {"sd": "SD 1.x/2.x", "sdxl": "SDXL", "x4": "the x4 upscaler", "sd3": "SD3", "flux": "FLUX.1"}
 
 
 def title_of(found: Found) -> str:
@@ -28,7 +28,7 @@ def facts_of(found: Found) -> dict[str, Any]:
         "stored as": ", ".join(f"{dtype} ({count} tensors)" for dtype, count in dtypes.items()),
         "parameters": f"{parameters:,} in {tensors} tensors",
         "loads in": ", ".join(clients_of(found.config)),
-        "architecture": "stated by its configuration" if found.stated else "read from the tensors",
+        "architecture": "stated by its configuration" if found.stated else "read from the tensors, in groups of 32",
     }
 
 
@@ -43,10 +43,10 @@ def family_words(found: Found) -> str:
     if found.family is not None:
         return f"of the {FAMILY_NAMES[found.family]} checkpoint it is in"
     config = found.config
-    fitting = [name for name, channels in LATENT_CHANNELS.items() if channels == config.latent_channels]
-    scaled = [name for name in fitting if found.stated and is_scale_of(name, config)]
+    fitting = families_of(config)
+    scaled = [name for name in fitting if found.stated and has_scale_of(name, config)]
     names = [FAMILY_NAMES[name] for name in scaled or fitting]
-    if not names or "A1111" not in clients_of(config):
+    if not names or oddities(config):
         return "of no known family"
     return f"of the family of {' or '.join(names)}" + ("" if scaled else " by its shape")
 

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -31,17 +31,21 @@ def replacing(path: Path) -> Iterator[Path]:
 
     What a killed process left half-written for `path` is removed first.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _forget_the_dead(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _forget_the_dead(path)
         yield partial
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
         _sync_folder(path.parent)
+    except OSError as error:
+        reason = f"{error.strerror or error}"
+        raise WeightsError(f"{path}: cannot be written ({reason}); what was there before is as it was") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -44,10 +44,19 @@ class View:
     stride: tuple[int, ...]
 
 
-def unpickle(file: IO[bytes]) -> tuple[object, dict[str, Storage]]:
-    """(the object, the storages it speaks of) of the pickle that `file` stands at."""
+@dataclass(frozen=True)
+class Pickle:
+    """An object, the storages it speaks of, and kinds of tensors in it that could not be read."""
+
+    tree: object
+    storages: dict[str, Storage]
+    unread: set[str]
+
+
+def unpickle(file: IO[bytes]) -> Pickle:
+    """Of the pickle that `file` stands at."""
     reader = _TensorsOnly(file)
-    return reader.load(), reader.storages
+    return Pickle(reader.load(), reader.storages, reader.unread)
 
 
 class _Inert:
@@ -77,12 +86,13 @@ _Unpickler: Any = pickle._Unpickler  # whose insides have no types
 class _TensorsOnly(_Unpickler):
     """The unpickler written in Python: its memo is a dictionary, where the one in C makes room for any slot named.
 
-    `storages` collects every storage that was spoken of, by its key.
+    `storages` collects every storage that was spoken of, by its key; `unread` functions that make other tensors.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file)
         self.storages: dict[str, Storage] = {}
+        self.unread: set[str] = set()
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         if (module_name, global_name) == ("collections", "OrderedDict"):
@@ -93,6 +103,8 @@ class _TensorsOnly(_Unpickler):
             return _rebuild_parameter
         if module_name in ("torch", "torch.storage") and global_name in STORAGES:
             return STORAGES[global_name]
+        if module_name == "torch._utils" and global_name.startswith("_rebuild"):
+            self.unread.add(global_name)
         return _Inert
 
     def persistent_load(self, pid: Any) -> object:

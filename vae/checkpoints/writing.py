@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vae.checkpoints.safe import WeightsError, check_space, replacing
+from vae.checkpoints.safe import State, WeightsError, check_space, replacing
 from vae.checkpoints.tensorfile import DTYPES, Index
 
 ALIGNMENT = 8
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,15 @@ class Piece:
         return cls(entry.dtype, entry.shape, entry.size, lambda: index.chunks(name))
 
 
+def pieces_of(path: Path, state: State, dtype: torch.dtype | None) -> dict[str, Piece]:
+    """`state` cast to `dtype`, or as it is; refused where float16 cannot hold it. Errors name `path`, the target."""
+    if dtype is torch.float16:
+        for name, tensor in state.items():
+            if tensor.numel() and tensor.float().abs().max() > FLOAT16_MAX:
+                raise WeightsError(f"{path}: {name} exceeds float16; write bfloat16 or float32, or use --fp16-safe")
+    return {name: Piece.of(tensor, dtype) for name, tensor in state.items()}
+
+
 def write_safetensors(
     path: Path, pieces: Mapping[str, Piece], metadata: Mapping[str, str], advance: Callable[[int], object] = int
 ) -> None:
@@ -68,11 +78,8 @@ def write_pieces(
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % ALIGNMENT)
     check_space(path.parent, end + len(head), path)
-    try:
-        with partial.open("wb") as file:
-            file.write(len(head).to_bytes(8, "little") + head)
-            for piece in ordered.values():
-                for chunk in piece.chunks():
-                    advance(file.write(chunk))
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be written ({error}); what was there before is as it was") from error
+    with partial.open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for piece in ordered.values():
+            for chunk in piece.chunks():
+                advance(file.write(chunk))

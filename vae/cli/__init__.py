@@ -1,10 +1,12 @@
 """The `vae` command: what people do with an autoencoder once it is trained."""
 
 import sys
+import warnings
 
 import typer
 
 from vae.cli import images, weights
+from vae.cli.common import warn
 from vae.errors import InputError
 
 app = typer.Typer(
@@ -31,7 +33,9 @@ for command in (
 def main() -> None:
     """The console entry point: refused input is one line on stderr and status 2."""
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: warn(str(message))
+            app()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -24,7 +24,8 @@ Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16")]
 Ema = Annotated[bool, typer.Option("--ema", help="take a training checkpoint's averaged weights")]
 Config = Annotated[Path | None, typer.Option(help="a config.json of diffusers that states the architecture")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
-Resolution = Annotated[int, typer.Option(help="side in pixels of the square that is cut from each image")]
+Family = Annotated[str | None, typer.Option(help="sd, sdxl, x4, sd3 or flux, where the file does not tell")]
+Resolution = Annotated[int, typer.Option(min=1, help="side in pixels of the square that is cut from each image")]
 Base = Annotated[Path | None, typer.Option(help="the autoencoder whose latents must be kept: say how far they moved")]
 
 PHOTOS = "photos"  # instead of a folder: the embedded photographs
@@ -56,14 +57,22 @@ def dtype_named(name: str | None) -> "torch.dtype | None":
     return None if name is None else dtypes[name]
 
 
-def read(model: Path, config: Path | None = None, *, ema: bool = False, finite: bool = True) -> "Found":
-    """The weights that `model` means."""
+def read(
+    model: Path, config: Path | None = None, family: str | None = None, *, ema: bool = False, finite: bool = True
+) -> "Found":
+    """The weights that `model` means; `family` states the scaling factor."""
     from vae.checkpoints import read_autoencoder
     from vae.checkpoints.diffusers import read_config
+    from vae.checkpoints.families import families_of
     from vae.evaluation.models import find_export
 
     stated = None if config is None else read_config(config)
-    return read_autoencoder(find_export(model), config=stated, ema=ema, finite=finite)
+    found = read_autoencoder(find_export(model), config=stated, ema=ema, finite=finite)
+    if family is None:
+        return found
+    fitting = families_of(found.config)
+    require(family in fitting, f"--family {family}", f"one of {fitting} for this network")
+    return found.of_family(family)
 
 
 def image_files(given: Sequence[Path], suffixes: Sequence[str] = ()) -> dict[str, Path]:
@@ -75,7 +84,7 @@ def image_files(given: Sequence[Path], suffixes: Sequence[str] = ()) -> dict[str
     from vae.data.sources import folder_files
 
     found: dict[str, Path] = {}
-    for path in given:
+    for path in (path.expanduser() for path in given):
         names = folder_files(path, suffixes or EXTENSIONS, str(path)) if path.is_dir() else [path.name]
         for name in names:
             stem, dot, suffix = name.rpartition(".")
@@ -86,13 +95,15 @@ def image_files(given: Sequence[Path], suffixes: Sequence[str] = ()) -> dict[str
 
 
 def audit_images(source: Path, config: "AutoencoderConfig", resolution: int) -> "list[torch.Tensor]":
-    """A few central squares (1, C, H, W) in [-1, 1] of a folder, or of the embedded photographs."""
+    """A few central squares (1, C, H, W) in [-1, 1] of a file, a folder, or of the embedded photographs."""
     from vae.data.images import open_image
-    from vae.data.sources import TRAINING_PHOTOS, ImageFiles, Photos, fewest_by_hash
+    from vae.data.sources import TRAINING_PHOTOS, Photos, fewest_by_hash
     from vae.data.transforms import center_crop, to_model_range
 
-    embedded = str(source) == PHOTOS and not source.exists()
-    files = Photos(TRAINING_PHOTOS) if embedded else ImageFiles.below(source, key="images")
-    names = fewest_by_hash(files.names, AUDITED)
-    pictures = [open_image(files.root / name, config.in_channels) for name in names]
+    if str(source) == PHOTOS and not source.exists():
+        embedded = Photos(TRAINING_PHOTOS)
+        files = {name: embedded.root / name for name in embedded.names}
+    else:
+        files = image_files([source])
+    pictures = [open_image(files[name], config.in_channels) for name in fewest_by_hash(list(files), AUDITED)]
     return [to_model_range(center_crop(picture, resolution))[None] for picture in pictures]

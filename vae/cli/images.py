@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from zlib import crc32
 
 import typer
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from vae.models.autoencoder import AutoencoderKL
 
-Whole = Annotated[int | None, typer.Option("--resolution", help="cut this square from each, not the whole image")]
+Whole = Annotated[int | None, typer.Option("--resolution", min=1, help="cut this square from each, not the whole")]
 
 
 def encode(
@@ -29,7 +30,7 @@ def encode(
     resolution: Whole = None,
     device: Device = "auto",
 ) -> None:
-    """Encode images to .latent files (safetensors), which ComfyUI's LoadLatent opens too.
+    """Encode images to .latent files (safetensors); raw ones open in ComfyUI's LoadLatent too.
 
     Example: vae encode runs/first photos/ --output latents
     """
@@ -37,6 +38,7 @@ def encode(
 
     from vae.checkpoints.latentfile import SUFFIX, write_latents
     from vae.data.images import open_image
+    from vae.data.order import seed_for
     from vae.data.transforms import center_crop, crop_to_multiple, to_model_range
     from vae.latents import scale_latents
 
@@ -50,7 +52,8 @@ def encode(
             factor = config.downsample_factor
             pixels = center_crop(image, resolution) if resolution else crop_to_multiple(image, factor, path)
             posterior = autoencoder.encode(to_model_range(pixels)[None].to(_place(autoencoder)))
-            generator = None if sample is None else torch.Generator(_place(autoencoder)).manual_seed(sample)
+            generator = torch.Generator(_place(autoencoder))
+            generator.manual_seed(seed_for(sample or 0, crc32(name.encode())))
             latents = posterior.mode() if sample is None else posterior.sample(generator)
             latents = scale_latents(latents, config) if scaled else latents
             target = output / f"{name}{SUFFIX}"

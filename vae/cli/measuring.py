@@ -52,7 +52,8 @@ def check_writable(model: Path) -> None:
 
     for path in _files(model):
         found = read_autoencoder(path)
-        if found.family is not None or found.file.suffix != ".safetensors":
+        is_ours = found.file.suffix == ".safetensors" and (path.is_dir() or found.layout == "ldm")
+        if found.others or not is_ours:
             raise InputError(f"{found.file}: not a safetensors file of its own; vae extract or convert it first")
 
 
@@ -62,7 +63,10 @@ def _per_channel(config: "AutoencoderConfig", statistics: "LatentStatistics") ->
 
 
 def _global(config: "AutoencoderConfig", statistics: "LatentStatistics") -> "AutoencoderConfig":
-    shift = None if config.shift_factor is None else statistics.mean
+    from vae.checkpoints.families import LATENT_CHANNELS
+
+    has_shift = config.shift_factor is not None or config.latent_channels == LATENT_CHANNELS["flux"]
+    shift = statistics.mean if has_shift else None
     factor = statistics.scaling_factor
     return replace(config, scaling_factor=factor, shift_factor=shift, latents_mean=None, latents_std=None)
 
@@ -72,4 +76,5 @@ def _files(model: Path) -> list[Path]:
     from vae.evaluation.models import find_export
 
     path = find_export(model)
-    return [path, *(sorted(path.parent.glob("*.vae.safetensors")) if path.name == "diffusers" else [])]
+    is_export = path.name == "diffusers" and path.parent.parent.name == "exports"
+    return [path, *(sorted(path.parent.glob("*.vae.safetensors")) if is_export else [])]

@@ -14,14 +14,16 @@ if TYPE_CHECKING:
     from vae.checkpoints import Found
     from vae.models.autoencoder import AutoencoderKL
 
-SHOWN = 5  # layers
 EQUAL = 1e-4  # largest difference of images in [-1, 1] that an exact rescaling may leave
 
 
-def print_audit(found: "Found", images: Path, resolution: int, device: str) -> None:
+def print_audit(found: "Found", images: Path, resolution: int, device: str, layers: int) -> None:
+    from vae.audit.precision import EXTREMES
+
     pictures = _pictures(found, images, resolution, device)
     audit = _audit(found.build().to(pictures[0].device), pictures)
-    _say_audit(audit)
+    say(f"{len(pictures)} images at {resolution} px, {EXTREMES} extreme ones and latents of the prior:")
+    _say_audit(audit, layers)
     if found.config.force_upcast == audit.is_safe:
         given = found.config.force_upcast
         say(f"force_upcast is {given} and should be {not given}; vae convert --fp16-safe sets it")
@@ -44,7 +46,7 @@ def make_float16_safe(found: "Found", images: Path, resolution: int, device: str
         rest = max(float((model.decode(a) - b).abs().max()) for a, b in zip(latents, exact, strict=True))
         moved = max(float((model.encode(a).mode() - b).abs().max()) for a, b in zip(pictures, latents, strict=True))
     say(f"{len(changed)} layers rescaled; float32 images differ by at most {rest:.1e}, latents by {moved:.1e}")
-    if rest > EQUAL or moved > EQUAL * max(1.0, max(float(latent.abs().max()) for latent in latents)):
+    if not rest <= EQUAL or not moved <= EQUAL * max(1.0, max(float(latent.abs().max()) for latent in latents)):
         raise InputError(
             f"{found.file}: rescaling it changes its images; keep it in bfloat16 or float32. Nothing written"
         )
@@ -60,12 +62,13 @@ def print_drift(found: "Found", base: Path, images: Path, resolution: int, devic
     from vae.audit.drift import latent_drift
 
     theirs = read(base)
-    if theirs.config.latent_channels != found.config.latent_channels:
-        channels = f"{theirs.config.latent_channels} latent channels, {found.file} has {found.config.latent_channels}"
-        raise InputError(f"{theirs.file}: {channels}; they cannot be compared")
+    before, now = ((c.in_channels, c.downsample_factor, c.latent_channels) for c in (theirs.config, found.config))
+    if before != now:
+        shapes = " and ".join(f"{channels} channels to f{f}c{latent}" for channels, f, latent in (before, now))
+        raise InputError(f"{theirs.file} and {found.file}: {shapes}; they cannot be compared")
     pictures = _pictures(found, images, resolution, device)
-    before, now = (each.build().to(pictures[0].device) for each in (theirs, found))
-    drift = latent_drift(before, now, pictures)
+    base_model, model = (each.build().to(pictures[0].device) for each in (theirs, found))
+    drift = latent_drift(base_model, model, pictures)
     (say if drift.is_tolerable else warn)(f"against {theirs.file}: {drift.verdict}")
 
 
@@ -83,9 +86,9 @@ def _audit(model: "AutoencoderKL", pictures: "list[torch.Tensor]") -> "Precision
         return audit_precision(model, pictures, lambda: advance(1))
 
 
-def _say_audit(audit: "PrecisionAudit") -> None:
+def _say_audit(audit: "PrecisionAudit", layers: int) -> None:
     say(audit.verdict)
-    for layer, peak in audit.largest[:SHOWN]:
+    for layer, peak in audit.largest[:layers]:
         say(f"{peak:>24,.1f}  {layer}")
     for name, psnr in audit.psnr.items():
         say(f"{name:>24}  {psnr:.1f} dB from float32")

@@ -12,6 +12,7 @@ from vae.cli.common import (
     Device,
     Dtype,
     Ema,
+    Family,
     Model,
     Resolution,
     Target,
@@ -22,6 +23,7 @@ from vae.cli.common import (
     warn,
 )
 from vae.cli.precision import make_float16_safe, print_audit, print_drift
+from vae.errors import require
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +34,10 @@ if TYPE_CHECKING:
 def inspect(
     model: Model,
     audit: Annotated[Path | None, typer.Option(help="a folder of images, or photos: measure float16 on them")] = None,
+    layers: Annotated[int, typer.Option(min=1, help="how many layers --audit lists, the largest first")] = 5,
     base: Base = None,
     config: Config = None,
+    family: Family = None,
     ema: Ema = False,
     resolution: Resolution = 256,
     device: Device = "auto",
@@ -44,21 +48,21 @@ def inspect(
     """
     from dataclasses import asdict
 
-    from vae.checkpoints.clients import warnings_about
+    from vae.checkpoints.clients import warnings_of
     from vae.checkpoints.report import facts_of, notes_of, soundness, title_of
     from vae.errors import InputError
 
-    found = read(model, config, ema=ema, finite=False)
+    found = read(model, config, family, ema=ema, finite=False)
     broken, values = soundness(found)
     say(f"{found.file}: {title_of(found)}")
     for name, value in (values | facts_of(found) | asdict(found.config) | notes_of(found)).items():
         say(f"{name:>24}  {value}")
-    for line in warnings_about(found.config):
+    for line in warnings_of(found):
         warn(line)
     if broken:
         raise InputError(f"{found.file}: {len(broken)} tensors hold NaN or infinite values, first {broken[:3]}")
     if audit is not None:
-        print_audit(found, audit, resolution, device)
+        print_audit(found, audit, resolution, device, layers)
     if base is not None:
         print_drift(found, base, audit or Path(PHOTOS), resolution, device)
 
@@ -71,6 +75,7 @@ def convert(
     images: Annotated[Path, typer.Option(help="for --fp16-safe and --base: a folder, or photos")] = Path(PHOTOS),
     base: Base = None,
     config: Config = None,
+    family: Family = None,
     ema: Ema = False,
     resolution: Resolution = 256,
     device: Device = "auto",
@@ -80,17 +85,20 @@ def convert(
     Example: vae convert runs/first models/VAE/first.vae.safetensors --dtype float16 --fp16-safe
     """
     precision = dtype_named(dtype)
-    found = read(model, config, ema=ema)
+    found = read(model, config, family, ema=ema)
+    has_use = fp16_safe or base is not None
+    require(has_use or images == Path(PHOTOS), f"--images {images}", "--fp16-safe or --base with it")
     if fp16_safe:
         found = make_float16_safe(found, images, resolution, device)
-    _write(found, target, precision)
     if base is not None:
         print_drift(found, base, images, resolution, device)
+    _write(found, target, precision)
 
 
 def export(
     run: Annotated[Path, typer.Argument(help="the directory of a run")],
     step: Annotated[int | None, typer.Option(help="the update whose checkpoint is meant; the last one else")] = None,
+    device: Device = "auto",
     live: Annotated[bool, typer.Option("--live", help="the weights themselves, not their moving average")] = False,
     images: Annotated[str | None, typer.Option(help="measure on this folder, not on the run's validation set")] = None,
 ) -> None:
@@ -99,7 +107,7 @@ def export(
     Example: vae export runs/first --step 20000
     """
     from vae.checkpoints.clients import warnings_about
-    from vae.errors import require
+    from vae.evaluation.models import find_device
     from vae.training.artefacts import step_name
     from vae.training.export import export_checkpoint
 
@@ -109,7 +117,7 @@ def export(
     require(
         checkpoint.is_file(), f"{checkpoint}: no such checkpoint", f"one of {there}" if there else "a run's directory"
     )
-    paths, config = export_checkpoint(run.expanduser(), checkpoint, images, live=live)
+    paths, config = export_checkpoint(run.expanduser().resolve(), checkpoint, find_device(device), images, live=live)
     for path in paths:
         say(f"written  {path}")
     for line in warnings_about(config):
@@ -136,7 +144,7 @@ def bake(
     Example: vae bake mine.vae.safetensors sd15.safetensors sd15-mine.safetensors
     """
     from vae.checkpoints import bake as baking
-    from vae.checkpoints.clients import warnings_about
+    from vae.checkpoints.clients import warnings_of
 
     found = read(model, config)
     with progress("Baking", baking.size_after(found, checkpoint)) as advance:
@@ -144,15 +152,16 @@ def bake(
     kind = str(done.dtype or found.dtype).removeprefix("torch.")
     say(f"{done.kept} tensors copied, {done.replaced} old ones of the autoencoder removed")
     say(f"{done.written} tensors written to {target} under {done.prefix!r} as {kind}")
-    for line in warnings_about(found.config, done.family):
+    for line in warnings_of(found, done.family):
         warn(line)
 
 
 def _write(found: "Found", target: Path, dtype: "torch.dtype | None") -> None:
     from vae.checkpoints import save_found
-    from vae.checkpoints.clients import warnings_about
+    from vae.checkpoints.clients import warnings_of
 
+    target = target.expanduser()
     layout = save_found(found, target, dtype)
     say(f"{layout} layout written to {target}, {found.weights} weights of {found.file}")
-    for line in warnings_about(found.config):
+    for line in warnings_of(found):
         warn(line)

@@ -17,6 +17,8 @@ def find_export(path: str | Path) -> Path:
     steps = sorted((path / "exports").glob("step_*"))
     if steps:
         path = steps[-1]
+    if (path / "checkpoints").is_dir():
+        raise InputError(f"model={str(path)!r}: a run without an export; vae export {path} makes one of its checkpoint")
     return path / "diffusers" if (path / "diffusers").is_dir() else path
 
 

@@ -14,7 +14,7 @@ from rich.progress import track
 from rich.table import Column, Table
 
 import vae
-from vae.checkpoints.safe import replacing, write_text
+from vae.checkpoints.safe import WeightsError, replacing, write_text
 from vae.config import EvaluateConfig
 from vae.data.loading import Batch, open_sources, validation_loader
 from vae.data.transforms import to_model_range, to_uint8
@@ -122,7 +122,7 @@ def _check_writable(folder: Path, output: str) -> None:
         with replacing(folder / "images.csv") as partial:
             partial.touch()
         (folder / "images.csv").unlink()
-    except OSError as error:
+    except WeightsError as error:
         raise InputError(f"output={output!r}: cannot write there ({error}); choose another folder") from error
 
 

@@ -22,7 +22,7 @@ from vae.errors import InputError
 from vae.latents import LatentStatistics, measure_latents
 from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from vae.training.artefacts import step_name
-from vae.training.folder import CONFIG_FILE
+from vae.training.folder import CONFIG_FILE, updates_in
 from vae.training.module import Training
 
 Part = TypeVar("Part")
@@ -82,7 +82,7 @@ def describe(config: dict[str, Any], updates: int, weights: str = "EMA") -> dict
 
 
 def export_checkpoint(
-    run: Path, checkpoint: Path, images: str | None = None, *, live: bool = False
+    run: Path, checkpoint: Path, device: torch.device, images: str | None = None, *, live: bool = False
 ) -> tuple[list[Path], AutoencoderConfig]:
     """What `export` would have written at `checkpoint` of `run`; `live` takes the weights as they were, not averaged.
 
@@ -96,11 +96,11 @@ def export_checkpoint(
     held_out = open_sources(data, found.config.in_channels)[1]
     loader = validation_loader(held_out, data, rank=0, world_size=1)
     batches = track(loader, "Measuring latents", math.ceil(len(held_out) / data.validation_batch_size))
-    model = found.build()
-    statistics = measure_latents(model, (to_model_range(batch.images) for batch in batches))
-    updates = int(checkpoint.resolve().stem.removeprefix("step_"))
+    model = found.build().to(device)
+    statistics = measure_latents(model, (to_model_range(batch.images.to(device)) for batch in batches))
+    updates = updates_in(checkpoint)
     summary = describe(config, updates, "live" if live else "EMA")
-    judged = to_model_range(next(iter(loader)).images)
+    judged = to_model_range(next(iter(loader)).images.to(device))
     paths = publish(model, run, summary, statistics, judged)
     return paths, model.config
 

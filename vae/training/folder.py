@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vae.checkpoints.safe import write_text
+from vae.checkpoints.safe import WeightsError, write_text
 from vae.config import TrainConfig
 from vae.errors import InputError
 
@@ -50,7 +50,7 @@ def open_folder(config: TrainConfig, *, is_first: bool) -> Path | None:
             )
         try:
             write_text(folder / CONFIG_FILE, json.dumps(asdict(config), indent=2) + "\n")
-        except OSError as error:
+        except WeightsError as error:
             raise InputError(
                 f"output={config.output!r}: cannot write there ({error}); choose another folder"
             ) from error

@@ -8,6 +8,8 @@ from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
 from rich.table import Table
 
+from vae.checkpoints.clients import warnings_about
+from vae.checkpoints.diffusers import CONFIG_FILE, read_config
 from vae.config import TrainConfig
 from vae.training.module import Training
 
@@ -63,6 +65,8 @@ def conclude(
     scaling = 1.0 / after["val/latent_std"]
     configured = config.model.scaling_factor
     _say(f"scaling factor {scaling:.5g}, measured, is in the export; configured was {configured:g}")
+    for warning in warnings_about(read_config(exports[0] / CONFIG_FILE)):
+        _say(f"note: {warning}")
     _say(pace)
 
 
