@@ -37,6 +37,11 @@ class Found:
     notes: Notes
 
     @property
+    def kind(self) -> str:
+        """Live or EMA: which of its weights they are, or, in an export of ours, which were put there."""
+        return str(self.notes.training.get("weights", self.weights))
+
+    @property
     def scale_is_known(self) -> bool:
         """A standalone file of somebody else's does not tell SD from SDXL, or SD3 from FLUX."""
         return (self.stated or self.family is not None) and not self.notes.latents.keys() & ASSUMED.keys()

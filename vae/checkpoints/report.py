@@ -24,7 +24,7 @@ def facts_of(found: Found) -> dict[str, Any]:
     tensors, parameters = len(found.state), sum(tensor.numel() for tensor in found.state.values())
     return {
         "layout": {"ldm": "LDM names, as in web UIs", "diffusers": "diffusers names"}[found.layout],
-        "weights": "a training checkpoint's averages (EMA)" if found.weights == "EMA" else "as they are",
+        "weights": {"EMA": "averaged (EMA)"}.get(found.kind, found.kind),
         "stored as": ", ".join(f"{dtype} ({count} tensors)" for dtype, count in dtypes.items()),
         "parameters": f"{parameters:,} in {tensors} tensors",
         "loads in": ", ".join(clients_of(found.config)),

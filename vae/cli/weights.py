@@ -162,6 +162,6 @@ def _write(found: "Found", target: Path, dtype: "torch.dtype | None") -> None:
 
     target = target.expanduser()
     layout = save_found(found, target, dtype)
-    say(f"{layout} layout written to {target}, {found.weights} weights of {found.file}")
+    say(f"{layout} layout written to {target}, {found.kind} weights of {found.file}")
     for line in warnings_of(found):
         warn(line)
