@@ -29,6 +29,7 @@ FLOORS = {  # a module's floor is that of its longest listed prefix; imports poi
 }
 ASIDE = {
     ("vae.config", "vae.training.optim"),
+    ("vae.config", "vae.training.guard"),
     ("vae.training", "vae.config"),
     ("vae.evaluation", "vae.config"),
     ("vae.audit", "vae.latents"),

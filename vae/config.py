@@ -1,5 +1,6 @@
 """The shape of `configs/train.yaml` and `configs/evaluate.yaml`, assembled from what each part configures."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +9,7 @@ from vae.errors import require
 from vae.losses.objective import LossConfig
 from vae.metrics.paired import PAIRED_METRICS
 from vae.models.autoencoder import AutoencoderConfig
+from vae.training.guard import GuardConfig
 from vae.training.optim import OptimConfig
 
 LOGGERS = ("csv", "wandb", "tensorboard")
@@ -18,16 +20,22 @@ SMALLEST_PERCEPTUAL_IMAGE = 32  # AlexNet's last feature map vanishes below
 class TrainConfig:
     """A training run. Everything is counted in `updates`: optimiser steps of the autoencoder.
 
-    `resume` names a run's directory to go on with; `trainer` holds further keyword arguments of lightning.Trainer.
+    `name` may hold `{time}`, when the run begins. `resume` names the directory of a run to go on with, or is "auto":
+    the newest run of that name and this configuration, a new one where there is none. A checkpoint is written at every
+    validation and every `checkpoint_minutes`; after `max_minutes` the run saves and ends. `timeout_minutes` is how long
+    processes wait for one of them. `trainer` holds further keyword arguments of lightning.Trainer.
     """
 
-    name: str = "run"
+    name: str = "{time}"
     output: str = "runs"
     seed: int = 0
     updates: int = 100_000
     validate_every: int = 5_000
     logger: str = "csv"
     resume: str | None = None
+    checkpoint_minutes: float = 30.0
+    max_minutes: float | None = None
+    timeout_minutes: float = 10.0
     channels_last: bool = False
     compile: bool = False
     gradient_checkpointing: bool = False
@@ -35,6 +43,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=lambda: DataConfig(source="photos"))
     optim: OptimConfig = field(default_factory=OptimConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -44,6 +53,9 @@ class TrainConfig:
         require(0 <= self.seed < 2**32, f"seed={self.seed}", "from 0 to 2**32 - 1")
         plain = bool(self.name) and "/" not in self.name and not self.name.startswith(".")
         require(plain, f"name={self.name!r}", "a plain folder name; output= says where that folder lies")
+        for key in ("checkpoint_minutes", "max_minutes", "timeout_minutes"):
+            minutes = getattr(self, key)
+            require(minutes is None or 0 < minutes < math.inf, f"{key}={minutes}", "a positive number of minutes")
         self._check_images()
 
     def _check_images(self) -> None:

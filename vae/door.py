@@ -18,10 +18,9 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vae.errors import InputError
+from vae.errors import BAD_INPUT, InputError, Stopped
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-BAD_INPUT = 2
 TRACEBACKS = "HYDRA_FULL_ERROR"
 Config = TypeVar("Config")
 
@@ -29,7 +28,7 @@ Config = TypeVar("Config")
 def run(folder: str, name: str, schema: type[Config], action: Callable[[Config], object]) -> None:
     """Compose `configs/{folder}/{name}.yaml` with the command line's overrides into `schema`, then `action(config)`.
 
-    Input that is refused ends the process with status 2 and one line on stderr.
+    Input that is refused, and a run that stops early, end the process with their status and one line on stderr.
     """
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     wants_traceback = os.environ.get(TRACEBACKS) == "1"
@@ -41,7 +40,9 @@ def run(folder: str, name: str, schema: type[Config], action: Callable[[Config],
         except (InputError, OmegaConfBaseException) as error:
             if wants_traceback:
                 raise
-            _refuse(_sentence(error))
+            _end(_sentence(error), BAD_INPUT)
+        except Stopped as stop:
+            _end(stop.message, stop.code)
 
     try:
         with _raising_hydra():
@@ -49,7 +50,7 @@ def run(folder: str, name: str, schema: type[Config], action: Callable[[Config],
     except (HydraException, OmegaConfBaseException) as error:
         if wants_traceback:
             raise
-        _refuse(_sentence(error))
+        _end(_sentence(error), BAD_INPUT)
 
 
 @contextmanager
@@ -66,9 +67,9 @@ def _raising_hydra() -> Iterator[None]:
             os.environ[TRACEBACKS] = before
 
 
-def _refuse(sentence: str) -> None:
+def _end(sentence: str, status: "str | int | None") -> None:
     print(f"error: {sentence}", file=sys.stderr)
-    sys.exit(BAD_INPUT)
+    sys.exit(status)
 
 
 def _sentence(error: BaseException) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from vae.models.posterior import DiagonalGaussian
+from vae.models.posterior import LOGVAR_RANGE, DiagonalGaussian
 
 
 def scale_latents(latents: Tensor, config: AutoencoderConfig) -> Tensor:
@@ -34,8 +34,11 @@ def _shift_and_scale(config: AutoencoderConfig, like: Tensor) -> tuple[Tensor | 
     return mean, config.scaling_factor / std
 
 
+ACTIVE = 0.01  # Burda et al.: a unit whose posterior mean varies less over the data says nothing of it
+
+
 class LatentStatistics:
-    """Mean and variance of posterior samples per channel and over all, streamed in float64.
+    """Mean and variance of posterior samples per channel and over all, and what each channel carries, in float64.
 
     Exact for any batch sizes and order (Chan et al., 1979). By the law of total variance the variance of the samples is
     that of the means plus the mean of the variances: no noise is drawn.
@@ -45,14 +48,22 @@ class LatentStatistics:
         self.count = 0
         self._mean = torch.zeros(channels, dtype=torch.float64)
         self._squares = torch.zeros(channels, dtype=torch.float64)  # summed squared distances from the mean
+        self._noise = torch.zeros(channels, dtype=torch.float64)  # that part of them which is the posterior's variance
+        self._kl = torch.zeros(channels, dtype=torch.float64)
+        self._clamped = 0
 
     def update(self, posterior: DiagonalGaussian) -> None:
         mean = posterior.mean.detach().double().transpose(0, 1).flatten(1).cpu()  # (channels, elements)
-        noise = posterior.logvar.detach().double().exp().transpose(0, 1).flatten(1).cpu()
+        logvar = posterior.logvar.detach().double().transpose(0, 1).flatten(1).cpu()
+        noise = logvar.exp()
         other = LatentStatistics(len(mean))
         other.count = mean.shape[1]
         other._mean = mean.mean(dim=1)
-        other._squares = (mean - other._mean[:, None]).square().sum(dim=1) + noise.sum(dim=1)
+        other._noise = noise.sum(dim=1)
+        other._squares = (mean - other._mean[:, None]).square().sum(dim=1) + other._noise
+        other._kl = 0.5 * (mean.square() + noise - 1.0 - logvar).sum(dim=1)
+        lowest, highest = LOGVAR_RANGE
+        other._clamped = int(((logvar <= lowest) | (logvar >= highest)).sum())
         self.merge(other)
 
     def merge(self, other: "LatentStatistics") -> None:
@@ -62,6 +73,9 @@ class LatentStatistics:
         difference = other._mean - self._mean
         self._squares += other._squares + difference.square() * (self.count * other.count / count)
         self._mean += difference * (other.count / count)
+        self._noise += other._noise
+        self._kl += other._kl
+        self._clamped += other._clamped
         self.count = count
 
     @property
@@ -87,6 +101,24 @@ class LatentStatistics:
         """What brings the latents to unit standard deviation: 1 / std, over all channels (LDM, appendix G)."""
         return 1.0 / self.std
 
+    @property
+    def channel_kl(self) -> Tensor:
+        """KL(q || N(0, I)) of each channel, in nats per latent element."""
+        return self._kl / self.count
+
+    @property
+    def channel_is_active(self) -> Tensor:
+        """Whether the posterior mean of a channel varies over the data by more than 0.01.
+
+        The criterion of Burda et al., "Importance Weighted Autoencoders" (2016), a channel taken as one unit.
+        """
+        return (self._squares - self._noise) / self.count > ACTIVE
+
+    @property
+    def clamped_share(self) -> float:
+        """Of the log-variances, how many stand at the bounds of LOGVAR_RANGE, where they have no gradient."""
+        return self._clamped / (self.count * len(self._mean))
+
     def summary(self) -> dict[str, Any]:
         """Everything measured, as plain numbers; `latents_mean` and `latents_std` are per channel."""
         return {
@@ -96,6 +128,8 @@ class LatentStatistics:
             "std": self.std,
             "latents_mean": self.channel_mean.tolist(),
             "latents_std": self.channel_std.tolist(),
+            "kl_per_channel": self.channel_kl.tolist(),
+            "active_channels": int(self.channel_is_active.sum()),
             "values_per_channel": self.count,
         }
 

@@ -171,5 +171,5 @@ def test_nothing_adversarial_is_computed_before_its_time(networks):
     noise = torch.randn(1, 3, 16, 16, dtype=torch.float64)
     logged = [set(_run_single_pass(model, discriminator, objective, images, noise, updates)) for updates in range(3)]
     base = {"pixel", "kl"}
-    learning = base | {"discriminator", "real_logits", "fake_logits"}
+    learning = base | {"discriminator", "real_logits", "fake_logits", "logit_gap", "discriminator_accuracy"}
     assert logged == [base, learning, learning | {"adversarial", "adaptive_weight"}]

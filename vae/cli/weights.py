@@ -108,15 +108,14 @@ def export(
     """
     from vae.checkpoints.clients import warnings_about
     from vae.evaluation.models import find_device
-    from vae.training.artefacts import step_name
     from vae.training.export import export_checkpoint
+    from vae.training.manifest import checkpoints_in, newest_whole, step_name
 
-    name = "last.ckpt" if step is None else f"{step_name(step)}.ckpt"
-    checkpoint = run.expanduser() / "checkpoints" / name
-    there = sorted(path.name for path in checkpoint.parent.glob("*.ckpt"))
-    require(
-        checkpoint.is_file(), f"{checkpoint}: no such checkpoint", f"one of {there}" if there else "a run's directory"
-    )
+    folder = run.expanduser() / "checkpoints"
+    there = [path.name for path in checkpoints_in(folder)]
+    require(bool(there), f"{folder}: no checkpoint in it", "the directory of a run")
+    checkpoint = newest_whole(folder)[0] if step is None else folder / f"{step_name(step)}.ckpt"
+    require(checkpoint.is_file(), f"{checkpoint}: no such checkpoint", f"one of {there}")
     paths, config = export_checkpoint(run.expanduser().resolve(), checkpoint, find_device(device), images, live=live)
     for path in paths:
         say(f"written  {path}")

@@ -1,5 +1,6 @@
 """From a DataConfig to batches of uint8 images."""
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from vae.data.order import EndlessSampler, seed_for
 from vae.data.sources import (
@@ -139,6 +141,23 @@ def _collate(samples: list[tuple[Tensor, int]]) -> Batch:
     return Batch(torch.stack(images), list(positions))
 
 
+def shut_down(loader: DataLoader[Batch]) -> None:
+    """End the loader's workers now: after an error the interpreter's exit would wait for them."""
+    iterator = getattr(loader, "_iterator", None)
+    if isinstance(iterator, _MultiProcessingDataLoaderIter):
+        iterator._shutdown_workers()
+
+
+def _outlive_signals(_: int) -> None:
+    """A signal to the group reaches the workers too, but their process may have an update to finish with them.
+
+    So they ignore all but SIGTERM, and that one for a minute.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+
+
 def _loader(
     dataset: Dataset[tuple[Tensor, int]], config: DataConfig, batch_size: int, sampler: EndlessSampler | None
 ) -> DataLoader[Batch]:
@@ -151,4 +170,5 @@ def _loader(
         pin_memory=torch.cuda.is_available(),
         persistent_workers=config.workers > 0,
         generator=torch.Generator(),  # else every iteration draws from the global one
+        worker_init_fn=_outlive_signals,
     )

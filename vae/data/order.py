@@ -21,13 +21,18 @@ class EndlessSampler(Sampler[tuple[int, int]]):
     def __init__(self, length: int, seed: int, start: int = 0, rank: int = 0, world_size: int = 1) -> None:
         self.length, self.seed, self.start, self.rank, self.world_size = length, seed, start, rank, world_size
 
+        self._epoch, self._order = -1, torch.empty(0)
+
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch, order = -1, torch.empty(0)
         position = self.start + self.rank
         while True:
-            if position // self.length != epoch:
-                epoch = position // self.length
-                generator = torch.Generator().manual_seed(seed_for(self.seed, epoch))
-                order = torch.randperm(self.length, generator=generator)
-            yield position, int(order[position % self.length])
+            yield position, self.index_at(position)
             position += self.world_size
+
+    def index_at(self, position: int) -> int:
+        """Which image stands at a position."""
+        if position // self.length != self._epoch:
+            self._epoch = position // self.length
+            generator = torch.Generator().manual_seed(seed_for(self.seed, self._epoch))
+            self._order = torch.randperm(self.length, generator=generator)
+        return int(self._order[position % self.length])

@@ -1,7 +1,8 @@
 """The two sides of the adversarial game, and the weight that balances it against reconstruction."""
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 ADAPTIVE_EPS = 1e-4  # of taming-transformers and LDM
@@ -47,6 +48,59 @@ def adaptive_weight(reconstruction_gradient: Tensor, adversarial_gradient: Tenso
     """
     ratio = reconstruction_gradient.norm() / (adversarial_gradient.norm() + ADAPTIVE_EPS)
     return ratio.clamp(0.0, maximum).detach()
+
+
+def gradient_penalty(real_logits: Tensor, images: Tensor) -> Tensor:
+    """R1: the squared gradient of each real image's summed logits, mean over the batch.
+
+    Mescheder et al., "Which Training Methods for GANs do actually Converge?" (2018), without its gamma / 2.
+    """
+    (gradient,) = torch.autograd.grad(real_logits.sum(), images, create_graph=True)
+    return gradient.square().flatten(1).sum(dim=1).mean()
+
+
+def lecam_penalty(real_logits: Tensor, fake_logits: Tensor, mean_real: Tensor, mean_fake: Tensor) -> Tensor:
+    """How far logits run past the running mean of the other side.
+
+    Tseng et al., "Regularizing Generative Adversarial Networks under Limited Data" (2021), one-sided as in their code.
+    """
+    return F.relu(real_logits - mean_fake).square().mean() + F.relu(mean_real - fake_logits).square().mean()
+
+
+class RunningMean(nn.Module):
+    """Of a scalar, exponential, starting with the first value: a buffer, so that checkpoints have it.
+
+    `blend` says what the mean would be with `value` and leaves it as it is, `commit` takes in all values since the
+    last one: however many micro-batches an update has, its mean moves once, and never by what is not finite.
+    """
+
+    value: Tensor
+    has_begun: Tensor
+
+    def __init__(self, decay: float) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("value", torch.zeros(()))
+        self.register_buffer("has_begun", torch.zeros((), dtype=torch.bool))
+        self._pending: list[Tensor] = []
+
+    def blend(self, value: Tensor) -> Tensor:
+        value = value.detach()
+        self._pending.append(value)
+        blended = torch.lerp(value, self.value.to(value.dtype), self.decay)
+        return torch.where(torch.isfinite(value), torch.where(self.has_begun, blended, value), self.value)
+
+    def commit(self) -> None:
+        if self._pending:
+            mean = torch.stack(self._pending).mean()
+            self._pending.clear()
+            self.value.copy_(self.blend(mean))
+            self.has_begun |= torch.isfinite(mean)
+            self._pending.clear()
+
+    def forget(self) -> None:
+        """What was blended since the last commit: that update was not made."""
+        self._pending.clear()
 
 
 def ramp(updates: int, start: int, length: int) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vae.errors import require
 from vae.losses.adversarial import ADVERSARIAL_LOSSES
+from vae.losses.augment import AUGMENTATIONS
 from vae.losses.latent import kl_per_element
 from vae.losses.pixel import PIXEL_LOSSES
 from vae.models.backbones import BACKBONES
@@ -43,10 +44,14 @@ class LossWeights:
 
 @dataclass
 class LossConfig:
-    """`adaptive_maximum` bounds the adaptive weight in LDM's units, of a reconstruction loss summed over the image.
+    """`adaptive_maximum` bounds the adaptive weight in LDM's units, of a reconstruction loss summed over the image;
+    `adaptive_smoothing` is the decay of its running mean (0: each update's own, as LDM).
 
     `discriminator_start` and `adversarial_start` count `updates`: the discriminator learns from the first on, the
-    autoencoder feels it from the second on, at full weight after `adversarial_ramp` more."""
+    autoencoder feels it from the second on, at full weight after `adversarial_ramp` more. The KL term is at full weight
+    after `kl_warmup` updates. `r1` (its gamma), `lecam` (its lambda) and `augment` (of DiffAugment) restrain the
+    discriminator; 0 and [] are off.
+    """
 
     pixel: str = "l1"
     perceptual_net: str = "vgg"
@@ -54,9 +59,14 @@ class LossConfig:
     adversarial: str = "hinge"
     adaptive: bool = True
     adaptive_maximum: float = 1.0e4
+    adaptive_smoothing: float = 0.9
     discriminator_start: int = 45_000
     adversarial_start: int = 50_000
     adversarial_ramp: int = 1_000
+    kl_warmup: int = 0
+    r1: float = 0.0
+    lecam: float = 0.0
+    augment: list[str] = field(default_factory=list)
     weights: LossWeights = field(default_factory=LossWeights)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
 
@@ -74,6 +84,18 @@ class LossConfig:
         )
         require(self.adversarial_ramp >= 0, f"loss.adversarial_ramp={self.adversarial_ramp}", "0 or more updates")
         require(self.adaptive_maximum > 0, f"loss.adaptive_maximum={self.adaptive_maximum}", "a positive number")
+        smoothing = self.adaptive_smoothing
+        require(0 <= smoothing < 1, f"loss.adaptive_smoothing={smoothing}", "from 0 (none) to below 1")
+        require(self.kl_warmup >= 0, f"loss.kl_warmup={self.kl_warmup}", "0 or more updates")
+        self._check_restraints()
+
+    def _check_restraints(self) -> None:
+        for key in ("r1", "lecam"):
+            require(0 <= getattr(self, key) < math.inf, f"loss.{key}={getattr(self, key)}", "0 (off) or more")
+        known = set(self.augment) <= set(AUGMENTATIONS)
+        require(known, f"loss.augment={self.augment}", f"some of {sorted(AUGMENTATIONS)}")
+        mixes = self.r1 > 0 and self.discriminator.norm == "batch"
+        require(not mixes, f"loss.r1={self.r1} with loss.discriminator.norm='batch'", "'group': R1 is of single images")
 
 
 class Objective:
@@ -84,6 +106,7 @@ class Objective:
 
     def __init__(self, config: LossConfig) -> None:
         self.weights = config.weights
+        self.kl_warmup = config.kl_warmup
         self.pixel = PIXEL_LOSSES[config.pixel]
         self.lpips = LPIPS(config.perceptual_net, config.perceptual_weights) if config.weights.perceptual else None
 

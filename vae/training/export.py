@@ -21,8 +21,8 @@ from vae.data.transforms import to_model_range
 from vae.errors import InputError
 from vae.latents import LatentStatistics, measure_latents
 from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from vae.training.artefacts import step_name
-from vae.training.folder import CONFIG_FILE, updates_in
+from vae.training.folder import CONFIG_FILE, read_progress
+from vae.training.manifest import step_name
 from vae.training.module import Training
 
 Part = TypeVar("Part")
@@ -36,7 +36,7 @@ def export(training: Training, run: Path, images: Tensor) -> list[Path]:
         model = AutoencoderKL(config.model)
     model.load_state_dict(training.average.state_dict(), strict=True, assign=True)
     summary = describe(asdict(config), training.updates)
-    return publish(model.eval(), run, summary, training.latent_statistics, images)
+    return publish(model.eval(), run, summary, training.validation.latents, images)
 
 
 def publish(
@@ -98,7 +98,7 @@ def export_checkpoint(
     batches = track(loader, "Measuring latents", math.ceil(len(held_out) / data.validation_batch_size))
     model = found.build().to(device)
     statistics = measure_latents(model, (to_model_range(batch.images.to(device)) for batch in batches))
-    updates = updates_in(checkpoint)
+    updates = read_progress(checkpoint).updates
     summary = describe(config, updates, "live" if live else "EMA")
     judged = to_model_range(next(iter(loader)).images.to(device))
     paths = publish(model, run, summary, statistics, judged)

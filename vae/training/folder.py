@@ -1,81 +1,162 @@
-"""The directory of a run: made once, never overwritten, gone on in only with the configuration it was made with."""
+"""The directory of a run: one process writes there, and goes on there only with the configuration it was made with."""
 
+import fcntl
 import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from vae.checkpoints.safe import WeightsError, write_text
+from vae.checkpoints.safe import write_text
 from vae.config import TrainConfig
-from vae.errors import InputError
+from vae.errors import InputError, require
+from vae.training.manifest import checkpoints_in, newest_whole
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE, LOCK_FILE = "config.json", ".lock"
+AUTO, TIME = "auto", "{time}"
+RUN_NAME = "VAE_RUN_NAME"  # the processes that Lightning starts must find the name that the first one made
 MAY_CHANGE = (  # at resume: where it runs, how long, what it writes; not what it computes
     "name",
     "output",
     "resume",
     "updates",
     "validate_every",
+    "checkpoint_minutes",
+    "max_minutes",
+    "timeout_minutes",
+    "guard.",
     "logger",
     "compile",
     "channels_last",
     "gradient_checkpointing",
     "data.workers",
+    "data.batch_size",  # with as many more processes: images_per_update is what must stay
     "trainer.",
 )
+SILENT = ("name", "output", "resume")  # differences that nobody needs to be told
+
+
+class Progress(NamedTuple):
+    """Where a checkpoint stands."""
+
+    updates: int
+    images_per_update: int
 
 
 def folder_of(config: TrainConfig) -> Path:
-    return Path(config.resume) if config.resume is not None else Path(config.output) / config.name
+    """Where the run is, or will be."""
+    if config.resume is not None and config.resume != AUTO:
+        require(Path(config.resume).is_dir(), f"resume={config.resume!r}", "the directory of a run, or auto")
+        return Path(config.resume)
+    made = os.environ.get(RUN_NAME) or config.name.replace(TIME, time.strftime("%Y-%m-%d_%H-%M-%S"))
+    found = _newest_alike(config) if config.resume == AUTO and RUN_NAME not in os.environ else None
+    return found or Path(config.output) / made
 
 
-def open_folder(config: TrainConfig, *, is_first: bool) -> Path | None:
-    """Make the run's directory, or find it for `resume`; returns the checkpoint to go on from.
+def open_folder(config: TrainConfig, folder: Path, *, is_first: bool) -> tuple[Path | None, list[str]]:
+    """Make the run's directory, or find what to go on from there: (checkpoint, what to tell about it).
 
     Only the first of several processes (`is_first`) writes.
     """
-    folder = folder_of(config)
-    checkpoint = folder / "checkpoints" / "last.ckpt"
-    if config.resume is not None:
-        if not checkpoint.is_file():
-            raise InputError(f"resume={config.resume!r}: no checkpoints/last.ckpt in it; name the directory of a run")
-        _check_unchanged(config, folder / CONFIG_FILE)
-        return checkpoint
-    if is_first:
-        if checkpoint.exists():
+    checkpoints = folder / "checkpoints"
+    goes_on = config.resume is not None and (config.resume != AUTO or bool(checkpoints_in(checkpoints)))
+    if goes_on:
+        if not checkpoints_in(checkpoints):
             raise InputError(
-                f"name={config.name!r}: {folder} already holds a run; choose another name or resume={folder}"
+                f"resume={config.resume!r}: no checkpoint below it; name the directory of a run, or resume=auto"
             )
-        try:
-            write_text(folder / CONFIG_FILE, json.dumps(asdict(config), indent=2) + "\n")
-        except WeightsError as error:
+        changed = _changes(config, folder / CONFIG_FILE)
+        checkpoint, damaged = newest_whole(checkpoints)
+        taken = [f"taking {checkpoint.name} instead"] if damaged else []
+        return checkpoint, [*damaged, *taken, *changed]
+    if is_first:
+        if checkpoints_in(checkpoints):
             raise InputError(
-                f"output={config.output!r}: cannot write there ({error}); choose another folder"
-            ) from error
-    return None
+                f"name={config.name!r}: {folder} already holds a run; choose another name, resume={folder}, "
+                f"or resume=auto"
+            )
+        write_text(folder / CONFIG_FILE, json.dumps(asdict(config), indent=2) + "\n")
+    return None, []
 
 
-def updates_in(checkpoint: Path) -> int:
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the directory for this process. The system lets go of it when the process ends, however it ends."""
     try:
-        return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
-    except Exception as error:  # a damaged file can fail in any way
-        older = f"point {checkpoint.name} at an older step_*.ckpt beside it"
-        raise InputError(f"{checkpoint}: not a readable checkpoint ({type(error).__name__}); {older}") from error
-
-
-def _check_unchanged(config: TrainConfig, saved: Path) -> None:
-    before, now = _flat(json.loads(saved.read_text(encoding="utf-8"))), _flat(asdict(config))
-    changed = [
-        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
-    ]
-    if changed:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK_FILE).open("a+", encoding="utf-8")
+    except OSError as error:
         raise InputError(
-            f"resume={config.resume!r}: {'; '.join(changed)}. Repeat the run's overrides, or start a new run"
+            f"{folder}: cannot write there ({error.strerror}); choose another folder with output="
+        ) from error
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise InputError(
+                f"{folder}: {holder} is training there; wait for it, end it, or choose another name"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    try:
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        return Progress(int(saved["global_step"]), int(saved["images_per_update"]))
+    except Exception as error:  # a damaged file can fail in any way
+        raise InputError(f"{checkpoint}: not a checkpoint of this version of vae ({type(error).__name__})") from error
+
+
+def _newest_alike(config: TrainConfig) -> Path | None:
+    """The newest run below `output` with this name and configuration that has a checkpoint."""
+    runs = Path(config.output).glob(f"{config.name.replace(TIME, '*')}/{CONFIG_FILE}")
+    alike = [
+        file.parent
+        for file in runs
+        if checkpoints_in(file.parent / "checkpoints") and (TIME not in config.name or not _refused(config, file))
+    ]
+    return max(alike, key=lambda run: (run / CONFIG_FILE).stat().st_mtime, default=None)
+
+
+def _changes(config: TrainConfig, saved: Path) -> list[str]:
+    """What differs from the saved configuration and may; refuses what may not."""
+    refused = _refused(config, saved)
+    if refused:
+        raise InputError(
+            f"resume={config.resume!r}: {'; '.join(refused)}. Repeat the run's overrides or none, or start a new run"
         )
+    return [line for key, line in _differences(config, saved).items() if not key.startswith(SILENT)]
+
+
+def _refused(config: TrainConfig, saved: Path) -> list[str]:
+    return [line for key, line in _differences(config, saved).items() if not key.startswith(MAY_CHANGE)]
+
+
+def _differences(config: TrainConfig, saved: Path) -> dict[str, str]:
+    """{key: what it was and is}"""
+    try:
+        before = _flat(json.loads(saved.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{saved}: not readable as a run's configuration ({error}); restore it or start a new run"
+        ) from error
+    now = _flat(asdict(config))
+    return {
+        key: f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    }
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,30 +1,34 @@
 """The Lightning module: holds the networks, orders the update, says what is logged and what validation sees."""
 
+import math
 from copy import deepcopy
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import lightning
 import torch
-import torch.distributed as dist
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric
 
 from vae.config import TrainConfig
 from vae.data.loading import Batch
-from vae.data.order import seed_for
 from vae.data.transforms import to_model_range, to_uint8
-from vae.latents import LatentStatistics
+from vae.losses.augment import DRAWS, diff_augment
 from vae.losses.objective import Objective
 from vae.metrics.paired import PairedMetrics
 from vae.models.autoencoder import AutoencoderKL
 from vae.models.discriminator import PatchDiscriminator
 from vae.models.posterior import DiagonalGaussian
+from vae.training import ranks
 from vae.training.ema import average_weights
+from vae.training.guard import Guard, all_finite
+from vae.training.noise import normal_for, uniform_for
 from vae.training.optim import build_optimiser
-from vae.training.step import AdversarialGame, single_pass
+from vae.training.step import AdversarialGame, Augment, Logs, single_pass, unchanged
+from vae.training.validation import Validation
 
 ON_THE_BAR = frozenset({"pixel", "perceptual", "adversarial", "discriminator"})
 
@@ -45,14 +49,32 @@ class Training(lightning.LightningModule):
             self.game = AdversarialGame(self.discriminator, config.loss, self.autoencoder.decoder.conv_out)
         self.objective = Objective(config.loss)
         lpips = (f"lpips_{config.loss.perceptual_net}",) if config.loss.weights.perceptual else ()
-        self.metrics = PairedMetrics(("psnr", "ssim", *lpips), shared=self.objective.lpips)
-        self.validation = nn.ModuleDict({name: MeanMetric() for name in self.metrics.names})
-        self.latent_statistics = LatentStatistics(config.model.latent_channels)
+        metrics = PairedMetrics(("psnr", "ssim", *lpips), shared=self.objective.lpips)
+        self.validation = Validation(metrics, config.model.latent_channels)
         self.validated_at = -1
+        self.council = ranks.Council()
+        self.guard = Guard(self, config.guard)
+        self.is_stepping = False  # weights are being changed: no state to save
 
     @property
     def updates(self) -> int:
         return self.global_step
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """What learns, by name."""
+        adversary = {} if self.discriminator is None else {"discriminator": self.discriminator}
+        return {"autoencoder": self.autoencoder, **adversary}
+
+    @property
+    def is_finite(self) -> bool:
+        return all_finite(self.state_dict().values())
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of everything saved: weights, averages, and the optimiser's two moments of what is trained."""
+        trained = sum(parameter.nbytes for parameter in self.parameters() if parameter.requires_grad)
+        return sum(tensor.nbytes for tensor in self.state_dict().values()) + 2 * trained
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         config = self.config
@@ -68,19 +90,33 @@ class Training(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         self.objective.to(self.device)
+        self.council.convene(timedelta(minutes=self.config.timeout_minutes))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        def autoencode(images: Tensor) -> tuple[DiagonalGaussian, Tensor, Tensor]:
-            posterior = self.autoencoder.encode(images)
-            latents = posterior.reparameterize(self._noise(batch.positions, posterior.mean))
-            features = self.autoencoder.decode_features(latents)
-            return posterior, features, self.autoencoder.decoder.conv_out(features)
-
-        loss, logs = single_pass(self._images(batch), autoencode, self.objective, self.game, self.updates)
+        autoencode = partial(self.autoencode, batch.positions)
+        images, augment = self._images(batch), self._augment(batch)
+        loss, logs = single_pass(images, autoencode, self.objective, self.game, self.updates, augment)
+        self.guard.remember(batch, logs)
         logs["learning_rate"] = torch.tensor(self.trainer.optimizers[0].param_groups[0]["lr"])
         for name, value in logs.items():
             self.log(f"train/{name}", value, prog_bar=name in ON_THE_BAR)
         return loss
+
+    def autoencode(self, positions: list[int], images: Tensor) -> tuple[DiagonalGaussian, Tensor, Tensor]:
+        """(posterior, the last layer's input, reconstructions) of images with the noise of their positions."""
+        posterior = self.autoencoder.encode(images)
+        latents = posterior.reparameterize(normal_for(positions, self.config.seed, posterior.mean))
+        features = self.autoencoder.decode_features(latents)
+        return posterior, features, self.autoencoder.decoder.conv_out(features)
+
+    @torch.no_grad()
+    def terms_of(self, batch: Batch) -> Logs:
+        """The reconstruction terms as the autoencoder is now, and what they come from."""
+        images = self._images(batch)
+        posterior, _, reconstructions = self.autoencode(batch.positions, images)
+        with torch.autocast(self.device.type, enabled=False):
+            terms = self.objective(images, reconstructions.float(), posterior)
+        return {"image": images, "posterior": posterior.mean, "reconstruction": reconstructions} | terms
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.discriminator is not None and self.updates < self.config.loss.discriminator_start:
@@ -91,53 +127,71 @@ class Training(lightning.LightningModule):
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Each network by itself: one with large gradients must not starve the other."""
-        bound = self.config.optim.gradient_clip or float("inf")
-        for name, network in (("autoencoder", self.autoencoder), ("discriminator", self.discriminator)):
-            if network is not None:
-                self.log(f"train/{name}_gradient_norm", clip_grad_norm_(network.parameters(), bound))
+        norms: Logs = {}
+        for name, network in self.networks.items():
+            gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+            if gradients:
+                norms[name] = get_total_norm(gradients)
+                self.log(f"train/{name}_gradient_norm", norms[name])
+        self.guard.look(norms)
+        for name, norm in norms.items():
+            clip_grads_with_norm_(self.networks[name].parameters(), self.config.optim.gradient_clip or math.inf, norm)
+        self.is_stepping = True
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The average follows within the step: a checkpoint may be written right after it, before any later hook."""
         super().optimizer_step(*args, **kwargs)
-        average_weights(self.average, self.autoencoder, self.updates + 1, self.config.optim.ema_decay)
+        if self.guard.close():
+            average_weights(self.average, self.autoencoder, self.updates + 1, self.config.optim.ema_decay)
+            if self.game is not None:
+                self.game.commit()
+        self.is_stepping = False
 
     def on_validation_epoch_start(self) -> None:
-        self.metrics.to(self.device)
-        self.latent_statistics = LatentStatistics(self.config.model.latent_channels)
+        self.validation.metrics.to(self.device)
+        self.validation.start()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The averaged weights in float32, posterior mode, protocol default-v1; returns reconstructions as uint8."""
         with torch.autocast(self.device.type, enabled=False):
             posterior = self.average.encode(self._images(batch))
             reconstructions = to_uint8(self.average.decode(posterior.mode()))
-            measured = self.metrics(batch.images, reconstructions)
-        self.latent_statistics.update(posterior)
-        for name, values in measured.items():
-            metric = self.validation[name]
-            assert isinstance(metric, MeanMetric)
-            metric.update(values[torch.isfinite(values)])
-            self.log(f"val/{name}", metric, prog_bar=name == "psnr", on_step=False, on_epoch=True)
+            self.validation.update(batch.images, reconstructions, posterior)
         return reconstructions
 
     def on_validation_epoch_end(self) -> None:
-        if dist.is_available() and dist.is_initialized():
-            shares: list[LatentStatistics] = [self.latent_statistics] * dist.get_world_size()
-            dist.all_gather_object(shares, self.latent_statistics)
-            self.latent_statistics = LatentStatistics(self.config.model.latent_channels)
-            for share in shares:
-                self.latent_statistics.merge(share)
         self.validated_at = self.updates
-        self.log("val/latent_std", self.latent_statistics.std, sync_dist=True)
+        for name, value in self.validation.finish().items():
+            self.log(f"val/{name}", value, prog_bar=name == "psnr", rank_zero_only=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["images_per_update"] = images_per_update(self.config, self.trainer)
+        checkpoint["left_out"] = self.guard.left_out
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning's count of batches follows from the updates, also where a run failed between two of them."""
+        self.guard.left_out = checkpoint["left_out"]
+        done = checkpoint["global_step"]
+        batches = done * self.trainer.accumulate_grad_batches
+        loop = checkpoint["loops"]["fit_loop"]
+        for counts in (loop["epoch_loop.batch_progress"][part] for part in ("current", "total")):
+            counts.update(ready=batches, started=batches, processed=batches, completed=batches - 1)
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = done - 1
+
+    def _augment(self, batch: Batch) -> Augment:
+        names = self.config.loss.augment
+        if not names:
+            return unchanged
+        draws = uniform_for(
+            batch.positions, self.config.seed, DRAWS, torch.empty(len(batch.positions), device=self.device)
+        )
+        return partial(diff_augment, draws=draws, names=names)
 
     def _images(self, batch: Batch) -> Tensor:
         images = to_model_range(batch.images)
         return images.contiguous(memory_format=torch.channels_last) if self.config.channels_last else images
 
-    def _noise(self, positions: list[int], like: Tensor) -> Tensor:
-        """Standard normal noise, each image's a function of (seed, its position) whatever the batch and rank."""
-        generator = torch.Generator(self.device)
-        rows = []
-        for position in positions:
-            generator.manual_seed(seed_for(self.config.seed, position, 1))
-            rows.append(torch.randn(like.shape[1:], generator=generator, device=like.device, dtype=like.dtype))
-        return torch.stack(rows)
+
+def images_per_update(config: TrainConfig, trainer: lightning.Trainer) -> int:
+    """Over all processes and accumulated batches."""
+    return config.data.batch_size * trainer.world_size * trainer.accumulate_grad_batches

@@ -2,64 +2,93 @@
 
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import lightning
 import torch
 
 from vae.config import TrainConfig
-from vae.data.loading import open_sources, training_loader, validation_loader
+from vae.data.loading import open_sources, shut_down, training_loader, validation_loader
 from vae.data.order import EndlessSampler
 from vae.data.sources import ImageFiles
 from vae.data.transforms import to_model_range
 from vae.errors import InputError, require
 from vae.training.export import export
-from vae.training.folder import folder_of, open_folder, updates_in
-from vae.training.module import Training
+from vae.training.failures import told
+from vae.training.folder import RUN_NAME, folder_of, locked, open_folder, read_progress
+from vae.training.module import Training, images_per_update
+from vae.training.stopping import StopRequests
 from vae.training.terminal import announce, conclude
 from vae.training.trainer import build_trainer
-
-RUN_NAME = "VAE_RUN_NAME"  # the processes that Lightning starts compose the configuration anew, and must find the same
 
 
 def train(config: TrainConfig) -> Path:
     """Run `config` to its last update; returns the run's directory.
 
     Refuses what cannot work before weights are built: absent images, a Trainer that cannot be, an unusable directory.
+    Raises `Stopped` where the run ends before its last update: by a signal, by the clock, by what is not finite, by the
+    loss of a process. What it had learned is in a checkpoint then.
     """
+    with StopRequests(config.max_minutes) as requests:
+        images, held_out = open_sources(config.data, config.model.in_channels)
+        folder = folder_of(config)
+        trainer = build_trainer(config, folder, requests)
+        _check_enough(config, images, held_out, trainer.world_size)
+        with (
+            locked(folder) if trainer.is_global_zero else nullcontext(),
+            told(trainer, folder, config.timeout_minutes),
+        ):
+            _run(config, trainer, folder, images, held_out)
+    return folder
+
+
+def _run(
+    config: TrainConfig, trainer: lightning.Trainer, folder: Path, images: ImageFiles, held_out: ImageFiles
+) -> None:
     started = time.monotonic()
-    training_images, validation_images = open_sources(config.data, config.model.in_channels)
-    folder = folder_of(config)
-    trainer = build_trainer(config, folder)
-    _check_enough(config, training_images, validation_images, trainer.world_size)
-    checkpoint = open_folder(config, is_first=trainer.is_global_zero)
-    done = updates_in(checkpoint) if checkpoint else 0
+    checkpoint, notes = open_folder(config, folder, is_first=trainer.is_global_zero)
+    done = _check_progress(config, trainer, checkpoint) if checkpoint else 0
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     module = _build_module(config)
-
-    samples_per_update = config.data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
-    sampler = EndlessSampler(
-        len(training_images), config.seed, done * samples_per_update, trainer.global_rank, trainer.world_size
-    )
-    batches = training_loader(training_images, config.data, config.seed, sampler)
-    held_out = validation_loader(validation_images, config.data, trainer.global_rank, trainer.world_size)
+    seen = done * images_per_update(config, trainer)
+    sampler = EndlessSampler(len(images), config.seed, seen, trainer.global_rank, trainer.world_size)
+    module.guard.name_of = lambda position: images.names[sampler.index_at(position)]
+    batches = training_loader(images, config.data, config.seed, sampler)
+    validation = validation_loader(held_out, config.data, trainer.global_rank, trainer.world_size)
     if trainer.is_global_zero:
-        announce(config, module, folder, (len(training_images), len(validation_images)), done)
-    os.environ[RUN_NAME] = config.name
+        announce(config, module, folder, (len(images), len(held_out)), done, notes)
+    os.environ[RUN_NAME] = folder.name
     try:
-        before = {} if checkpoint else trainer.validate(module, held_out, verbose=False)[0]
-        trainer.fit(module, batches, held_out, ckpt_path=checkpoint, weights_only=True)
+        before = {} if checkpoint else trainer.validate(module, validation, verbose=False)[0]
+        trainer.fit(module, batches, validation, ckpt_path=checkpoint, weights_only=True)
         if module.validated_at != trainer.global_step:
-            trainer.validate(module, held_out, verbose=False)
+            trainer.validate(module, validation, verbose=False)
+    except BaseException:
+        shut_down(validation)
+        raise
     finally:
         os.environ.pop(RUN_NAME, None)
+        shut_down(batches)
     if trainer.is_global_zero:
         after = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
-        judged = to_model_range(next(iter(held_out)).images.to(trainer.strategy.root_device))
+        judged = to_model_range(next(iter(validation)).images.to(trainer.strategy.root_device))
+        shut_down(validation)
         exports = export(module, folder, judged)
         minutes, updates = (time.monotonic() - started) / 60, trainer.global_step - done
         conclude(config, exports, (before, after), f"{updates} updates in {minutes:.1f} minutes, start-up included")
-    return folder
+
+
+def _check_progress(config: TrainConfig, trainer: lightning.Trainer, checkpoint: Path) -> int:
+    """Updates done; the images that made one must be as many as before, or the order of the data would jump."""
+    progress, now = read_progress(checkpoint), images_per_update(config, trainer)
+    require(
+        now == progress.images_per_update,
+        f"data.batch_size={config.data.batch_size}, {trainer.world_size} processes and accumulation over "
+        f"{trainer.accumulate_grad_batches}: {now} images an update",
+        f"a product of {progress.images_per_update}, as the run had",
+    )
+    return progress.updates
 
 
 def _check_enough(config: TrainConfig, training: ImageFiles, validation: ImageFiles, processes: int) -> None:

@@ -11,88 +11,141 @@ which is LDM's objective (Rombach et al., 2022, appendix G) evaluated for both n
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from vae.losses.adversarial import ADVERSARIAL_LOSSES, adaptive_weight, last_layer_gradient, ramp
+from vae.losses.adversarial import (
+    ADVERSARIAL_LOSSES,
+    RunningMean,
+    adaptive_weight,
+    gradient_penalty,
+    last_layer_gradient,
+    lecam_penalty,
+    ramp,
+)
 from vae.losses.objective import LossConfig, Objective, weighted_sum
 from vae.models.posterior import DiagonalGaussian, at_least_float32
+from vae.training.ranks import mean_over_ranks
 
 Logs = dict[str, Tensor]
+Augment = Callable[[Tensor], Tensor]
+LECAM_DECAY = 0.999  # Tseng et al.
 
 
-class AdversarialGame:
-    """The discriminator's two parts in a step: what it asks of the reconstructions, and what it learns from them."""
+def unchanged(images: Tensor) -> Tensor:
+    return images
+
+
+class AdversarialGame(nn.Module):
+    """The discriminator's two parts in a step: what it asks of the reconstructions, and what it learns from them.
+
+    As a module it holds running means only; the networks belong to others.
+    """
 
     def __init__(self, discriminator: nn.Module, config: LossConfig, last_layer: nn.Conv2d) -> None:
-        self.discriminator, self.config, self.last_layer = discriminator, config, last_layer
+        super().__init__()
+        self.balance = RunningMean(config.adaptive_smoothing)
+        self.real_logit, self.fake_logit = RunningMean(LECAM_DECAY), RunningMean(LECAM_DECAY)
+        self._networks = (discriminator, last_layer)
+        self.config = config
         self.generator_loss, self.discriminator_loss = ADVERSARIAL_LOSSES[config.adversarial]
 
+    @property
+    def discriminator(self) -> nn.Module:
+        return self._networks[0]
+
     def gradient(
-        self, leaf: Tensor, reconstruction_gradient: Tensor, features: Tensor, scale: float
+        self,
+        leaf: Tensor,
+        reconstruction_gradient: Tensor,
+        features: Tensor,
+        scale: float,
+        augment: Augment = unchanged,
     ) -> tuple[Tensor, Logs]:
         """The weighted adversarial gradient at the reconstructions. The discriminator is held constant."""
         constant = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
-        adversarial = self.generator_loss(functional_call(self.discriminator, constant, (leaf,)))
+        adversarial = self.generator_loss(functional_call(self.discriminator, constant, (augment(leaf),)))
         (gradient,) = torch.autograd.grad(adversarial, leaf)
         balance = torch.ones((), device=leaf.device, dtype=leaf.dtype)
         if self.config.adaptive:
-            at_last_layer = [
-                last_layer_gradient(features, self.last_layer.weight, g) for g in (reconstruction_gradient, gradient)
-            ]
-            ours, theirs = _mean_over_ranks(torch.stack(at_last_layer))
-            balance = adaptive_weight(ours, theirs, self.config.adaptive_maximum / leaf[0].numel())
+            weight = self._networks[1].weight
+            at_last_layer = [last_layer_gradient(features, weight, g) for g in (reconstruction_gradient, gradient)]
+            ours, theirs = mean_over_ranks(torch.stack(at_last_layer))
+            ratio = adaptive_weight(ours, theirs, self.config.adaptive_maximum / leaf[0].numel())
+            balance = self.balance.blend(ratio)
         logs = {"adversarial": adversarial.detach(), "adaptive_weight": balance}
         return scale * self.config.weights.adversarial * balance * gradient, logs
 
-    def loss(self, images: Tensor, reconstructions: Tensor) -> tuple[Tensor, Logs]:
+    def loss(self, images: Tensor, reconstructions: Tensor, augment: Augment = unchanged) -> tuple[Tensor, Logs]:
         """Real and fake in one concatenated forward."""
-        real_logits, fake_logits = self.discriminator(torch.cat([images, reconstructions])).chunk(2)
+        config = self.config
+        images = images.detach().requires_grad_(config.r1 > 0)
+        logits = self.discriminator(torch.cat([augment(images), augment(reconstructions)]))
+        real_logits, fake_logits = logits.chunk(2)
         loss = self.discriminator_loss(real_logits, fake_logits)
-        logs = {"discriminator": loss, "real_logits": real_logits.mean(), "fake_logits": fake_logits.mean()}
+        logs = {"discriminator": loss.detach()} | _summary(real_logits.detach(), fake_logits.detach())
+        if config.r1:
+            logs["r1"] = gradient_penalty(real_logits, images)
+            loss = loss + 0.5 * config.r1 * logs["r1"]
+        if config.lecam:
+            means = mean_over_ranks(torch.stack([logs["real_logits"], logs["fake_logits"]]))
+            mean_real, mean_fake = self.real_logit.blend(means[0]), self.fake_logit.blend(means[1])
+            logs["lecam"] = lecam_penalty(real_logits, fake_logits, mean_real, mean_fake)
+            loss = loss + config.lecam * logs["lecam"]
         return loss, {name: value.detach() for name, value in logs.items()}
 
     def sleep(self) -> Tensor:
         """Zero, but of every parameter: DDP wants to see each in every backward."""
         return 0.0 * torch.stack([parameter.flatten()[0] for parameter in self.discriminator.parameters()]).sum()
 
+    def commit(self) -> None:
+        for mean in (self.balance, self.real_logit, self.fake_logit):
+            mean.commit()
 
-def single_pass(
+    def forget(self) -> None:
+        for mean in (self.balance, self.real_logit, self.fake_logit):
+            mean.forget()
+
+
+def single_pass(  # noqa: PLR0917
     images: Tensor,
     autoencode: Callable[[Tensor], tuple[DiagonalGaussian, Tensor, Tensor]],
     objective: Objective,
     game: AdversarialGame | None,
     updates: int,
+    augment: Augment = unchanged,
 ) -> tuple[Tensor, Logs]:
     """(scalar to call backward on, raw terms to log). Its value means nothing, its gradient everything.
 
-    `autoencode(images)` gives the posterior, the last layer's input and the reconstructions.
+    `autoencode(images)` gives the posterior, the last layer's input and the reconstructions; what the discriminator
+    sees goes through `augment`.
     """
     posterior, features, reconstructions = autoencode(images)
     with torch.autocast(images.device.type, enabled=False):
         leaf = at_least_float32(reconstructions.detach()).requires_grad_()
         terms = objective(images, leaf, posterior)
         logs = {name: term.detach() for name, term in terms.items()}
-        kl = weighted_sum({"kl": terms.pop("kl")}, objective.weights) if "kl" in terms else 0.0
+        kl: Tensor | float = 0.0
+        if "kl" in terms:
+            kl = ramp(updates, 0, objective.kl_warmup) * weighted_sum({"kl": terms.pop("kl")}, objective.weights)
         (gradient,) = torch.autograd.grad(weighted_sum(terms, objective.weights), leaf)
         discriminator_loss: Tensor | float = 0.0
         if game is not None:
             config = game.config
             scale = ramp(updates, config.adversarial_start, config.adversarial_ramp)
             if scale > 0:
-                adversarial_gradient, more = game.gradient(leaf, gradient, features, scale)
+                adversarial_gradient, more = game.gradient(leaf, gradient, features, scale, augment)
                 gradient, logs = gradient + adversarial_gradient, logs | more
             if updates >= config.discriminator_start:
-                discriminator_loss, more = game.loss(images, leaf.detach())
+                discriminator_loss, more = game.loss(images, leaf.detach(), augment)
                 logs |= more
             else:
                 discriminator_loss = game.sleep()
         return (at_least_float32(reconstructions) * gradient).sum() + kl + discriminator_loss, logs
 
 
-def _mean_over_ranks(gradients: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(gradients)
-        gradients = gradients / dist.get_world_size()
-    return gradients
+def _summary(real_logits: Tensor, fake_logits: Tensor) -> Logs:
+    """What tells a game from a walk-over: mean logits, their gap, and how often the discriminator is right."""
+    real, fake = real_logits.mean(), fake_logits.mean()
+    right = 0.5 * ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean())
+    return {"real_logits": real, "fake_logits": fake, "logit_gap": real - fake, "discriminator_accuracy": right}

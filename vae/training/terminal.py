@@ -31,7 +31,14 @@ class Progress(RichProgressBar):
         return {name.removeprefix("train/"): value for name, value in shown.items() if name != "v_num"}
 
 
-def announce(config: TrainConfig, training: Training, folder: Path, images: tuple[int, int], done: int) -> None:
+def announce(  # noqa: PLR0917
+    config: TrainConfig,
+    training: Training,
+    folder: Path,
+    images: tuple[int, int],
+    done: int,
+    notes: Sequence[str],
+) -> None:
     parameters = sum(parameter.numel() for parameter in training.autoencoder.parameters())
     _say(
         f"Autoencoder of {parameters:,} parameters, {images[0]} training and {images[1]} validation images at "
@@ -42,6 +49,8 @@ def announce(config: TrainConfig, training: Training, folder: Path, images: tupl
             f"The adversarial term starts at update {config.loss.adversarial_start}, after this run ends: "
             f"lower loss.adversarial_start to have it"
         )
+    for note in notes:
+        _say(f"note: {note}")
 
 
 def conclude(
@@ -49,7 +58,7 @@ def conclude(
 ) -> None:
     before, after = metrics
     table = Table("validation (averaged weights)", "at the start", "at the end")
-    for name in sorted(after):
+    for name in sorted(name for name in after if not name.startswith("val/kl_")):
         table.add_row(name, f"{before[name]:.4f}" if name in before else "", f"{after[name]:.4f}")
     Console().print(table)
     run = exports[0].parents[2]

@@ -4,20 +4,26 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import DDPStrategy
 
 from vae.config import TrainConfig
 from vae.errors import InputError, require
-from vae.training.artefacts import AtomicCheckpointIO, Checkpoints, Pictures
+from vae.training.advice import Advice
 from vae.training.metrics_file import MetricsFile
+from vae.training.pictures import Pictures
+from vae.training.saving import CheckedCheckpointIO, Checkpoints
+from vae.training.stopping import StopRequests, keep_lightning_out
 from vae.training.terminal import Progress
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+STRATEGIES = ("auto", "ddp")
 COUNTS = ("accumulate_grad_batches", "log_every_n_steps", "num_nodes")
 OWNED = {  # arguments of lightning.Trainer that follow from our keys
     "max_steps": "updates",
@@ -29,6 +35,7 @@ OWNED = {  # arguments of lightning.Trainer that follow from our keys
     "gradient_clip_algorithm": "optim.gradient_clip",
     "callbacks": "the key that asks for it",
     "plugins": "trainer.precision or trainer.strategy",
+    "max_time": "max_minutes",
     "default_root_dir": "output",
     "use_distributed_sampler": "nothing: the data order is ours",
     "sync_batchnorm": "loss.discriminator.norm",
@@ -40,14 +47,16 @@ OWNED = {  # arguments of lightning.Trainer that follow from our keys
 }
 
 
-def build_trainer(config: TrainConfig, folder: Path) -> lightning.Trainer:
+def build_trainer(config: TrainConfig, folder: Path, requests: StopRequests) -> lightning.Trainer:
     """A Trainer that counts in updates, writes below `folder` and nowhere else, and leaves the data order alone."""
     arguments: dict[str, Any] = {"devices": 1, "log_every_n_steps": 10} | config.trainer
     _check(arguments)
+    arguments["strategy"] = _strategy(arguments, config.timeout_minutes)
     _quieten()
     accumulate = arguments.get("accumulate_grad_batches", 1)
     has_batch_norm = bool(config.loss.weights.adversarial) and config.loss.discriminator.norm == "batch"
     bar = [Progress()] if arguments.get("enable_progress_bar", True) else []
+    checkpoints = Checkpoints(folder / "checkpoints", config.validate_every, config.checkpoint_minutes, requests)
     try:
         trainer = lightning.Trainer(
             **arguments,
@@ -64,11 +73,12 @@ def build_trainer(config: TrainConfig, folder: Path) -> lightning.Trainer:
             inference_mode=False,  # metrics live on from one validation to the next; inference tensors could not
             sync_batchnorm=has_batch_norm,
             logger=_build_loggers(config, folder, lambda: trainer.global_step),
-            callbacks=[Checkpoints(folder / "checkpoints", config.validate_every), Pictures(folder), *bar],
-            plugins=[AtomicCheckpointIO()],
+            callbacks=[checkpoints, Pictures(folder), Advice(arguments["log_every_n_steps"]), *bar],
+            plugins=[CheckedCheckpointIO()],
         )
     except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"trainer={config.trainer}: {' '.join(str(error).split())}") from error
+    keep_lightning_out(trainer)
     on_cpu = trainer.strategy.root_device.type == "cpu"
     if on_cpu and arguments.get("precision") == "16-mixed":
         raise InputError(
@@ -78,6 +88,16 @@ def build_trainer(config: TrainConfig, folder: Path) -> lightning.Trainer:
     if on_cpu and has_batch_norm and trainer.world_size > 1:
         raise InputError("loss.discriminator.norm='batch' over several CPU processes; choose 'group' or use GPUs")
     return trainer
+
+
+def _strategy(arguments: dict[str, Any], timeout_minutes: float) -> str | DDPStrategy:
+    """Every process runs the module's forward, buffers are alike by construction, and none waits for ever."""
+    is_alone = arguments["devices"] in {1, "1"} and arguments.get("num_nodes", 1) == 1
+    if is_alone and arguments.get("strategy", "auto") == "auto":
+        return "auto"
+    return DDPStrategy(
+        timeout=timedelta(minutes=timeout_minutes), broadcast_buffers=False, gradient_as_bucket_view=True
+    )
 
 
 def _check(arguments: dict[str, Any]) -> None:
@@ -90,6 +110,9 @@ def _check(arguments: dict[str, Any]) -> None:
             require(isinstance(value, int) and value >= 1, f"trainer.{name}={value!r}", "1 or more")
     precision, devices = arguments.get("precision", "32-true"), arguments["devices"]
     require(precision in PRECISIONS, f"trainer.precision={precision!r}", f"one of {list(PRECISIONS)}")
+    strategy = arguments.get("strategy", "auto")
+    enough = f"one of {list(STRATEGIES)}: weights, averages and Adam's moments of the largest preset are under 4 GB"
+    require(strategy in STRATEGIES, f"trainer.strategy={strategy!r}", enough)
     counted = not isinstance(devices, int) or devices >= 1 or devices == -1
     require(counted, f"trainer.devices={devices}", "1 or more, or -1 for all")
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: checkpoints to resume from, published weights, pictures."""
+"""At every validation, a picture of what the model does to the same held-out images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,68 +8,15 @@ import lightning
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from vae.checkpoints.safe import replacing
 from vae.data.pictures import reconstruction_sheet
+from vae.training.manifest import step_name
 
-KEPT = 2  # checkpoints of a run
 PICTURED = 8  # held-out images on every sheet
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints appear whole or not at all, whatever filesystem the system's temporary folder is on."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
-        with replacing(Path(path)) as partial:
-            torch.save(checkpoint, partial)
-
-
-def step_name(updates: int) -> str:
-    return f"step_{updates:07d}"
-
-
-class Checkpoints(Callback):
-    """All that resuming needs, every so many updates and at the end: the newest few, `last.ckpt` pointing at one.
-
-    Saved between two updates only, also when gradients are accumulated.
-    """
-
-    def __init__(self, folder: Path, every: int) -> None:
-        self.folder, self.every = folder, every
-        self._saved = 0
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._saved = trainer.global_step
-
-    def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        if trainer.global_step % self.every == 0:
-            self._save(trainer)
-
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._save(trainer)
-
-    def _save(self, trainer: lightning.Trainer) -> None:
-        if trainer.global_step == self._saved:
-            return
-        self._saved = trainer.global_step
-        name = f"{step_name(trainer.global_step)}.ckpt"
-        trainer.save_checkpoint(self.folder / name)
-        if trainer.is_global_zero:
-            with replacing(self.folder / "last.ckpt") as partial:
-                partial.symlink_to(name)
-            for old in sorted(self.folder.glob("step_*.ckpt"))[:-KEPT]:
-                old.unlink()
 
 
 class Pictures(Callback):

@@ -1,0 +1,46 @@
+"""What a validation measures: means over all images of all processes, each counted once."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vae.latents import LatentStatistics
+from vae.metrics.paired import PairedMetrics
+from vae.models.posterior import DiagonalGaussian
+from vae.training import ranks
+
+
+class Validation:
+    """Sums in float64, merged over the processes when all have seen their share."""
+
+    def __init__(self, metrics: PairedMetrics, latent_channels: int) -> None:
+        self.metrics, self.latent_channels = metrics, latent_channels
+        self.start()
+
+    def start(self) -> None:
+        self.latents = LatentStatistics(self.latent_channels)
+        self._sums = dict.fromkeys(self.metrics.names, 0.0)
+        self._counts = dict.fromkeys(self.metrics.names, 0)
+
+    def update(self, images: Tensor, reconstructions: Tensor, posterior: DiagonalGaussian) -> None:
+        """uint8 images (B, C, H, W), their reconstructions, and what lay between. Infinite values are not counted."""
+        self.latents.update(posterior)
+        for name, values in self.metrics(images, reconstructions).items():
+            finite = values[torch.isfinite(values)].double()
+            self._sums[name] += finite.sum().item()
+            self._counts[name] += len(finite)
+
+    def finish(self) -> dict[str, float]:
+        """Means by name, the latents' standard deviation, and what each of their channels carries."""
+        shares = [(self._sums, self._counts, self.latents)] * ranks.count()
+        if ranks.count() > 1:
+            dist.all_gather_object(shares, shares[0])
+        self.latents = LatentStatistics(self.latent_channels)
+        for _, _, latents in shares:
+            self.latents.merge(latents)
+        measured: dict[str, float] = {}
+        for name in self.metrics.names:
+            count = sum(counts[name] for _, counts, _ in shares)
+            measured[name] = sum(sums[name] for sums, _, _ in shares) / count if count else float("nan")
+        measured |= {"latent_std": self.latents.std, "active_channels": float(self.latents.channel_is_active.sum())}
+        return measured | {f"kl_{channel}": kl for channel, kl in enumerate(self.latents.channel_kl.tolist())}
