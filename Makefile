@@ -4,13 +4,16 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: train test check format clean
+.PHONY: train test test-all check format clean
 
 train: .venv/installed
 	$(BIN)/python train.py experiment=quickstart
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+test-all: .venv/installed
+	$(BIN)/python -m pytest -m 'slow or not slow'
 
 check: .venv/installed
 	$(BIN)/ruff check .

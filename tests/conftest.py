@@ -21,6 +21,7 @@ from vae.training.optim import OptimConfig
 @pytest.fixture(autouse=True)
 def _reproducible() -> None:
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # what is this small gains nothing from two, and loses much where something else runs
 
 
 @pytest.fixture

@@ -39,3 +39,11 @@ def test_the_tree_in_the_readme_is_the_tree():
     listed = set(re.findall(r"^ *([\w]+\.py) ", block, re.MULTILINE))
     real = {path.name for path in (ROOT / "vae").rglob("*.py")} - {"__init__.py"}
     assert listed - {"__init__.py", "train.py"} == real
+
+
+def test_every_test_that_the_page_of_traps_names_is_in_the_file_it_links_to():
+    page = ROOT / "docs" / "traps.md"
+    named = re.findall(r"\[(test_\w+)\]\((\.\./tests/[^)]+\.py)\)", page.read_text())
+    assert named
+    sources = {link: path.read_text() for _, link in named if (path := page.parent / link).exists()}
+    assert [pair for pair in named if not re.search(rf"^def {pair[0]}\(", sources.get(pair[1], ""), re.MULTILINE)] == []

@@ -4,6 +4,7 @@ Below it there is no DictConfig. `HYDRA_FULL_ERROR=1` shows tracebacks.
 """
 
 import difflib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any, TypeVar, cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -22,6 +24,7 @@ from vae.errors import BAD_INPUT, InputError, Stopped
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TRACEBACKS = "HYDRA_FULL_ERROR"
+SAVED_CONFIG = "config.json"  # in the directory of a run
 Config = TypeVar("Config")
 
 
@@ -36,7 +39,7 @@ def run(folder: str, name: str, schema: type[Config], action: Callable[[Config],
     @hydra.main(version_base="1.3", config_path=str(CONFIGS / folder), config_name=name)
     def command(cfg: Any) -> None:
         try:
-            action(cast(Config, OmegaConf.to_object(cfg)))
+            action(cast(Config, OmegaConf.to_object(_as_the_run_has_it(cfg, schema))))
         except (InputError, OmegaConfBaseException) as error:
             if wants_traceback:
                 raise
@@ -51,6 +54,25 @@ def run(folder: str, name: str, schema: type[Config], action: Callable[[Config],
         if wants_traceback:
             raise
         _end(_sentence(error), BAD_INPUT)
+
+
+def _as_the_run_has_it(cfg: Any, schema: type) -> Any:
+    """With `resume=DIRECTORY` the run's own configuration, and the values on the command line on top.
+
+    Where the command line chooses groups it is the whole configuration again, to be compared with the run's.
+    """
+    resume = OmegaConf.select(cfg, "resume", default=None)
+    file = Path(str(resume)) / SAVED_CONFIG
+    keys = [override.partition("=")[0].lstrip("+~") for override in HydraConfig.get().overrides.task]
+    if resume is None or not file.is_file() or set(keys) & set(HydraConfig.get().runtime.choices):
+        return cfg
+    try:
+        saved = OmegaConf.merge(OmegaConf.structured(schema), json.loads(file.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise InputError(f"{file}: not readable as a run's configuration; restore it or start a new run") from error
+    for key in keys:
+        OmegaConf.update(saved, key, OmegaConf.select(cfg, key), force_add=True)
+    return saved
 
 
 @contextmanager

@@ -2,9 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -195,42 +192,6 @@ def test_float16_gradients_are_unscaled_before_they_are_clipped(tiny_run, monkey
     assert norms[1] == pytest.approx(norms[0], rel=0.05)
 
 
-def test_two_processes_train_as_one_with_the_double_batch(tiny_run, tmp_path):
-    """Gloo on the CPU; asleep, warming up and playing, with accumulation. Adam turns rounding into 1e-5 steps."""
-    states = {}
-    for processes in (1, 2):
-        command = [
-            sys.executable,
-            "train.py",
-            "model=tiny",
-            "data.resolution=32",
-            f"data.batch_size={4 // processes}",
-            "updates=6",
-            "validate_every=3",
-            "loss.weights.perceptual=0",
-            "loss.adaptive=false",
-            "loss.discriminator_start=2",
-            "loss.adversarial_start=4",
-            "loss.discriminator.channels=8",
-            "loss.discriminator.layers=2",
-            "trainer.accelerator=cpu",
-            "trainer.enable_progress_bar=false",
-            f"trainer.devices={processes}",
-            "trainer.strategy=" + ("ddp" if processes > 1 else "auto"),
-            "trainer.accumulate_grad_batches=2",
-            f"output={tmp_path}",
-            f"name=run{processes}",
-        ]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-        states[processes] = _checkpoint(tmp_path / f"run{processes}")["state_dict"]
-    for name, tensor in states[1].items():
-        if not name.startswith("discriminator.main.") or not name.endswith("bias"):  # cancelled by the norm behind it
-            torch.testing.assert_close(
-                states[2][name], tensor, atol=2e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
-            )
-
-
 def test_resuming_with_another_configuration_is_refused_by_key(finished, tiny_run):
     other = replace(tiny_run, resume=str(finished), optim=replace(tiny_run.optim, learning_rate=5e-2))
     with pytest.raises(InputError, match=r"optim\.learning_rate was 0\.001 and is 0\.05"):
@@ -277,7 +238,7 @@ def test_wandb_runs_offline_without_a_key_and_never_asks(tiny_run, monkeypatch):
 def test_a_compiled_run_has_the_parameter_names_of_an_eager_one(tiny_run, finished, monkeypatch):
     """With the backend that traces but does not generate code: seconds instead of minutes."""
     original = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: original(self, backend="aot_eager"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: original(self, backend="aot_eager", **given))
     folder = train(replace(tiny_run, name="compiled", compile=True))
     compiled, eager = (_checkpoint(path)["state_dict"] for path in (folder, finished))
     assert compiled.keys() == eager.keys()

@@ -1,6 +1,5 @@
 """When a process that a run needs is gone: in words, and without waiting for it."""
 
-import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +33,8 @@ def told(trainer: lightning.Trainer, folder: Path, timeout_minutes: float) -> It
         if message is None:
             raise
         for child in _children(trainer):
-            child.send_signal(signal.SIGKILL)  # also one that was stopped and would never hear anything else
+            child.kill()  # also one that was stopped, and would hear nothing else
+            child.wait()
         raise _leave(trainer, folder, PROCESS_LOST, message) from error
     finally:
         watching.set()

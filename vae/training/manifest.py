@@ -51,9 +51,19 @@ def read_manifest(folder: Path) -> dict[str, str]:
 
 
 def record(folder: Path, name: str, digest: str) -> None:
-    """Add one entry, and drop those of checkpoints that are gone."""
-    entries = {known: d for known, d in read_manifest(folder).items() if (folder / known).exists()} | {name: digest}
-    write_text(folder / MANIFEST, "".join(f"{entries[known]}  {known}\n" for known in sorted(entries)))
+    """Add one entry."""
+    _write(folder, read_manifest(folder) | {name: digest})
+
+
+def keep_newest(folder: Path, count: int) -> None:
+    """Delete all but the newest checkpoints, and then their entries."""
+    for old in checkpoints_in(folder)[count:]:
+        old.unlink()
+    _write(folder, {name: digest for name, digest in read_manifest(folder).items() if (folder / name).exists()})
+
+
+def _write(folder: Path, entries: dict[str, str]) -> None:
+    write_text(folder / MANIFEST, "".join(f"{entries[name]}  {name}\n" for name in sorted(entries)))
 
 
 class HashingFile:

@@ -106,5 +106,5 @@ def _build_module(config: TrainConfig) -> Training:
         module.average.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if config.compile:
         for block in module.autoencoder.blocks():
-            block.compile()  # in place: parameter names stay as they are
+            block.compile(dynamic=False)  # in place: parameter names stay as they are; one shape a block
     return module

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vae.checkpoints.safe import check_space, replacing
 from vae.errors import Stopped
-from vae.training.manifest import HashingFile, checkpoints_in, record, step_name
+from vae.training.manifest import HashingFile, checkpoints_in, keep_newest, record, step_name
 from vae.training.module import Training
 from vae.training.stopping import StopRequests, reason
 
@@ -109,8 +109,7 @@ class Checkpoints(Callback):
         if trainer.is_global_zero:
             checkpoint = trainer._checkpoint_connector.dump_checkpoint()
             trainer.strategy.save_checkpoint(checkpoint, self.folder / f"{step_name(trainer.global_step)}.ckpt")
-            for old in checkpoints_in(self.folder)[KEPT:]:
-                old.unlink()
+            keep_newest(self.folder, KEPT)
         if wait:
             trainer.strategy.barrier()
 

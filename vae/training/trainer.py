@@ -121,7 +121,12 @@ def _quieten() -> None:
     """What Lightning says about itself, or about data loaders unlike ours, is not about the user's run."""
     for noisy in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    not_ours = (".*treespec.*", ".*does not have many workers.*", ".*dataloader is not resumable.*")
+    not_ours = (
+        ".*treespec.*",
+        ".*does not have many workers.*",
+        ".*dataloader is not resumable.*",
+        ".*logging interval.*",
+    )
     for message in (*not_ours, ".*AMP with fp16 is not supported on CPU.*"):  # the last is refused in our words
         warnings.filterwarnings("ignore", message)
 

@@ -1,0 +1,91 @@
+"""One process of several: `python driven.py CONFIG.json [double]`, to be started by Lightning or torchrun.
+
+Writes the hash of what every process ends with beside the run. In float64, rounding does not hide what is not equal.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from vae.config import TrainConfig
+from vae.data.loading import DataConfig
+from vae.errors import Stopped
+from vae.losses.objective import LossConfig, LossWeights
+from vae.models.autoencoder import AutoencoderConfig
+from vae.models.discriminator import DiscriminatorConfig
+from vae.training import run, trainer
+from vae.training.guard import GuardConfig
+from vae.training.module import Training
+from vae.training.optim import OptimConfig
+
+reductions: list[list[int]] = []  # (update, bucket)
+
+
+def config_from(path: Path) -> TrainConfig:
+    tree = json.loads(path.read_text())
+    loss = tree["loss"]
+    loss |= {
+        "weights": LossWeights(**loss["weights"]),
+        "discriminator": DiscriminatorConfig(**loss["discriminator"]),
+    }
+    parts = {
+        "model": AutoencoderConfig(**tree["model"]),
+        "loss": LossConfig(**loss),
+        "data": DataConfig(**tree["data"]),
+        "optim": OptimConfig(**tree["optim"]),
+        "guard": GuardConfig(**tree["guard"]),
+    }
+    return TrainConfig(**(tree | parts))
+
+
+def count_reductions(self: Training) -> None:
+    """DDP's communication hook sees every bucket of gradients that is all-reduced."""
+    reductions.clear()
+    model: Any = self.trainer.strategy.model
+    if isinstance(model, DistributedDataParallel):
+
+        def hook(
+            state: object,
+            bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
+        ) -> torch.futures.Future[torch.Tensor]:
+            reductions.append([self.updates, bucket.index()])
+            return allreduce_hook(dist.group.WORLD, bucket)  # pyright: ignore[reportArgumentType]
+
+        model.register_comm_hook(None, hook)
+
+
+def write_what_came_out(self: Training) -> None:
+    digest = hashlib.sha256()
+    for name, tensor in self.state_dict().items():
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    outcome = {"sha256": digest.hexdigest(), "reductions": reductions}
+    rank = self.trainer.global_rank
+    (Path(self.trainer.default_root_dir) / f"rank{rank}.json").write_text(json.dumps(outcome))
+
+
+def in_double(switches: list[str]) -> None:
+    if "double" not in switches:
+        return
+    trainer.PRECISIONS = (*trainer.PRECISIONS, "64-true")
+    original = Training._images
+    Training._images = lambda self, batch: original(self, batch).double()
+    run.export = run.conclude = lambda *_: None  # published weights are float32
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    in_double(sys.argv[2:])
+    Training.on_train_start = count_reductions
+    Training.on_train_end = write_what_came_out
+    try:
+        run.train(config_from(Path(sys.argv[1])))
+    except Stopped as stop:
+        print(f"error: {stop.message}", file=sys.stderr)
+        sys.exit(stop.code)

@@ -1,0 +1,156 @@
+"""A run that was interrupted ends with the bits of one that was not."""
+
+import os
+import signal
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.training.harness import digest_of, small_run
+from vae.config import TrainConfig
+from vae.errors import InputError, Stopped
+from vae.training.manifest import checkpoints_in
+from vae.training.module import Training
+from vae.training.run import train
+
+ASLEEP, PLAYING = 4, 8  # updates at which a run is cut; the adversarial term starts at 5, an epoch has 11 images
+MATRIX = [
+    (workers, accumulate, cut, "32-true") for workers in (0, 2) for accumulate in (1, 3) for cut in (ASLEEP, PLAYING)
+] + [(0, 1, ASLEEP, "bf16-mixed"), (0, 3, PLAYING, "bf16-mixed")]
+_wholes: dict[tuple[Any, ...], str] = {}
+
+
+def cut_at(config: TrainConfig, updates: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> Path:
+    """Start, and send this process a signal in the middle of an update."""
+    original = Training.training_step
+
+    def step(self: Training, *arguments: Any) -> Any:
+        if self.updates == updates:
+            os.kill(os.getpid(), number)
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "training_step", step)
+        with pytest.raises(Stopped) as stopped:
+            train(config)
+    assert stopped.value.code == 128 + number
+    return Path(config.output) / config.name
+
+
+@pytest.mark.parametrize(("workers", "accumulate", "cut", "precision"), MATRIX)
+def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(
+    tmp_path, monkeypatch, workers, accumulate, cut, precision
+):
+    config = small_run(tmp_path, workers, accumulate)
+    config = replace(config, trainer=config.trainer | {"precision": precision})
+    run = cut_at(config, cut, monkeypatch)
+    assert checkpoints_in(run / "checkpoints")[0].name == f"step_{cut + 1:07d}.ckpt"
+    train(config)
+    key = (accumulate, precision)  # workers change nothing
+    if key not in _wholes:
+        _wholes[key] = digest_of(train(replace(config, name="whole", data=replace(config.data, workers=0))))
+    assert digest_of(run) == _wholes[key]
+
+
+def test_what_fails_within_an_update_is_saved_as_it_was_before_it(tmp_path, monkeypatch):
+    """In the middle of an accumulation, as when a data worker dies."""
+    config, calls = small_run(tmp_path, accumulate=3), []
+    original = Training.training_step
+
+    def failing(self: Training, *arguments: Any) -> Any:
+        calls.append(self.updates)
+        if len(calls) == 23:
+            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "training_step", failing)
+        with pytest.raises(Stopped, match=r"a data worker died .* lower data\.workers .* resume=") as stopped:
+            train(config)
+    assert stopped.value.code == 6
+    assert checkpoints_in(tmp_path / "run" / "checkpoints")[0].name == "step_0000007.ckpt"
+    assert digest_of(train(config)) == digest_of(train(replace(config, name="whole")))
+
+
+def test_auto_takes_the_newest_run_of_the_same_configuration_and_else_starts_one(tmp_path, monkeypatch):
+    config = replace(small_run(tmp_path), name="first-{time}")
+    other = replace(config, seed=1)
+    monkeypatch.setattr("time.strftime", lambda _: "one")
+    cut_at(replace(config, name="first-one"), 4, monkeypatch)
+    monkeypatch.setattr("time.strftime", lambda _: "two")
+    cut_at(replace(other, name="first-two"), 4, monkeypatch)
+    monkeypatch.setattr("time.strftime", lambda _: "three")
+    assert train(config).name == "first-one"
+    assert train(replace(config, seed=2)).name == "first-three"
+
+
+def test_auto_refuses_a_run_of_that_name_with_another_configuration(tmp_path, monkeypatch):
+    config = small_run(tmp_path)
+    cut_at(config, 4, monkeypatch)
+    with pytest.raises(InputError, match=r"seed was 0 and is 5"):
+        train(replace(config, seed=5))
+
+
+def test_what_may_differ_is_listed(tmp_path, monkeypatch, capsys):
+    config = small_run(tmp_path)
+    cut_at(config, 4, monkeypatch)
+    train(replace(config, updates=12, data=replace(config.data, workers=1)))
+    assert "note: data.workers was 0 and is 1" in capsys.readouterr().out
+
+
+def test_another_number_of_images_an_update_is_refused(tmp_path, monkeypatch):
+    config = small_run(tmp_path)
+    cut_at(config, 4, monkeypatch)
+    wrong = r"data\.batch_size=4, 1 processes and accumulation over 1: 4 images an update, expected a product of 2"
+    with pytest.raises(InputError, match=wrong):
+        train(replace(config, data=replace(config.data, batch_size=4)))
+
+
+def test_accumulation_may_be_traded_for_batch_size(tmp_path, monkeypatch):
+    """The clock is the update: the loop's count of batches follows."""
+    config = small_run(tmp_path, accumulate=2)
+    run = cut_at(config, 4, monkeypatch)
+    traded = config.trainer | {"accumulate_grad_batches": 1}
+    train(replace(config, data=replace(config.data, batch_size=4), trainer=traded))
+    assert torch.load(checkpoints_in(run / "checkpoints")[0], weights_only=True)["global_step"] == 12
+
+
+def test_the_wall_clock_ends_a_run_with_its_own_status(tmp_path):
+    with pytest.raises(Stopped, match=r"max_minutes are over after update 1\. Go on with") as stopped:
+        train(replace(small_run(tmp_path), max_minutes=1e-6))
+    assert stopped.value.code == 124
+    assert asdict(small_run(tmp_path))["max_minutes"] is None
+
+
+def test_a_signal_during_validation_ends_it_there(tmp_path, monkeypatch):
+    config = replace(small_run(tmp_path), data=replace(small_run(tmp_path).data, validation_batch_size=1))
+    original, seen = Training.validation_step, []
+
+    def step(self: Training, *arguments: Any) -> Any:
+        seen.append(self.updates)
+        if self.updates == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "validation_step", step)
+        with pytest.raises(Stopped):
+            train(config)
+    assert seen.count(3) == 1
+    assert digest_of(train(config)) == digest_of(train(replace(config, name="whole")))
+
+
+def test_before_there_is_anything_to_save_a_signal_ends_the_process_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("vae.training.run._build_module", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped, match="stopped by SIGTERM, at once") as stopped:
+        train(small_run(tmp_path))
+    assert stopped.value.code == 143
+
+
+def test_handlers_are_as_before_after_a_run(tiny_run):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    train(tiny_run)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before

@@ -1,0 +1,234 @@
+"""The discriminator's balance: the adaptive weight, its running means, and what is said when the game goes wrong."""
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.traps.bench import Bench
+from vae.latents import LatentStatistics
+from vae.losses.adversarial import RunningMean, gradient_penalty, lecam_penalty
+from vae.losses.augment import AUGMENTATIONS, DRAWS, diff_augment
+from vae.losses.objective import LossConfig, LossWeights
+from vae.models.discriminator import DiscriminatorConfig, PatchDiscriminator
+from vae.models.posterior import LOGVAR_RANGE, DiagonalGaussian
+from vae.training.advice import WINDOW, Advice
+from vae.training.module import Training
+from vae.training.step import AdversarialGame
+
+
+def moves_once_an_update(mean: RunningMean) -> None:
+    """3, then two micro-batches of 5 and 7, then one that is not finite."""
+    mean.blend(torch.tensor(3.0))
+    mean.commit()
+    assert mean.value == 3.0
+    blended = [float(mean.blend(torch.tensor(value))) for value in (5.0, 7.0)]
+    assert blended == pytest.approx([3.2, 3.4])
+    mean.commit()
+    assert float(mean.value) == pytest.approx(3.3)
+    assert float(mean.blend(torch.tensor(math.nan))) == pytest.approx(3.3)
+    mean.commit()
+    assert float(mean.value) == pytest.approx(3.3)
+
+
+class MovesWithEveryBatch(RunningMean):
+    def blend(self, value: Tensor) -> Tensor:
+        blended = super().blend(value)
+        self.value.copy_(blended)
+        self.has_begun.fill_(True)
+        return blended
+
+
+def test_the_adaptive_weight_is_smoothed_capped_and_moves_once_an_update(tiny_run):
+    """T13: the mutant moves with each micro-batch; LDM's has no memory and a cap that never binds."""
+    moves_once_an_update(RunningMean(0.9))
+    for mutant in (MovesWithEveryBatch(0.9), RunningMean(0.0)):
+        with pytest.raises(AssertionError):
+            moves_once_an_update(mutant)
+    config = replace(tiny_run.loss, adaptive_maximum=1.0)
+    training = Training(replace(tiny_run, loss=config))
+    assert training.game is not None
+    leaf = torch.rand(2, 3, 32, 32, requires_grad=True)
+    huge = torch.full_like(leaf, 1e6)
+    _, logs = training.game.gradient(leaf, huge, torch.rand(2, 8, 32, 32), scale=1.0)
+    assert logs["adaptive_weight"] == pytest.approx(1.0 / leaf[0].numel())
+
+
+def means_are_saved(training: Training) -> None:
+    state = training.state_dict()
+    for name in ("balance", "real_logit", "fake_logit"):
+        assert f"game.{name}.value" in state
+        assert f"game.{name}.has_begun" in state
+
+
+def test_running_means_are_in_checkpoints(tiny_run):
+    """T18: the mutant keeps LeCam's means as plain numbers, as SEED-Voken and VidTok do."""
+    training = Training(tiny_run)
+    means_are_saved(training)
+    assert training.game is not None
+    training.game.real_logit = None  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(AssertionError):
+        means_are_saved(training)
+
+
+def statistics_are_of_both(discriminator: nn.Module, images: Tensor, fakes: Tensor) -> None:
+    """The first normalisation of a step sees reals and fakes together, once."""
+    seen: list[int] = []
+    norm = next(module for module in discriminator.modules() if isinstance(module, nn.BatchNorm2d))
+    handle = norm.register_forward_hook(lambda module, given, output: seen.append(len(given[0])))
+    config = LossConfig(weights=LossWeights(perceptual=0.0), discriminator=DiscriminatorConfig(8, 2, "batch"))
+    AdversarialGame(discriminator, config, nn.Conv2d(1, 1, 1)).loss(images, fakes)
+    handle.remove()
+    assert seen == [len(images) + len(fakes)]
+
+
+class TwoForwards(PatchDiscriminator):
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([self.main(part) for part in images.chunk(2)])
+
+
+def test_batch_norm_sees_real_and_fake_in_one_forward():
+    """T16: the mutant has two forwards before one backward, each with statistics of its own."""
+    images, fakes = torch.rand(2, 2, 3, 32, 32)
+    config = DiscriminatorConfig(8, 2, "batch")
+    statistics_are_of_both(PatchDiscriminator(config), images, fakes)
+    with pytest.raises(AssertionError):
+        statistics_are_of_both(TwoForwards(config), images, fakes)
+
+
+def _advise(config: Any, logged: dict[str, float], capsys: pytest.CaptureFixture[str]) -> str:
+    """What is said after a window of updates that log this."""
+    advice, training = Advice(every=1), Training(config)
+    metrics = {f"train/{name}": torch.tensor(value) for name, value in logged.items()}
+    trainer: Any = SimpleNamespace(
+        is_global_zero=True, accumulate_grad_batches=1, callback_metrics=metrics, global_step=WINDOW
+    )
+    for update in range(2 * WINDOW):
+        advice.on_train_batch_end(trainer, training, None, None, update)
+    return capsys.readouterr().err
+
+
+def test_a_kl_term_that_outweighs_reconstruction_is_said(tiny_run, capsys):
+    """N14: LAV's kl_loss of 1.0; the same terms at LDM's weight are silent."""
+    terms = {"pixel": 0.2, "kl": 3.0}
+    heavy = replace(tiny_run, loss=replace(tiny_run.loss, weights=LossWeights(kl=1.0, perceptual=0.0)))
+    said = _advise(heavy, terms, capsys)
+    assert said.count("the KL term outweighs the reconstruction terms") == 1
+    assert _advise(tiny_run, terms, capsys) == ""
+
+
+@pytest.mark.parametrize(
+    ("logged", "words"),
+    [
+        ({"discriminator_accuracy": 0.99, "logit_gap": 8.0}, "the discriminator wins"),
+        ({"discriminator_accuracy": 0.5, "logit_gap": 0.001}, "the discriminator sleeps"),
+    ],
+)
+def test_a_discriminator_that_wins_or_sleeps_is_said_once(tiny_run, capsys, logged, words):
+    assert _advise(tiny_run, {"pixel": 0.2} | logged, capsys).count(words) == 1
+    assert _advise(tiny_run, {"pixel": 0.2, "discriminator_accuracy": 0.7, "logit_gap": 1.0}, capsys) == ""
+
+
+def _validated(training: Training, posterior: DiagonalGaussian, capsys: pytest.CaptureFixture[str]) -> str:
+    advice = Advice(every=1)
+    training.validation.latents = LatentStatistics(posterior.mean.shape[1])
+    training.validation.latents.update(posterior)
+    for updates in (10, 20):
+        trainer: Any = SimpleNamespace(is_global_zero=True, global_step=updates)
+        training.__dict__["_trainer"] = trainer
+        advice.on_validation_end(trainer, training)
+    return capsys.readouterr().err
+
+
+def _posterior(logvar: float, idle: bool = False) -> DiagonalGaussian:
+    mean = torch.randn(4, 3, 8, 8)
+    if idle:
+        mean[:, 1] = 0.3
+    return DiagonalGaussian(mean, torch.full_like(mean, logvar))
+
+
+def test_saturated_log_variances_are_counted_and_said(tiny_run, capsys):
+    """N2: the clamp has no gradient outside; diffusers clamps and says nothing."""
+    training = Training(tiny_run)
+    for logvar in LOGVAR_RANGE:
+        assert "stand at their bounds" in _validated(training, _posterior(2 * logvar), capsys)
+        assert training.validation.latents.clamped_share == 1.0
+    assert _validated(training, _posterior(-3.0), capsys) == ""
+    assert training.validation.latents.clamped_share == 0.0
+
+
+def test_a_collapsed_channel_is_named(tiny_run, capsys):
+    training = Training(tiny_run)
+    said = _validated(training, _posterior(-3.0, idle=True), capsys)
+    assert "latent channels [1] say nothing" in said
+    assert training.validation.latents.channel_is_active.tolist() == [True, False, True]
+
+
+def test_kl_per_channel_adds_up_to_the_posteriors():
+    posterior = _posterior(-2.0)
+    statistics = LatentStatistics(3)
+    statistics.update(posterior)
+    per_image = statistics.channel_kl.sum() * posterior.mean[0, 0].numel()
+    torch.testing.assert_close(per_image, posterior.kl().double().mean())
+
+
+def test_the_gradient_penalty_is_that_of_a_linear_discriminator_on_paper():
+    images = torch.rand(4, 3, 8, 8, requires_grad=True)
+    weight = torch.rand(3, 8, 8, requires_grad=True)
+    penalty = gradient_penalty((images * weight).sum(dim=(1, 2, 3)), images)
+    torch.testing.assert_close(penalty, weight.square().sum())
+    penalty.backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad, 2 * weight)
+
+
+def test_lecam_is_zero_where_logits_keep_to_the_other_sides_mean():
+    low, high = torch.tensor(-1.0), torch.tensor(1.0)
+    assert lecam_penalty(torch.full((4,), -1.0), torch.full((4,), 1.0), high, low) == 0.0
+    assert lecam_penalty(torch.full((4,), 2.0), torch.full((4,), -2.0), high, low) == 18.0
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_augmentations_are_differentiable_and_the_same_for_the_same_draws(name):
+    images = torch.rand(2, 3, 16, 16, dtype=torch.float64) * 2 - 1
+    draws = torch.rand(2, DRAWS, dtype=torch.float64)
+    augmented = diff_augment(images, draws, [name])
+    assert augmented.shape == images.shape
+    assert not torch.equal(augmented, images)
+    assert torch.equal(augmented, diff_augment(images, draws, [name]))
+    assert torch.equal(diff_augment(images[1:], draws[1:], [name]), augmented[1:])
+    leaf = images.clone().requires_grad_()
+    diff_augment(leaf, draws, [name]).sum().backward()
+    assert leaf.grad is not None
+    assert (leaf.grad != 0).any()
+
+
+def test_a_translation_moves_whole_pixels_and_brings_in_zeros():
+    images = torch.arange(1.0, 17.0).expand(1, 1, 16, 16)
+    draws = torch.zeros(1, DRAWS)
+    draws[0, 3], draws[0, 4] = 0.5, 0.999  # not up or down, and as far as it goes along the width
+    moved = diff_augment(images, draws, ["translation"])[0, 0, 0]
+    assert moved.tolist() == [*range(3, 17), 0, 0]
+
+
+def test_a_cutout_is_a_hole_of_half_the_side():
+    draws = torch.zeros(1, DRAWS)
+    draws[0, 5] = draws[0, 6] = 0.5
+    cut = diff_augment(torch.ones(1, 1, 16, 16), draws, ["cutout"])
+    assert (cut == 0).sum() == 64
+
+
+def test_the_kl_term_warms_up(tiny_run):
+    """From 1 / length of its weight: seen in the gradient of the encoder's last layer with nothing else to learn."""
+    norms = []
+    for warmup in (0, 4):
+        torch.manual_seed(0)
+        weights = LossWeights(pixel=1e-12, perceptual=0.0, kl=1.0, adversarial=0.0)
+        bench = Bench(replace(tiny_run, loss=replace(tiny_run.loss, weights=weights, kl_warmup=warmup)))
+        for updates in (0, 1, 9):
+            norms.append(float(bench.gradients(updates)["autoencoder.quant_conv.weight"].norm()))
+    assert [b / a for a, b in zip(norms[:3], norms[3:], strict=True)] == pytest.approx([0.25, 0.5, 1.0], rel=1e-4)
