@@ -219,6 +219,20 @@ def test_what_is_not_finite_stops_before_the_update_and_is_named(tmp_path, monke
         assert all(moment.isfinite().all() for moment in moments.values())
 
 
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
+    """An optimiser can make them of finite gradients."""
+
+    def spoiled(average: Any, model: Any, updates: int, decay: float) -> None:
+        if updates == 6:
+            model.decoder.conv_in.weight.data.fill_(float("inf"))
+
+    monkeypatch.setattr("vae.training.module.average_weights", spoiled)
+    with pytest.raises(Stopped, match="weights are not finite after update 6: not saved") as stopped:
+        train(small_run(tmp_path))
+    assert stopped.value.code == 5
+    assert newest_whole(tmp_path / "run" / "checkpoints")[0].name == "step_0000003.ckpt"
+
+
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_a_bad_update_is_left_out_where_that_is_asked_for_and_the_run_ends_finite(tmp_path, monkeypatch, policy):
     config = replace(small_run(tmp_path), guard=replace(small_run(tmp_path).guard, on_non_finite=policy))

@@ -12,7 +12,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from vae.checkpoints.safe import check_space, replacing
-from vae.errors import Stopped
+from vae.errors import NOT_FINITE, Stopped
 from vae.training.manifest import HashingFile, checkpoints_in, keep_newest, record, step_name
 from vae.training.module import Training
 from vae.training.stopping import StopRequests, reason
@@ -81,7 +81,7 @@ class Checkpoints(Callback):
             self._heed(trainer, pl_module)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._save(trainer)
+        self._save(trainer, pl_module)
         self.requests.is_training = False
 
     def on_exception(
@@ -90,7 +90,7 @@ class Checkpoints(Callback):
         """What the last whole update left. The other processes are not waited for: they may be gone."""
         assert isinstance(pl_module, Training)
         if self.requests.is_training and not pl_module.is_stepping and pl_module.is_finite:
-            self._save(trainer, wait=False)
+            self._save(trainer, pl_module, wait=False)
 
     def _heed(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save where it is time to; stop where any process was asked to."""
@@ -98,13 +98,16 @@ class Checkpoints(Callback):
         is_time = time.monotonic() - self._saved_at >= 60.0 * self.minutes
         wish = pl_module.council.highest(self.requests.status or (SAVE if is_time else 0))
         if wish or trainer.global_step % self.every == 0:
-            self._save(trainer)
+            self._save(trainer, pl_module)
         if wish > SAVE:
             raise Stopped(wish, f"{reason(wish)} after update {trainer.global_step}")
 
-    def _save(self, trainer: lightning.Trainer, wait: bool = True) -> None:
+    def _save(self, trainer: lightning.Trainer, training: lightning.LightningModule, wait: bool = True) -> None:
+        assert isinstance(training, Training)
         if trainer.global_step == self._saved:
             return
+        if not training.is_finite:
+            raise Stopped(NOT_FINITE, f"weights are not finite after update {trainer.global_step}: not saved")
         self._saved, self._saved_at = trainer.global_step, time.monotonic()
         if trainer.is_global_zero:
             checkpoint = trainer._checkpoint_connector.dump_checkpoint()
