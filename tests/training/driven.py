@@ -1,4 +1,4 @@
-"""One process of several: `python driven.py CONFIG.json [double]`, to be started by Lightning or torchrun.
+"""One process of several: `python driven.py CONFIG.json [double] [unreduced]`, to be started by Lightning or torchrun.
 
 Writes the hash of what every process ends with beside the run. In float64, rounding does not hide what is not equal.
 """
@@ -56,6 +56,10 @@ def count_reductions(self: Training) -> None:
             bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
         ) -> torch.futures.Future[torch.Tensor]:
             reductions.append([self.updates, bucket.index()])
+            if "unreduced" in sys.argv:
+                alone: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+                alone.set_result(bucket.buffer())
+                return alone
             return allreduce_hook(dist.group.WORLD, bucket)  # pyright: ignore[reportArgumentType]
 
         model.register_comm_hook(None, hook)

@@ -95,6 +95,13 @@ def test_two_processes_train_as_one_with_the_double_batch(tmp_path, compiled):
         assert one == pytest.approx(two, rel=1e-6), name
 
 
+def test_processes_whose_gradients_are_not_reduced_are_caught(tmp_path):
+    """T3: the mutant's backward never reaches the reducer, as where a forward goes round DDP: two models, one saved."""
+    config = of_processes(replace(twenty_updates(tmp_path), updates=2, validate_every=2), 2, precision="64-true")
+    folder = run(config, "double", "unreduced")
+    assert outcome(folder, 0)["sha256"] != outcome(folder, 1)["sha256"]
+
+
 def endless(output: Path, minutes: float) -> TrainConfig:
     config = of_processes(small_run(output), 2)
     return replace(config, updates=100_000, validate_every=10, timeout_minutes=minutes)

@@ -112,13 +112,19 @@ def _advise(config: Any, logged: dict[str, float], capsys: pytest.CaptureFixture
     return capsys.readouterr().err
 
 
-def test_a_kl_term_that_outweighs_reconstruction_is_said(tiny_run, capsys):
-    """N14: LAV's kl_loss of 1.0; the same terms at LDM's weight are silent."""
+def test_a_kl_term_that_outweighs_reconstruction_is_said(tiny_run, capsys, monkeypatch):
+    """N14: LAV's kl_loss of 1.0; the same terms at LDM's weight are silent. The mutant says nothing, as LAV."""
     terms = {"pixel": 0.2, "kl": 3.0}
     heavy = replace(tiny_run, loss=replace(tiny_run.loss, weights=LossWeights(kl=1.0, perceptual=0.0)))
-    said = _advise(heavy, terms, capsys)
-    assert said.count("the KL term outweighs the reconstruction terms") == 1
+
+    def is_said() -> None:
+        assert _advise(heavy, terms, capsys).count("the KL term outweighs the reconstruction terms") == 1
+
+    is_said()
     assert _advise(tiny_run, terms, capsys) == ""
+    monkeypatch.setattr("vae.training.advice.SIGNS", ())
+    with pytest.raises(AssertionError):
+        is_said()
 
 
 @pytest.mark.parametrize(
@@ -151,14 +157,21 @@ def _posterior(logvar: float, idle: bool = False) -> DiagonalGaussian:
     return DiagonalGaussian(mean, torch.full_like(mean, logvar))
 
 
-def test_saturated_log_variances_are_counted_and_said(tiny_run, capsys):
-    """N2: the clamp has no gradient outside; diffusers clamps and says nothing."""
+def test_saturated_log_variances_are_counted_and_said(tiny_run, capsys, monkeypatch):
+    """N2: the clamp has no gradient outside. The mutant clamps and does not look, as LDM and diffusers."""
     training = Training(tiny_run)
-    for logvar in LOGVAR_RANGE:
-        assert "stand at their bounds" in _validated(training, _posterior(2 * logvar), capsys)
-        assert training.validation.latents.clamped_share == 1.0
+
+    def is_said() -> None:
+        for logvar in LOGVAR_RANGE:
+            assert "stand at their bounds" in _validated(training, _posterior(2 * logvar), capsys)
+            assert training.validation.latents.clamped_share == 1.0
+
+    is_said()
     assert _validated(training, _posterior(-3.0), capsys) == ""
     assert training.validation.latents.clamped_share == 0.0
+    monkeypatch.setattr("vae.latents.LOGVAR_RANGE", (-math.inf, math.inf))
+    with pytest.raises(AssertionError):
+        is_said()
 
 
 def test_a_collapsed_channel_is_named(tiny_run, capsys):
