@@ -3,6 +3,7 @@
 The long counts are marked slow: `make test-all`.
 """
 
+import errno
 import fcntl
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +26,7 @@ from vae.checkpoints.safe import WeightsError
 from vae.config import TrainConfig
 from vae.data.sources import TRAINING_PHOTOS
 from vae.errors import InputError, Stopped
-from vae.training.manifest import checkpoints_in, newest_whole
+from vae.training.manifest import HashingFile, checkpoints_in, newest_whole
 from vae.training.module import Training
 from vae.training.run import train
 
@@ -251,6 +253,42 @@ def test_a_bad_update_is_left_out_where_that_is_asked_for_and_the_run_ends_finit
     assert state["left_out"] == 2
     assert state["global_step"] == 12
     assert all(tensor.isfinite().all() for tensor in state["state_dict"].values())
+
+
+def test_a_skipped_update_leaves_nothing_in_a_batch_norm(tmp_path, monkeypatch):
+    config = replace(small_run(tmp_path), guard=replace(small_run(tmp_path).guard, on_non_finite="skip"))
+    config = replace(config, loss=replace(config.loss, discriminator=replace(config.loss.discriminator, norm="batch")))
+    original, done = Training.autoencode, []
+
+    def once(self: Training, *arguments: Any) -> Any:
+        posterior, features, reconstructions = original(self, *arguments)
+        if self.updates == 7 and not done:
+            done.append(1)
+            reconstructions = reconstructions * float("nan")
+        return posterior, features, reconstructions
+
+    monkeypatch.setattr(Training, "autoencode", once)
+    state = torch.load(newest_whole(train(config) / "checkpoints")[0], weights_only=True)
+    assert state["left_out"] == 1
+
+
+class FullDisk(BytesIO):
+    def write(self, data: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_write_that_fails_midway_is_one_sentence_and_the_old_checkpoint_stays(tmp_path, monkeypatch):
+    original = HashingFile.write
+
+    def full(self: HashingFile, data: bytes) -> int:
+        if (tmp_path / "run" / "checkpoints" / "step_0000003.ckpt").exists():
+            self._file = FullDisk()
+        return original(self, data)
+
+    monkeypatch.setattr(HashingFile, "write", full)
+    with pytest.raises(WeightsError, match=r"step_0000006\.ckpt: cannot be written \(No space left on device\)"):
+        train(small_run(tmp_path))
+    assert newest_whole(tmp_path / "run" / "checkpoints")[0].name == "step_0000003.ckpt"
 
 
 def test_leaving_out_is_bounded(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import torch
 
 from tests.training.harness import digest_of, small_run
 from vae.config import TrainConfig
+from vae.data.sources import TRAINING_PHOTOS
 from vae.errors import InputError, Stopped
 from vae.training.manifest import checkpoints_in
 from vae.training.module import Training
@@ -107,6 +108,25 @@ def test_another_number_of_images_an_update_is_refused(tmp_path, monkeypatch):
     wrong = r"data\.batch_size=4, 1 processes and accumulation over 1: 4 images an update, expected a product of 2"
     with pytest.raises(InputError, match=wrong):
         train(replace(config, data=replace(config.data, batch_size=4)))
+
+
+def test_changed_images_and_fewer_updates_than_are_done_are_refused(tmp_path, monkeypatch):
+    config = small_run(tmp_path)
+    cut_at(config, 4, monkeypatch)
+    with pytest.raises(InputError, match=r"updates=3, expected at least the 5 that are done"):
+        train(replace(config, updates=3))
+    monkeypatch.setattr("vae.data.loading.TRAINING_PHOTOS", TRAINING_PHOTOS[1:])
+    with pytest.raises(InputError, match="images were added, removed or renamed since the run began"):
+        train(config)
+
+
+def test_metrics_of_updates_that_are_lived_through_again_are_dropped(tmp_path, monkeypatch):
+    config = small_run(tmp_path)
+    run = cut_at(config, 7, monkeypatch)
+    checkpoints_in(run / "checkpoints")[0].unlink()
+    train(replace(config, trainer=config.trainer | {"log_every_n_steps": 5}))
+    updates = [int(line.split(",")[0]) for line in (run / "metrics.csv").read_text().splitlines()[1:]]
+    assert updates == [0, 1, 2, 3, 4, 5, 6, 9, 10, 12]
 
 
 def test_accumulation_may_be_traded_for_batch_size(tmp_path, monkeypatch):

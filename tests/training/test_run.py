@@ -275,6 +275,8 @@ def test_a_folder_of_images_trains(tiny_run, tmp_path):
     ("change", "message"),
     [
         ({"trainer": {"max_steps": 5}}, r"trainer\.max_steps: set updates instead"),
+        ({"trainer": {"fast_dev_run": True}}, r"trainer\.fast_dev_run: set updates instead"),
+        ({"trainer": {"strategy": "fsdp"}}, r"trainer\.strategy='fsdp', expected one of \['auto', 'ddp'\]"),
         ({"trainer": {"devises": 2}}, r"trainer\.devises, expected an argument of lightning\.Trainer"),
         ({"trainer": {"devices": 0}}, r"trainer\.devices=0, expected 1 or more"),
         ({"trainer": {"precision": "8-bit"}}, r"trainer\.precision='8-bit', expected one of"),

@@ -16,7 +16,7 @@ from vae.errors import require
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "group": lambda channels: nn.GroupNorm(math.gcd(32, channels // 4), channels),
     "none": nn.Identity,
-    "batch": nn.BatchNorm2d,
+    "batch": lambda channels: nn.BatchNorm2d(channels, track_running_stats=False),  # no step of ours reads them
 }
 
 

@@ -31,11 +31,13 @@ def told(trainer: lightning.Trainer, folder: Path, timeout_minutes: float) -> It
     except RuntimeError as error:
         message = _in_words(error, timeout_minutes)
         if message is None:
+            _end_children(trainer)
             raise
-        for child in _children(trainer):
-            child.kill()  # also one that was stopped, and would hear nothing else
-            child.wait()
+        _end_children(trainer)
         raise _leave(trainer, folder, PROCESS_LOST, message) from error
+    except BaseException:
+        _end_children(trainer)
+        raise
     finally:
         watching.set()
 
@@ -70,6 +72,13 @@ def _watch(trainer: lightning.Trainer, is_over: threading.Event) -> None:
                 words = f"error: process {number} of the run (pid {child.pid}) ended with status {child.returncode}"
                 Console(stderr=True).print(words, highlight=False, markup=False, soft_wrap=True)
                 return
+
+
+def _end_children(trainer: lightning.Trainer) -> None:
+    """Those that Lightning started, which would wait for this one; also one that is stopped and hears nothing else."""
+    for child in _children(trainer):
+        child.kill()
+        child.wait()
 
 
 def _children(trainer: lightning.Trainer) -> list["Popen[bytes]"]:

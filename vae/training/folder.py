@@ -1,6 +1,8 @@
 """The directory of a run: one process writes there, and goes on there only with the configuration it was made with."""
 
+import errno
 import fcntl
+import glob
 import json
 import os
 import socket
@@ -21,7 +23,7 @@ from vae.training.manifest import checkpoints_in, newest_whole
 CONFIG_FILE, LOCK_FILE = "config.json", ".lock"
 AUTO, TIME = "auto", "{time}"
 RUN_NAME = "VAE_RUN_NAME"  # the processes that Lightning starts must find the name that the first one made
-MAY_CHANGE = (  # at resume: where it runs, how long, what it writes; not what it computes
+MAY_CHANGE = (  # at resume, and is listed then: where it runs, how long, in which precision, what it writes
     "name",
     "output",
     "resume",
@@ -43,20 +45,22 @@ SILENT = ("name", "output", "resume")  # differences that nobody needs to be tol
 
 
 class Progress(NamedTuple):
-    """Where a checkpoint stands."""
+    """Where a checkpoint stands; `images` is the digest of the names it was trained and validated on."""
 
     updates: int
     images_per_update: int
+    images: str
 
 
 def folder_of(config: TrainConfig) -> Path:
     """Where the run is, or will be."""
     if config.resume is not None and config.resume != AUTO:
-        require(Path(config.resume).is_dir(), f"resume={config.resume!r}", "the directory of a run, or auto")
-        return Path(config.resume)
+        folder = Path(config.resume).expanduser()
+        require(folder.is_dir(), f"resume={config.resume!r}", "the directory of a run, or auto")
+        return folder
     made = os.environ.get(RUN_NAME) or config.name.replace(TIME, time.strftime("%Y-%m-%d_%H-%M-%S"))
     found = _newest_alike(config) if config.resume == AUTO and RUN_NAME not in os.environ else None
-    return found or Path(config.output) / made
+    return found or Path(config.output).expanduser() / made
 
 
 def open_folder(config: TrainConfig, folder: Path, *, is_first: bool) -> tuple[Path | None, list[str]]:
@@ -98,7 +102,10 @@ def locked(folder: Path) -> Iterator[None]:
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
+        except OSError as error:
+            if error.errno not in {errno.EACCES, errno.EAGAIN}:
+                wrong = f"{folder}: its filesystem has no locks ({error.strerror}); choose another with output="
+                raise InputError(wrong) from error
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise InputError(
@@ -113,14 +120,15 @@ def locked(folder: Path) -> Iterator[None]:
 def read_progress(checkpoint: Path) -> Progress:
     try:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        return Progress(int(saved["global_step"]), int(saved["images_per_update"]))
+        return Progress(int(saved["global_step"]), int(saved["images_per_update"]), str(saved["images"]))
     except Exception as error:  # a damaged file can fail in any way
         raise InputError(f"{checkpoint}: not a checkpoint of this version of vae ({type(error).__name__})") from error
 
 
 def _newest_alike(config: TrainConfig) -> Path | None:
     """The newest run below `output` with this name and configuration that has a checkpoint."""
-    runs = Path(config.output).glob(f"{config.name.replace(TIME, '*')}/{CONFIG_FILE}")
+    pattern = glob.escape(config.name).replace(TIME, "*")  # braces mean nothing to glob
+    runs = Path(config.output).expanduser().glob(f"{pattern}/{CONFIG_FILE}")
     alike = [
         file.parent
         for file in runs

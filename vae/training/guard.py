@@ -80,8 +80,7 @@ class Guard:
             tried = "" if policy == "stop" else f" {self.left_out} updates were left out before, guard.limit={limit}."
             raise Stopped(NOT_FINITE, f"{update}. The weights are those before it.{tried}")
         if policy == "rollback":
-            back_to = _roll_back(training)
-            update += f"; back to the weights of {back_to}"
+            update += f"; back to the weights of {_roll_back(training)}"
         self.left_out += 1
         self._leaves_out = True
         for parameter in training.parameters():
@@ -112,7 +111,8 @@ class Guard:
             if all(name not in seen or torch.isfinite(seen[name]).all() for name in terms):
                 continue
             single = [Batch(batch.images[i : i + 1], [position]) for i, position in enumerate(batch.positions)]
-            alone = [one for one in single if not all_finite(training.terms_of(one).values())]
+            with training.trainer.precision_plugin.forward_context():
+                alone = [one for one in single if not all_finite(training.terms_of(one).values())]
             names += [self.name_of(one.positions[0]) for one in alone or single]
         return names
 

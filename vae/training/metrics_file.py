@@ -16,7 +16,7 @@ CLOCK = "updates"
 class MetricsFile(Logger):
     """Appended to, and rewritten at once where a column is new: readable after a kill, and a resumed run goes on in it.
 
-    Rows that a resumed run is about to live through again are dropped. `clock` gives the updates done.
+    `clock` gives the updates done.
     """
 
     def __init__(self, path: Path, clock: Callable[[], int]) -> None:
@@ -25,7 +25,6 @@ class MetricsFile(Logger):
         self._rows: dict[int, dict[str, Any]] = {}
         self._columns: list[str] = []
         self._written: set[int] = set()
-        self._is_first = True
         if path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
                 for row in csv.DictReader(file):
@@ -45,13 +44,14 @@ class MetricsFile(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         updates = self._clock()
-        if self._is_first:
-            self._rows = {done: row for done, row in self._rows.items() if done < updates}
-            self._is_first = False
         if updates in self._written:
             self._columns = []  # the file has this row without what comes now
         row = self._rows.setdefault(updates, {CLOCK: updates})
         row |= {name: value for name, value in metrics.items() if name != "epoch"}
+
+    def resume_at(self, updates: int) -> None:
+        """Forget the rows after `updates`: they are about to be lived through again."""
+        self._rows = {done: row for done, row in self._rows.items() if done <= updates}
 
     @rank_zero_only
     def save(self) -> None:

@@ -52,6 +52,7 @@ class Training(lightning.LightningModule):
         metrics = PairedMetrics(("psnr", "ssim", *lpips), shared=self.objective.lpips)
         self.validation = Validation(metrics, config.model.latent_channels)
         self.validated_at = -1
+        self.images_digest = ""  # of the names of all images
         self.council = ranks.Council()
         self.guard = Guard(self, config.guard)
         self.is_stepping = False  # weights are being changed: no state to save
@@ -145,7 +146,6 @@ class Training(lightning.LightningModule):
             average_weights(self.average, self.autoencoder, self.updates + 1, self.config.optim.ema_decay)
             if self.game is not None:
                 self.game.commit()
-        self.is_stepping = False
 
     def on_validation_epoch_start(self) -> None:
         self.validation.metrics.to(self.device)
@@ -166,6 +166,7 @@ class Training(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["images_per_update"] = images_per_update(self.config, self.trainer)
+        checkpoint["images"] = self.images_digest
         checkpoint["left_out"] = self.guard.left_out
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

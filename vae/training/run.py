@@ -1,5 +1,6 @@
 """`train`: from a configuration to a finished run in its own directory."""
 
+import hashlib
 import os
 import time
 from contextlib import nullcontext
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import lightning
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 from vae.config import TrainConfig
 from vae.data.loading import open_sources, shut_down, training_loader, validation_loader
@@ -16,7 +18,8 @@ from vae.data.transforms import to_model_range
 from vae.errors import InputError, require
 from vae.training.export import export
 from vae.training.failures import told
-from vae.training.folder import RUN_NAME, folder_of, locked, open_folder, read_progress
+from vae.training.folder import AUTO, RUN_NAME, TIME, folder_of, locked, open_folder, read_progress
+from vae.training.metrics_file import MetricsFile
 from vae.training.module import Training, images_per_update
 from vae.training.stopping import StopRequests
 from vae.training.terminal import announce, conclude
@@ -34,6 +37,7 @@ def train(config: TrainConfig) -> Path:
         images, held_out = open_sources(config.data, config.model.in_channels)
         folder = folder_of(config)
         trainer = build_trainer(config, folder, requests)
+        _check_named(config, trainer)
         _check_enough(config, images, held_out, trainer.world_size)
         with (
             locked(folder) if trainer.is_global_zero else nullcontext(),
@@ -48,9 +52,11 @@ def _run(
 ) -> None:
     started = time.monotonic()
     checkpoint, notes = open_folder(config, folder, is_first=trainer.is_global_zero)
-    done = _check_progress(config, trainer, checkpoint) if checkpoint else 0
+    digest = hashlib.sha256("\n".join([*images.names, "", *held_out.names]).encode()).hexdigest()
+    done = _check_progress(config, trainer, checkpoint, digest) if checkpoint else 0
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     module = _build_module(config)
+    module.images_digest = digest
     seen = done * images_per_update(config, trainer)
     sampler = EndlessSampler(len(images), config.seed, seen, trainer.global_rank, trainer.world_size)
     module.guard.name_of = lambda position: images.names[sampler.index_at(position)]
@@ -58,6 +64,9 @@ def _run(
     validation = validation_loader(held_out, config.data, trainer.global_rank, trainer.world_size)
     if trainer.is_global_zero:
         announce(config, module, folder, (len(images), len(held_out)), done, notes)
+    for logger in trainer.loggers:
+        if checkpoint and isinstance(logger, MetricsFile):
+            logger.resume_at(done)
     os.environ[RUN_NAME] = folder.name
     try:
         before = {} if checkpoint else trainer.validate(module, validation, verbose=False)[0]
@@ -79,8 +88,8 @@ def _run(
         conclude(config, exports, (before, after), f"{updates} updates in {minutes:.1f} minutes, start-up included")
 
 
-def _check_progress(config: TrainConfig, trainer: lightning.Trainer, checkpoint: Path) -> int:
-    """Updates done; the images that made one must be as many as before, or the order of the data would jump."""
+def _check_progress(config: TrainConfig, trainer: lightning.Trainer, checkpoint: Path, images: str) -> int:
+    """Updates done. The images, and how many make an update, must be as before, or the order of the data would jump."""
     progress, now = read_progress(checkpoint), images_per_update(config, trainer)
     require(
         now == progress.images_per_update,
@@ -88,7 +97,22 @@ def _check_progress(config: TrainConfig, trainer: lightning.Trainer, checkpoint:
         f"{trainer.accumulate_grad_batches}: {now} images an update",
         f"a product of {progress.images_per_update}, as the run had",
     )
+    more = f"at least the {progress.updates} that are done"
+    require(config.updates >= progress.updates, f"updates={config.updates}", more)
+    if images != progress.images:
+        raise InputError(
+            f"data.root={config.data.root!r}: images were added, removed or renamed since the run began; "
+            "restore them or start a new run"
+        )
     return progress.updates
+
+
+def _check_named(config: TrainConfig, trainer: lightning.Trainer) -> None:
+    """Processes that others start would each put their own time into the name."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    lightnings = environment is None or isinstance(environment, LightningEnvironment)
+    needs = trainer.world_size > 1 and not lightnings and config.resume in {None, AUTO}
+    require(not needs or TIME not in config.name, f"name={config.name!r}", "a fixed name under torchrun or SLURM")
 
 
 def _check_enough(config: TrainConfig, training: ImageFiles, validation: ImageFiles, processes: int) -> None:

@@ -12,7 +12,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from vae.checkpoints.safe import check_space, replacing
-from vae.errors import NOT_FINITE, Stopped
+from vae.errors import NOT_FINITE, InputError, Stopped
 from vae.training.manifest import HashingFile, checkpoints_in, keep_newest, record, step_name
 from vae.training.module import Training
 from vae.training.stopping import StopRequests, reason
@@ -30,7 +30,10 @@ class CheckedCheckpointIO(TorchCheckpointIO):
         with replacing(path) as partial:
             with partial.open("wb") as file:
                 hashing = HashingFile(file)
-                torch.save(checkpoint, cast(IO[bytes], hashing))
+                try:
+                    torch.save(checkpoint, cast(IO[bytes], hashing))
+                except RuntimeError:
+                    raise hashing.error or OSError("torch could not write it") from None
             record(path.parent, path.name, hashing.hexdigest())
 
 
@@ -60,6 +63,8 @@ class Checkpoints(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
+        assert isinstance(pl_module, Training)
+        pl_module.is_stepping = False  # not before: Lightning's own count and schedule follow the step
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._heed(trainer, pl_module)
 
@@ -90,7 +95,10 @@ class Checkpoints(Callback):
         """What the last whole update left. The other processes are not waited for: they may be gone."""
         assert isinstance(pl_module, Training)
         if self.requests.is_training and not pl_module.is_stepping and pl_module.is_finite:
-            self._save(trainer, pl_module, wait=False)
+            try:
+                self._save(trainer, pl_module, wait=False)
+            except InputError as unsaved:
+                exception.add_note(f"and not saved: {unsaved}")
 
     def _heed(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save where it is time to; stop where any process was asked to."""

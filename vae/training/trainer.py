@@ -42,6 +42,13 @@ OWNED = {  # arguments of lightning.Trainer that follow from our keys
     "enable_model_summary": "nothing",
     "enable_checkpointing": "nothing: a run always has checkpoints",
     "limit_train_batches": "updates",
+    "limit_val_batches": "data.validation_images",
+    "fast_dev_run": "updates",
+    "overfit_batches": "data.root",
+    "barebones": "nothing: a run always has checkpoints",
+    "min_steps": "updates",
+    "min_epochs": "updates",
+    "reload_dataloaders_every_n_epochs": "nothing: the data have no end",
     "inference_mode": "nothing: validation is without gradients",
     "num_sanity_val_steps": "nothing: validation runs once before training",
 }
@@ -92,7 +99,7 @@ def build_trainer(config: TrainConfig, folder: Path, requests: StopRequests) -> 
 
 def _strategy(arguments: dict[str, Any], timeout_minutes: float) -> str | DDPStrategy:
     """Every process runs the module's forward, buffers are alike by construction, and none waits for ever."""
-    is_alone = arguments["devices"] in {1, "1"} and arguments.get("num_nodes", 1) == 1
+    is_alone = arguments["devices"] in (1, "1") and arguments.get("num_nodes", 1) == 1
     if is_alone and arguments.get("strategy", "auto") == "auto":
         return "auto"
     return DDPStrategy(
