@@ -1,5 +1,7 @@
 """Every shipped YAML composes into the schema and builds; every refusal is one line."""
 
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
 
@@ -14,6 +16,7 @@ from tests.presets import CONFIGS
 from train import main as train_main
 from vae import door
 from vae.config import EvaluateConfig, TrainConfig
+from vae.errors import Stopped
 from vae.losses.objective import LossConfig
 from vae.models.autoencoder import AutoencoderKL
 from vae.models.discriminator import PatchDiscriminator
@@ -114,6 +117,29 @@ def test_a_defect_of_ours_keeps_its_traceback(command):
 
     with pytest.raises(ZeroDivisionError):
         command("train", action=defective)
+
+
+def test_a_runs_directory_is_enough_to_go_on_with_its_own_configuration(command, tmp_path):
+    """Of the command line what is said there counts on top; groups on it are the whole configuration again."""
+    saved = replace(_train_config("experiment=quickstart"), name="first", seed=7)
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "config.json").write_text(json.dumps(asdict(saved)))
+    resume = f"resume={tmp_path / 'first'}"
+    assert command("train", resume)[1] == [replace(saved, resume=str(tmp_path / "first"))]
+    (longer,) = command("train", resume, "updates=2000", "+trainer.detect_anomaly=true")[1]
+    assert longer.updates == 2000
+    assert longer.trainer == saved.trainer | {"detect_anomaly": True}
+    assert longer.seed == 7
+    (again,) = command("train", resume, "experiment=quickstart")[1]
+    assert again.seed == 0
+
+
+def test_an_early_end_is_one_line_with_its_status(command, capsys):
+    def ends(config: TrainConfig) -> None:
+        raise Stopped(143, "stopped by SIGTERM after update 3")
+
+    assert command("train", action=ends)[0] == 143
+    assert capsys.readouterr().err == "error: stopped by SIGTERM after update 3\n"
 
 
 def test_a_model_to_measure_is_a_path_and_not_a_group(command):

@@ -12,6 +12,7 @@ from vae.models.autoencoder import AutoencoderConfig
 from vae.training.guard import GuardConfig
 from vae.training.optim import OptimConfig
 
+CONFIG_FILE = "config.json"  # of a run, in its directory
 LOGGERS = ("csv", "wandb", "tensorboard")
 SMALLEST_PERCEPTUAL_IMAGE = 32  # AlexNet's last feature map vanishes below
 

@@ -20,11 +20,11 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vae.config import CONFIG_FILE
 from vae.errors import BAD_INPUT, InputError, Stopped
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TRACEBACKS = "HYDRA_FULL_ERROR"
-SAVED_CONFIG = "config.json"  # in the directory of a run
 Config = TypeVar("Config")
 
 
@@ -62,7 +62,7 @@ def _as_the_run_has_it(cfg: Any, schema: type) -> Any:
     Where the command line chooses groups it is the whole configuration again, to be compared with the run's.
     """
     resume = OmegaConf.select(cfg, "resume", default=None)
-    file = Path(str(resume)) / SAVED_CONFIG
+    file = Path(str(resume)).expanduser() / CONFIG_FILE
     keys = [override.partition("=")[0].lstrip("+~") for override in HydraConfig.get().overrides.task]
     if resume is None or not file.is_file() or set(keys) & set(HydraConfig.get().runtime.choices):
         return cfg

@@ -1,4 +1,4 @@
-"""One process of several: `python driven.py CONFIG.json [double] [unreduced]`, to be started by Lightning or torchrun.
+"""One process of several, started by Lightning or torchrun: `driven.py CONFIG.json [double] [unreduced] [poisoned]`.
 
 Writes the hash of what every process ends with beside the run. In float64, rounding does not hide what is not equal.
 """
@@ -83,9 +83,19 @@ def in_double(switches: list[str]) -> None:
     run.export = run.conclude = lambda *_: None  # published weights are float32
 
 
+def poisoned(switches: list[str]) -> None:
+    """An image of the second process is not finite at the ninth update."""
+    original = Training._images
+    if "poisoned" in switches:
+        Training._images = lambda self, batch: (
+            original(self, batch) * (float("nan") if self.trainer.global_rank and self.updates == 8 else 1.0)
+        )
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     in_double(sys.argv[2:])
+    poisoned(sys.argv[2:])
     Training.on_train_start = count_reductions
     Training.on_train_end = write_what_came_out
     try:

@@ -26,6 +26,7 @@ from vae.checkpoints.safe import WeightsError
 from vae.config import TrainConfig
 from vae.data.sources import TRAINING_PHOTOS
 from vae.errors import InputError, Stopped
+from vae.training.guard import Culprits, nearest_causes
 from vae.training.manifest import HashingFile, checkpoints_in, newest_whole
 from vae.training.module import Training
 from vae.training.run import train
@@ -179,7 +180,7 @@ def poison(training: Training, where: str, value: float) -> None:
 
 INJECTED = {
     "pixel": "pixel.* of",
-    "kl": "kl, .*pixel",
+    "kl": "pixel, kl",
     "adversarial": "adversarial of",
     "discriminator": "discriminator of",
     "autoencoder gradient": r"gradients of autoencoder\.decoder\.conv_in\.weight",
@@ -291,6 +292,12 @@ def test_a_write_that_fails_midway_is_one_sentence_and_the_old_checkpoint_stays(
     assert newest_whole(tmp_path / "run" / "checkpoints")[0].name == "step_0000003.ckpt"
 
 
+def test_of_several_processes_the_nearest_cause_is_named_and_not_its_consequences():
+    gradients = Culprits(2, "gradients of autoencoder.encoder.conv_in.weight, images innocent.png")
+    assert nearest_causes([gradients, Culprits(1, "pixel of guilty.png"), gradients]) == "pixel of guilty.png"
+    assert nearest_causes([gradients, gradients]) == gradients.words
+
+
 def test_leaving_out_is_bounded(tmp_path, monkeypatch):
     guard = replace(small_run(tmp_path).guard, on_non_finite="skip", limit=2)
     with pytest.raises(Stopped, match=r"2 updates were left out before, guard\.limit=2"):
@@ -312,4 +319,4 @@ def test_the_image_that_is_at_fault_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Training, "_images", images)
     with pytest.raises(Stopped) as stopped:
         train(small_run(tmp_path))
-    assert f"of {faulty[0]}. The weights" in stopped.value.message
+    assert f"of {faulty[0]}; the weights" in stopped.value.message

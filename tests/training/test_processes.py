@@ -154,6 +154,16 @@ def test_a_signal_to_one_process_stops_both_with_a_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_term_that_is_not_finite_on_one_process_stops_both_and_names_its_image(tmp_path):
+    process = begin(of_processes(small_run(tmp_path), 2), "poisoned")
+    said, _ = process.communicate(timeout=120)
+    print(said.splitlines()[-1])
+    assert process.returncode == 5, said[-3000:]
+    assert said.count("update 9 is not finite: pixel") == 1
+    assert "gradients of" not in said
+
+
+@pytest.mark.slow
 def test_torchrun_starts_a_run_again_after_a_process_died_and_it_ends_with_the_same_bits(tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1")
     whole = run(of_processes(small_run(tmp_path / "whole"), 2), launcher=launcher)

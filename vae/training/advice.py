@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import lightning
 from lightning.pytorch import Callback
-from rich.console import Console
 
 from vae.latents import ACTIVE
 from vae.losses.objective import LossConfig
+from vae.training.console import warn
 from vae.training.module import Training
 
 WINDOW = 20  # logged updates in a row: one bad batch is no trouble
@@ -95,9 +95,7 @@ class Advice(Callback):
     def _say(self, trainer: lightning.Trainer, words: str) -> None:
         if words not in self._said:
             self._said.add(words)
-            Console(stderr=True).print(
-                f"note, update {trainer.global_step}: {words}", highlight=False, markup=False, soft_wrap=True
-            )
+            warn(f"note, update {trainer.global_step}: {words}")
 
 
 def _reconstruction(means: Means, loss: LossConfig) -> float:

@@ -16,12 +16,13 @@ from vae.checkpoints.detect import find_autoencoder
 from vae.checkpoints.found import Source, check_complete, check_finite
 from vae.checkpoints.metadata import read_json
 from vae.checkpoints.pickles import read_pickle
+from vae.config import CONFIG_FILE
 from vae.data.loading import DataConfig, open_sources, validation_loader
 from vae.data.transforms import to_model_range
 from vae.errors import InputError
 from vae.latents import LatentStatistics, measure_latents
 from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from vae.training.folder import CONFIG_FILE, read_progress
+from vae.training.folder import read_progress
 from vae.training.manifest import step_name
 from vae.training.module import Training
 

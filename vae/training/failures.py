@@ -1,21 +1,23 @@
 """When a process that a run needs is gone: in words, and without waiting for it."""
 
+import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from subprocess import Popen
+from subprocess import Popen, TimeoutExpired
 
 import lightning
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from rich.console import Console
 
 from vae.errors import PROCESS_LOST, Stopped
 from vae.training import ranks
+from vae.training.console import warn
 from vae.training.manifest import checkpoints_in
 
 POLL_SECONDS = 0.5
+FAREWELL_SECONDS = 3.0  # for processes that stop by agreement; below the period of Lightning's own watch
 SIGNS_OF_A_LOST_PROCESS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
@@ -27,17 +29,14 @@ def told(trainer: lightning.Trainer, folder: Path, timeout_minutes: float) -> It
     try:
         yield
     except Stopped as stop:
+        _end_children(trainer, patience=FAREWELL_SECONDS)
         raise _leave(trainer, folder, stop.code, stop.message) from stop
-    except RuntimeError as error:
+    except BaseException as error:
+        _end_children(trainer)
         message = _in_words(error, timeout_minutes)
         if message is None:
-            _end_children(trainer)
             raise
-        _end_children(trainer)
         raise _leave(trainer, folder, PROCESS_LOST, message) from error
-    except BaseException:
-        _end_children(trainer)
-        raise
     finally:
         watching.set()
 
@@ -50,9 +49,11 @@ def _leave(trainer: lightning.Trainer, folder: Path, code: object, message: str)
     return Stopped(int(str(code)), f"{message}{remedy}")
 
 
-def _in_words(error: RuntimeError, timeout_minutes: float) -> str | None:
+def _in_words(error: BaseException, timeout_minutes: float) -> str | None:
     """None where it is no sign of a process that is gone."""
-    text = " ".join(str(error).split())
+    if not isinstance(error, RuntimeError):
+        return None
+    text = re.sub(r"\[\S+\.cc:\d+\] ", "", " ".join(str(error).split()))  # where in gloo is not the user's
     if "DataLoader worker" in text:
         return f"a data worker died ({text[:200]}): most often memory ran out; lower data.workers or data.batch_size"
     is_lost = isinstance(error, dist.DistError) or any(sign in text for sign in SIGNS_OF_A_LOST_PROCESS)
@@ -69,14 +70,15 @@ def _watch(trainer: lightning.Trainer, is_over: threading.Event) -> None:
     while not is_over.wait(POLL_SECONDS):
         for number, child in enumerate(_children(trainer), start=1):
             if child.poll():
-                words = f"error: process {number} of the run (pid {child.pid}) ended with status {child.returncode}"
-                Console(stderr=True).print(words, highlight=False, markup=False, soft_wrap=True)
+                warn(f"error: process {number} of the run (pid {child.pid}) ended with status {child.returncode}")
                 return
 
 
-def _end_children(trainer: lightning.Trainer) -> None:
+def _end_children(trainer: lightning.Trainer, patience: float = 0.0) -> None:
     """Those that Lightning started, which would wait for this one; also one that is stopped and hears nothing else."""
     for child in _children(trainer):
+        with suppress(TimeoutExpired):
+            child.wait(patience)
         child.kill()
         child.wait()
 

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 
 from vae.checkpoints.safe import write_text
-from vae.config import TrainConfig
+from vae.config import CONFIG_FILE, TrainConfig
 from vae.errors import InputError, require
 from vae.training.manifest import checkpoints_in, newest_whole
 
-CONFIG_FILE, LOCK_FILE = "config.json", ".lock"
+LOCK_FILE = ".lock"
 AUTO, TIME = "auto", "{time}"
 RUN_NAME = "VAE_RUN_NAME"  # the processes that Lightning starts must find the name that the first one made
 MAY_CHANGE = (  # at resume, and is listed then: where it runs, how long, in which precision, what it writes

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from vae.data.loading import Batch
 from vae.errors import NOT_FINITE, InputError, Stopped, require
+from vae.training.console import warn
 from vae.training.manifest import newest_whole
 
 if TYPE_CHECKING:
@@ -36,6 +36,13 @@ class GuardConfig:
         known = self.on_non_finite in POLICIES
         require(known, f"guard.on_non_finite={self.on_non_finite!r}", f"one of {list(POLICIES)}")
         require(self.limit >= 1, f"guard.limit={self.limit}", "1 or more")
+
+
+class Culprits(NamedTuple):
+    """What is not finite; `distance` from the cause: 0 weights, 1 terms, 2 gradients."""
+
+    distance: int
+    words: str
 
 
 class Guard:
@@ -66,19 +73,18 @@ class Guard:
         training = self._training
         values = [term for _, terms in self._seen for term in terms.values()]
         scale = _loss_scale(training)
-        if (
-            scale is None or scale < SMALLEST_LOSS_SCALE
-        ):  # else the scaler leaves out what overflowed, and lowers the scale
+        scaler_copes = scale is not None and scale >= SMALLEST_LOSS_SCALE  # leaves it out, and lowers the scale
+        if not scaler_copes:
             values += norms.values()
         if training.council.highest(int(not all_finite(values))):
-            self._respond(training, "; ".join(sorted(set(training.council.all_of(self._culprits(training, norms))))))
+            self._respond(training, nearest_causes(training.council.all_of(self._culprits(training))))
 
     def _respond(self, training: "Training", culprits: str) -> None:
         update = f"update {training.updates + 1} is not finite: {culprits}"
         policy, limit = self.config.on_non_finite, self.config.limit
         if policy == "stop" or self.left_out >= limit:
-            tried = "" if policy == "stop" else f" {self.left_out} updates were left out before, guard.limit={limit}."
-            raise Stopped(NOT_FINITE, f"{update}. The weights are those before it.{tried}")
+            tried = "" if policy == "stop" else f"; {self.left_out} updates were left out before, guard.limit={limit}"
+            raise Stopped(NOT_FINITE, f"{update}; the weights are those before it{tried}")
         if policy == "rollback":
             update += f"; back to the weights of {_roll_back(training)}"
         self.left_out += 1
@@ -87,22 +93,22 @@ class Guard:
             parameter.grad = None
         if training.game is not None:
             training.game.forget()
-        Console(stderr=True).print(
-            f"warning: {update}; left out ({self.left_out} of at most {limit})", markup=False, soft_wrap=True
-        )
+        if training.trainer.is_global_zero:
+            warn(f"warning: {update}; left out ({self.left_out} of at most {limit})")
 
-    def _culprits(self, training: "Training", norms: Mapping[str, Tensor]) -> str:
-        """Weights, else terms and the images they are of, else gradients."""
+    def _culprits(self, training: "Training") -> Culprits:
+        """Weights, else terms and the images they are of, else gradients, as this process has them."""
         found = {name: not_finite_in(network) for name, network in training.networks.items()}
         weights = [f"{network}.{name}" for network, (names, _) in found.items() for name in names]
         if weights:
-            return f"weights {_some(weights)}"
-        terms = sorted({n for _, seen in self._seen for n, value in seen.items() if not torch.isfinite(value).all()})
+            return Culprits(0, f"weights {_some(weights)}")
+        seen = [term for _, terms in self._seen for term in terms.items()]
+        terms = list(dict.fromkeys(name for name, value in seen if not torch.isfinite(value).all()))  # as computed
         if terms:
-            return f"{', '.join(terms)} of {_some(self._images_of(training, terms))}"
+            return Culprits(1, f"{_some(terms)} of {_some(self._images_of(training, terms))}")
         gradients = [f"{network}.{name}" for network, (_, names) in found.items() for name in names]
         images = [self.name_of(position) for batch, _ in self._seen for position in batch.positions]
-        return f"gradients of {_some(gradients)}, images {_some(images)}" if gradients else ""
+        return Culprits(2, f"gradients of {_some(gradients)}, images {_some(images)}")
 
     def _images_of(self, training: "Training", terms: list[str]) -> list[str]:
         """Those images that are not finite by themselves; all of the micro-batch where none is."""
@@ -115,6 +121,12 @@ class Guard:
                 alone = [one for one in single if not all_finite(training.terms_of(one).values())]
             names += [self.name_of(one.positions[0]) for one in alone or single]
         return names
+
+
+def nearest_causes(found: list[Culprits]) -> str:
+    """Of all processes: one process's term has made every process's gradient not finite."""
+    nearest = min(culprits.distance for culprits in found)
+    return "; ".join(sorted({culprits.words for culprits in found if culprits.distance == nearest}))
 
 
 def all_finite(values: Iterable[Tensor]) -> bool:

@@ -23,6 +23,7 @@ from vae.models.autoencoder import AutoencoderKL
 from vae.models.discriminator import PatchDiscriminator
 from vae.models.posterior import DiagonalGaussian
 from vae.training import ranks
+from vae.training.counts import count_from_updates
 from vae.training.ema import average_weights
 from vae.training.guard import Guard, all_finite
 from vae.training.noise import normal_for, uniform_for
@@ -170,22 +171,14 @@ class Training(lightning.LightningModule):
         checkpoint["left_out"] = self.guard.left_out
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lightning's count of batches follows from the updates, also where a run failed between two of them."""
         self.guard.left_out = checkpoint["left_out"]
-        done = checkpoint["global_step"]
-        batches = done * self.trainer.accumulate_grad_batches
-        loop = checkpoint["loops"]["fit_loop"]
-        for counts in (loop["epoch_loop.batch_progress"][part] for part in ("current", "total")):
-            counts.update(ready=batches, started=batches, processed=batches, completed=batches - 1)
-        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = done - 1
+        count_from_updates(checkpoint, self.trainer.accumulate_grad_batches, self.config.validate_every)
 
     def _augment(self, batch: Batch) -> Augment:
         names = self.config.loss.augment
         if not names:
             return unchanged
-        draws = uniform_for(
-            batch.positions, self.config.seed, DRAWS, torch.empty(len(batch.positions), device=self.device)
-        )
+        draws = uniform_for(batch.positions, self.config.seed, DRAWS, batch.images)
         return partial(diff_augment, draws=draws, names=names)
 
     def _images(self, batch: Batch) -> Tensor:

@@ -1,11 +1,13 @@
 """What the processes of a run share besides gradients."""
 
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Said = TypeVar("Said")
 
 
 def count() -> int:
@@ -40,9 +42,8 @@ class Council:
         dist.all_reduce(tensor, dist.ReduceOp.MAX, self._group)
         return int(tensor)
 
-    def all_of(self, text: str) -> list[str]:
-        if self._group is None:
-            return [text]
-        texts = [text] * count()
-        dist.all_gather_object(texts, text, self._group)
-        return texts
+    def all_of(self, mine: Said) -> list[Said]:
+        said = [mine] * count()
+        if self._group is not None:
+            dist.all_gather_object(said, mine, self._group)
+        return said

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vae.checkpoints.safe import check_space, replacing
 from vae.errors import NOT_FINITE, InputError, Stopped
+from vae.training.console import warn
 from vae.training.manifest import HashingFile, checkpoints_in, keep_newest, record, step_name
 from vae.training.module import Training
 from vae.training.stopping import StopRequests, reason
@@ -32,8 +33,8 @@ class CheckedCheckpointIO(TorchCheckpointIO):
                 hashing = HashingFile(file)
                 try:
                     torch.save(checkpoint, cast(IO[bytes], hashing))
-                except RuntimeError:
-                    raise hashing.error or OSError("torch could not write it") from None
+                except RuntimeError as error:
+                    raise hashing.error or error from None
             record(path.parent, path.name, hashing.hexdigest())
 
 
@@ -98,7 +99,7 @@ class Checkpoints(Callback):
             try:
                 self._save(trainer, pl_module, wait=False)
             except InputError as unsaved:
-                exception.add_note(f"and not saved: {unsaved}")
+                warn(f"error: update {trainer.global_step} is not saved: {unsaved}")
 
     def _heed(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save where it is time to; stop where any process was asked to."""

@@ -11,6 +11,7 @@ from rich.table import Table
 from vae.checkpoints.clients import warnings_about
 from vae.checkpoints.diffusers import CONFIG_FILE, read_config
 from vae.config import TrainConfig
+from vae.training.console import say
 from vae.training.module import Training
 
 
@@ -40,17 +41,23 @@ def announce(  # noqa: PLR0917
     notes: Sequence[str],
 ) -> None:
     parameters = sum(parameter.numel() for parameter in training.autoencoder.parameters())
-    _say(
+    say(
         f"Autoencoder of {parameters:,} parameters, {images[0]} training and {images[1]} validation images at "
         f"{config.data.resolution} px, updates {done} to {config.updates}; everything goes to {folder}"
     )
     if config.loss.weights.adversarial and config.loss.adversarial_start >= config.updates:
-        _say(
+        say(
             f"The adversarial term starts at update {config.loss.adversarial_start}, after this run ends: "
             f"lower loss.adversarial_start to have it"
         )
+    starts = (config.loss.discriminator_start, config.loss.adversarial_start)
+    if config.loss.weights.adversarial and not config.loss.adversarial_ramp and starts[0] == starts[1]:
+        say(
+            "The discriminator counts in full from its first update on, untrained: raise loss.adversarial_start above "
+            "loss.discriminator_start, or loss.adversarial_ramp"
+        )
     for note in notes:
-        _say(f"note: {note}")
+        say(f"note: {note}")
 
 
 def conclude(
@@ -70,14 +77,10 @@ def conclude(
         "measure": f"python evaluate.py model={run} data.resolution={config.data.resolution}",
     }
     for label, text in left.items():
-        _say(f"{label:>10}  {text}")
+        say(f"{label:>10}  {text}")
     scaling = 1.0 / after["val/latent_std"]
     configured = config.model.scaling_factor
-    _say(f"scaling factor {scaling:.5g}, measured, is in the export; configured was {configured:g}")
+    say(f"scaling factor {scaling:.5g}, measured, is in the export; configured was {configured:g}")
     for warning in warnings_about(read_config(exports[0] / CONFIG_FILE)):
-        _say(f"note: {warning}")
-    _say(pace)
-
-
-def _say(line: str) -> None:
-    Console().print(line, highlight=False, markup=False, soft_wrap=True)
+        say(f"note: {warning}")
+    say(pace)

@@ -118,7 +118,7 @@ def _check(arguments: dict[str, Any]) -> None:
     precision, devices = arguments.get("precision", "32-true"), arguments["devices"]
     require(precision in PRECISIONS, f"trainer.precision={precision!r}", f"one of {list(PRECISIONS)}")
     strategy = arguments.get("strategy", "auto")
-    enough = f"one of {list(STRATEGIES)}: weights, averages and Adam's moments of the largest preset are under 4 GB"
+    enough = f"one of {list(STRATEGIES)}; of the largest preset there are 2.1 GB to share"
     require(strategy in STRATEGIES, f"trainer.strategy={strategy!r}", enough)
     counted = not isinstance(devices, int) or devices >= 1 or devices == -1
     require(counted, f"trainer.devices={devices}", "1 or more, or -1 for all")
