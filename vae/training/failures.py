@@ -56,7 +56,7 @@ def _in_words(error: BaseException, timeout_minutes: float) -> str | None:
     text = re.sub(r"\[\S+\.cc:\d+\] ", "", " ".join(str(error).split()))  # where in gloo is not the user's
     if "DataLoader worker" in text:
         return f"a data worker died ({text[:200]}): most often memory ran out; lower data.workers or data.batch_size"
-    is_lost = isinstance(error, dist.DistError) or any(sign in text for sign in SIGNS_OF_A_LOST_PROCESS)
+    is_lost = isinstance(error, dist.DistError) or any(sign in str(error) for sign in SIGNS_OF_A_LOST_PROCESS)
     if ranks.count() == 1 or not is_lost:
         return None
     return (
