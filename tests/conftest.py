@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vae.config import TrainConfig
-from vae.data.loading import DataConfig
+from vae.data.config import DataConfig
 from vae.losses.objective import LossConfig, LossWeights
 from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from vae.models.discriminator import DiscriminatorConfig

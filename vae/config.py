@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from vae.data.loading import DataConfig
+from vae.data.buckets import bucket_shapes
+from vae.data.config import DataConfig
 from vae.errors import require
 from vae.losses.objective import LossConfig
 from vae.metrics.paired import PAIRED_METRICS
@@ -66,28 +67,50 @@ class TrainConfig:
         require(
             resolution % factor == 0, given, f"a multiple of the model's downsampling factor {factor}, e.g. {nearest}"
         )
-        channels = (self.model.in_channels, self.model.out_channels)
-        require(
-            channels in ((1, 1), (3, 3)),
-            f"model.in_channels={channels[0]} and model.out_channels={channels[1]}",
-            "both 1 (greyscale) or both 3 (RGB) to train",
-        )
+        self._check_channels()
+        sides = [side for one in self._shapes() for side in one]
+        given = f"data.bucket_resolutions={self.data.bucket_resolutions}" if self.data.bucket_resolutions else given
+        resolution = min(sides, default=resolution)
         smallest, layers = self.loss.discriminator.smallest_image, self.loss.discriminator.layers
         enough = f"at least {smallest} for loss.discriminator.layers={layers}; lower the layers"
         require(not weights.adversarial or resolution >= smallest, given, enough)
         enough = f"at least {SMALLEST_PERCEPTUAL_IMAGE} for the perceptual loss; or set loss.weights.perceptual=0"
         require(not weights.perceptual or resolution >= SMALLEST_PERCEPTUAL_IMAGE, given, enough)
 
+    def _shapes(self) -> list[tuple[int, int]]:
+        """Of all buckets."""
+        data, factor = self.data, self.model.downsample_factor
+        require(
+            not (self.compile and data.bucket_resolutions),
+            "compile=true with data.bucket_resolutions",
+            "one of them: each shape would be compiled",
+        )
+        return [shape for side in data.bucket_resolutions for shape in bucket_shapes(side, data.bucket_loss, factor)]
+
+    def _check_channels(self) -> None:
+        channels, seen = self.model.in_channels, self.loss.perceptual_channels
+        given = f"model.in_channels={channels} and model.out_channels={self.model.out_channels}"
+        require(channels == self.model.out_channels, given, "the same number, to reconstruct")
+        given, fitting = f"loss.perceptual_channels={seen}", f"three of the {channels} channels, counted from 0"
+        require(seen is None or (len(seen) == 3 and all(0 <= one < channels for one in seen)), given, fitting)
+        needs_choice = channels == 2 and bool(self.loss.weights.perceptual) and seen is None
+        require(not needs_choice, given, fitting)
+        require(not self.data.colour or channels in (1, 3), f"data.colour={self.data.colour}", "0: not 1 or 3 channels")
+
 
 @dataclass
 class EvaluateConfig:
-    """`model`: one autoencoder or a list of several, each an export, a weights file or a run's directory."""
+    """`model`: one autoencoder or a list of several, each an export, a weights file or a run's directory.
+
+    Images that cannot be read are left out and listed, and the status is 3 unless `allow_left_out`.
+    """
 
     model: Any = None  # str | list[str]; OmegaConf has no such union
     name: str = "evaluation"
     output: str = "evaluations"
     device: str = "auto"
     metrics: list[str] = field(default_factory=lambda: list(PAIRED_METRICS))
+    allow_left_out: bool = False
     data: DataConfig = field(default_factory=lambda: DataConfig(source="photos"))
 
     def __post_init__(self) -> None:

@@ -4,7 +4,9 @@ from itertools import islice
 import pytest
 import torch
 
-from vae.data.loading import DataConfig, open_sources, training_loader, validation_loader
+from vae.data.config import DataConfig
+from vae.data.loading import training_loader, validation_loader
+from vae.data.opening import open_sources
 from vae.data.order import EndlessSampler, seed_for
 from vae.data.sources import split_by_hash
 from vae.errors import InputError

@@ -14,7 +14,8 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tests.conftest import read_json
 from vae.checkpoints import load_autoencoder, save_autoencoder
 from vae.config import EvaluateConfig
-from vae.data.loading import DataConfig, open_sources
+from vae.data.config import DataConfig
+from vae.data.opening import open_sources
 from vae.data.transforms import center_crop, to_model_range, to_uint8
 from vae.errors import InputError
 from vae.evaluation.models import find_export, load_models

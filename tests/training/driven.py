@@ -15,7 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from vae.config import TrainConfig
-from vae.data.loading import DataConfig
+from vae.data.config import DataConfig
 from vae.errors import Stopped
 from vae.losses.objective import LossConfig, LossWeights
 from vae.models.autoencoder import AutoencoderConfig

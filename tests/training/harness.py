@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vae.config import TrainConfig
-from vae.data.loading import DataConfig
+from vae.data.config import DataConfig
 from vae.losses.objective import LossConfig, LossWeights
 from vae.models.autoencoder import AutoencoderConfig
 from vae.models.discriminator import DiscriminatorConfig

@@ -18,7 +18,7 @@ from torch import Tensor
 from tests.conftest import read_json, without_adversary
 from vae.checkpoints import load_autoencoder
 from vae.config import TrainConfig
-from vae.data.loading import DataConfig
+from vae.data.config import DataConfig
 from vae.errors import InputError
 from vae.models.autoencoder import AutoencoderKL
 from vae.training.manifest import newest_whole

@@ -23,7 +23,9 @@ from vae.checkpoints import WeightsError, load_autoencoder
 from vae.checkpoints.files import read_source
 from vae.checkpoints.found import Source
 from vae.config import TrainConfig
-from vae.data.loading import Batch, DataConfig, open_sources, validation_loader
+from vae.data.config import DataConfig
+from vae.data.loading import Batch, validation_loader
+from vae.data.opening import open_sources
 from vae.data.order import EndlessSampler
 from vae.latents import LatentStatistics, measure_latents
 from vae.losses.latent import kl_per_element

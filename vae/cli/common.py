@@ -97,7 +97,8 @@ def image_files(given: Sequence[Path], suffixes: Sequence[str] = ()) -> dict[str
 def audit_images(source: Path, config: "AutoencoderConfig", resolution: int) -> "list[torch.Tensor]":
     """A few central squares (1, C, H, W) in [-1, 1] of a file, a folder, or of the embedded photographs."""
     from vae.data.images import open_image
-    from vae.data.sources import TRAINING_PHOTOS, Photos, fewest_by_hash
+    from vae.data.names import Names, fewest_by_hash
+    from vae.data.sources import TRAINING_PHOTOS, Photos
     from vae.data.transforms import center_crop, to_model_range
 
     if str(source) == PHOTOS and not source.exists():
@@ -105,5 +106,6 @@ def audit_images(source: Path, config: "AutoencoderConfig", resolution: int) -> 
         files = {name: embedded.root / name for name in embedded.names}
     else:
         files = image_files([source])
-    pictures = [open_image(files[name], config.in_channels) for name in fewest_by_hash(list(files), AUDITED)]
+    paths = list(files.values())
+    pictures = [open_image(paths[i], config.in_channels) for i in fewest_by_hash(Names(files), AUDITED)]
     return [to_model_range(center_crop(picture, resolution))[None] for picture in pictures]

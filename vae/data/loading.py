@@ -1,144 +1,147 @@
-"""From a DataConfig to batches of uint8 images."""
+"""From a source to batches of pixels: decoded, cut and collated by worker processes."""
 
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from vae.data.order import EndlessSampler, seed_for
-from vae.data.sources import (
-    TRAINING_PHOTOS,
-    VALIDATION_PHOTOS,
-    ImageFiles,
-    Photos,
-    fewest_by_hash,
-    folder_images,
-    split_by_hash,
-)
-from vae.data.transforms import center_crop, random_crop
-from vae.errors import require
+from vae.data.config import DataConfig
+from vae.data.images import ImageError
+from vae.data.order import EndlessSampler, Order, Pick, seed_for
+from vae.data.sources import Source
+from vae.data.transforms import Augmentation, center_crop, random_crop
+from vae.errors import InputError
+
+ATTEMPTS = 100  # to find an image that can be used, for one place in a batch
 
 
-@dataclass
-class DataConfig:
-    """`source` "photos" is embedded and needs nothing; "folder" reads `root`, validates on `validation_root` or on a
-    share of `root`.
+class LeftOut(NamedTuple):
+    """An image that was not used, and why; `is_corrupt` is False where it is only too small."""
 
-    `crop_scale`: side of the random training crops as a share of the short side, resized to `resolution`.
-    """
+    name: str
+    reason: str
+    is_corrupt: bool
 
-    source: str = "folder"
-    root: str | None = None
-    validation_root: str | None = None
-    validation_fraction: float = 0.02
-    validation_images: int | None = 256
-    resolution: int = 256
-    batch_size: int = 4
-    validation_batch_size: int = 8
-    workers: int = 4
-    crop_scale: list[float] = field(default_factory=lambda: [0.5, 1.0])
-    flip: bool = True
 
-    def __post_init__(self) -> None:
-        require(self.source in SOURCES, f"data.source={self.source!r}", f"one of {sorted(SOURCES)}")
-        if self.source == "folder":
-            require(self.root is not None, "data.root is not set", "a folder of images, e.g. data.root=photos")
-        else:
-            unused = self.root is None and self.validation_root is None
-            require(unused, f"data.root={self.root!r} with data.source={self.source!r}", "data=folder to read a folder")
-        for name in ("resolution", "batch_size", "validation_batch_size"):
-            require(getattr(self, name) >= 1, f"data.{name}={getattr(self, name)}", "1 or more")
-        limit = self.validation_images
-        require(limit is None or limit >= 1, f"data.validation_images={limit}", "1 or more, or null for all")
-        require(self.workers >= 0, f"data.workers={self.workers}", "0 or more")
-        fraction, scale = self.validation_fraction, self.crop_scale
-        require(0 < fraction <= 1, f"data.validation_fraction={fraction}", "above 0 and at most 1")
-        ordered = len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1
-        require(ordered, f"data.crop_scale={scale}", "[low, high] with 0 < low <= high <= 1")
+class Sample(NamedTuple):
+    pixels: Tensor | None  # none: it cannot be used
+    position: int
+    name: str
+    left_out: list[LeftOut]
 
 
 class Batch(NamedTuple):
-    """`images` uint8 (B, C, H, W); `positions`: sample positions in training, indices in validation.
+    """`images` uint8 or uint16 (B, C, H, W); `positions`: sample positions in training, indices in validation.
 
-    Positions are plain integers, so that reading them never waits for a GPU.
+    Positions are plain integers, so that reading them never waits for a GPU. `left_out` are the images that could not
+    be used: replaced in training, missing in validation, where B may so be 0.
     """
 
     images: Tensor
     positions: list[int]
+    names: list[str]
+    left_out: list[LeftOut]
 
 
-class TrainingImages(Dataset[tuple[Tensor, int]]):
-    """(position, index) -> the image at `index`, cropped and flipped as `position` decides."""
+class TrainingImages(Dataset[Sample]):
+    """A pick -> its image, cropped and augmented as its position decides; another in its place if it cannot be used."""
 
-    def __init__(self, source: Sequence[Image.Image], config: DataConfig, seed: int) -> None:
-        self.source, self.config, self.seed = source, config, seed
+    def __init__(self, source: Source, order: Order, config: DataConfig, channels: int, seed: int) -> None:
+        self.source, self.order, self.config, self.channels, self.seed = source, order, config, channels, seed
+        low, high = config.crop_scale or ([1.0, 1.0] if config.bucket_resolutions else [0.5, 1.0])
+        self.augmentation = Augmentation((low, high), config.flip, config.rotation, config.colour)
+        self._unusable: dict[int, LeftOut] = {}
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        position, index = key
-        low, high = self.config.crop_scale
+    def __getitem__(self, pick: Pick) -> Sample:
+        left_out: list[LeftOut] = []
+        for attempt in range(ATTEMPTS):
+            pixels = self._pixels(pick)
+            if isinstance(pixels, Tensor):
+                return Sample(pixels, pick.position, self.source.names[pick.number], left_out)
+            left_out.append(pixels)
+            pick = self.order.instead(pick, attempt)
+        raise InputError(f"{ATTEMPTS} images in a row cannot be used, the last: {left_out[-1].reason}")
+
+    def _pixels(self, pick: Pick) -> Tensor | LeftOut:
+        if pick.number not in self._unusable:
+            try:
+                return self._cut(pick)
+            except ImageError as error:
+                name = self.source.names[pick.number]
+                self._unusable[pick.number] = LeftOut(name, str(error), not isinstance(error, TooSmallError))
+        return self._unusable[pick.number]
+
+    def _cut(self, pick: Pick) -> Tensor:
+        pixels = self.source.open(pick.number, self.channels, self.config.bits)
+        smallest = self.config.min_side or min(pick.size)
+        _check_side(pixels, smallest, self.source, pick.number, "lower data.resolution, or allow it by data.min_side")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_for(self.seed, position))
-            return random_crop(self.source[index], self.config.resolution, (low, high), flip=self.config.flip), position
+            torch.manual_seed(seed_for(self.seed, pick.position))
+            return random_crop(pixels, pick.size, self.augmentation)
 
 
-class HeldOutImages(Dataset[tuple[Tensor, int]]):
+class HeldOutImages(Dataset[Sample]):
     """index -> the image's central square."""
 
-    def __init__(self, source: Sequence[Image.Image], resolution: int) -> None:
-        self.source, self.resolution = source, resolution
+    def __init__(self, source: Source, config: DataConfig, channels: int) -> None:
+        self.source, self.config, self.channels = source, config, channels
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return center_crop(self.source[index], self.resolution), index
+    def __getitem__(self, index: int) -> Sample:
+        name = self.source.names[index]
+        try:
+            pixels = self.source.open(index, self.channels, self.config.bits)
+            _check_side(pixels, self.config.min_side or 1, self.source, index, "lower data.min_side")
+        except ImageError as error:
+            return Sample(None, index, name, [LeftOut(name, str(error), not isinstance(error, TooSmallError))])
+        return Sample(center_crop(pixels, self.config.resolution), index, name, [])
 
 
-def open_sources(config: DataConfig, channels: int) -> tuple[ImageFiles, ImageFiles]:
-    """(training, validation) images of a data configuration."""
-    training, validation = SOURCES[config.source](config, channels)
-    validation.names = fewest_by_hash(validation.names, config.validation_images)
-    return training, validation
+class TooSmallError(ImageError):
+    """An image is whole, and its shorter side below `data.min_side`."""
 
 
-def training_loader(source: ImageFiles, config: DataConfig, seed: int, sampler: EndlessSampler) -> DataLoader[Batch]:
+def training_loader(
+    source: Source, config: DataConfig, channels: int, seed: int, sampler: EndlessSampler
+) -> DataLoader[Batch]:
     """An endless loader in the order of `sampler`."""
-    return _loader(TrainingImages(source, config, seed), config, batch_size=config.batch_size, sampler=sampler)
+    images = TrainingImages(source, sampler.order, config, channels, seed)
+    return _loader(images, config, config.batch_size, sampler)
 
 
-def validation_loader(source: ImageFiles, config: DataConfig, rank: int, world_size: int) -> DataLoader[Batch]:
+def validation_loader(
+    source: Source, config: DataConfig, channels: int, rank: int, world_size: int
+) -> DataLoader[Batch]:
     """This rank's share, in order and without padding: no image is ever counted twice."""
-    share = Subset(HeldOutImages(source, config.resolution), range(rank, len(source), world_size))
-    return _loader(share, config, batch_size=config.validation_batch_size, sampler=None)
+    share = Subset(HeldOutImages(source, config, channels), range(rank, len(source), world_size))
+    return _loader(share, config, config.validation_batch_size, sampler=None)
 
 
-def _photos(_: DataConfig, channels: int) -> tuple[ImageFiles, ImageFiles]:
-    return Photos(TRAINING_PHOTOS, channels), Photos(VALIDATION_PHOTOS, channels)
+def first_images(loader: DataLoader[Batch]) -> Tensor:
+    """The images of the first batch that has any."""
+    for batch in loader:
+        if len(batch.images):
+            return batch.images
+    raise InputError("none of the validation images can be read; replace them")
 
 
-def _folder(config: DataConfig, channels: int) -> tuple[ImageFiles, ImageFiles]:
-    assert config.root is not None
-    if config.validation_root is not None:
-        held_out = ImageFiles.below(config.validation_root, channels, key="data.validation_root")
-        return ImageFiles.below(config.root, channels), held_out
-    training, validation = split_by_hash(folder_images(config.root), config.validation_fraction)
-    root = Path(config.root).expanduser()
-    return ImageFiles(root, training, channels), ImageFiles(root, validation, channels)
+def _check_side(pixels: Tensor, smallest: int, source: Source, index: int, remedy: str) -> None:
+    height, width = pixels.shape[1:]
+    if min(height, width) < smallest:
+        raise TooSmallError(f"{source.label(index)}: {width}x{height} pixels, expected {smallest} or more; {remedy}")
 
 
-SOURCES = {"photos": _photos, "folder": _folder}
-
-
-def _collate(samples: list[tuple[Tensor, int]]) -> Batch:
-    images, positions = zip(*samples, strict=True)
-    return Batch(torch.stack(images), list(positions))
+def _collate(samples: Sequence[Sample]) -> Batch:
+    usable = [(sample.pixels, sample) for sample in samples if sample.pixels is not None]
+    images = torch.stack([pixels for pixels, _ in usable]) if usable else torch.empty(0, dtype=torch.uint8)
+    left_out = [one for sample in samples for one in sample.left_out]
+    return Batch(images, [one.position for _, one in usable], [one.name for _, one in usable], left_out)
 
 
 def shut_down(loader: DataLoader[Batch]) -> None:
@@ -159,7 +162,7 @@ def _outlive_signals(_: int) -> None:
 
 
 def _loader(
-    dataset: Dataset[tuple[Tensor, int]], config: DataConfig, batch_size: int, sampler: EndlessSampler | None
+    dataset: Dataset[Sample], config: DataConfig, batch_size: int, sampler: EndlessSampler | None
 ) -> DataLoader[Batch]:
     return DataLoader(
         cast(Dataset[Batch], dataset),  # what collate makes of its samples

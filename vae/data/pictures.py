@@ -6,6 +6,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import make_grid
 
+from vae.data.pixels import as_channels
+
 GAP = 4
 ERROR_GAIN = 4
 
@@ -22,7 +24,7 @@ def contact_sheet(rows: dict[str, Tensor]) -> Image.Image:
     for number, (label, images) in enumerate(rows.items()):
         top = number * (cell + band)
         draw.text((GAP, top + band // 8), label, fill="black", font=font)
-        strip = make_grid(images.expand(-1, 3, -1, -1), nrow=count, padding=GAP // zoom, pad_value=255)
+        strip = make_grid(_shown(images), nrow=count, padding=GAP // zoom, pad_value=255)
         picture = TF.to_pil_image(strip)
         sheet.paste(
             picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST), (0, top + band)
@@ -37,6 +39,13 @@ def reconstruction_sheet(images: Tensor, reconstructions: dict[str, Tensor]) -> 
         error = (images.int() - pictures.int()).abs().mul(ERROR_GAIN).clamp(max=255).to(torch.uint8)
         rows |= {label: pictures, f"{label}: error x{ERROR_GAIN}": error}
     return contact_sheet(rows)
+
+
+def _shown(images: Tensor) -> Tensor:
+    """(N, C, H, W) as RGB: of more than four channels the first three, of two the first."""
+    channels = images.shape[1]
+    known = images[:, :3] if channels > 4 else images[:, :1] if channels == 2 else images
+    return torch.stack([as_channels(pixels, 3) for pixels in known])
 
 
 def to_picture(pixels: Tensor) -> Image.Image:

@@ -1,15 +1,18 @@
-"""Where images come from: a source is a list of names and a way to open each."""
+"""Where images come from: a source has a name for each and a way to read it."""
 
-import hashlib
 import importlib.util
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+import xxhash
+from torch import Tensor
 
-from vae.data.images import EXTENSIONS, open_image
+from vae.data.images import EXTENSIONS, Encoded, image_size, open_image
+from vae.data.names import Names
 from vae.errors import InputError
 
 TRAINING_PHOTOS = (
@@ -26,77 +29,136 @@ TRAINING_PHOTOS = (
     "moon.png",
 )
 VALIDATION_PHOTOS = ("astronaut.png", "camera.png", "coins.png", "clock_motion.png", "cell.png")
+LEFT_ALONE = "__MACOSX"  # what zip archives made on a Mac bring along
 
 
-class ImageFiles(Sequence[Image.Image]):
-    """Image files, opened on demand. `names` are paths relative to `root` and identify the images in every table."""
+class Source(ABC):
+    """Images by number. A data set of your own is a subclass with `names` and `read`.
 
-    def __init__(self, root: Path, names: Sequence[str], channels: int = 3) -> None:
-        self.root, self.names, self.channels = root, list(names), channels
+    `names` identify the images in every table; `read` gives a file, the bytes of one, or pixels (C, H, W) as uint8 or
+    uint16. `shards` are the numbers of images that lie together and are best read together, where that is so.
+    """
 
-    @classmethod
-    def below(cls, root: str | Path, channels: int = 3, key: str = "data.root") -> "ImageFiles":
-        """Every image in a folder and its subfolders; `key` is what an error calls the folder."""
-        return cls(Path(root).expanduser(), folder_images(root, key), channels)
+    names: Sequence[str]
+    shards: Sequence[int] | None = None
+
+    @abstractmethod
+    def read(self, index: int) -> Encoded: ...
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> Image.Image:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return open_image(self.root / self.names[index], self.channels)
+    def label(self, index: int) -> str:
+        """What an error calls the image."""
+        return self.names[index]
+
+    def open(self, index: int, channels: int = 3, bits: int = 8) -> Tensor:
+        """Pixels (C, H, W), as `open_image` makes them."""
+        return open_image(self.read(index), channels, bits, self.label(index))
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) without decoding."""
+        return image_size(self.read(index), self.label(index))
+
+    def fingerprint(self) -> str:
+        """Differs when images are added, removed, renamed or put into another order."""
+        return xxhash.xxh3_128("\0".join(self.names).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-class Photos(ImageFiles):
+class Files(Source):
+    """Image files, by path below `root`."""
+
+    def __init__(self, root: Path, names: "Names | Sequence[str]") -> None:
+        self.root, self._names = root, names if isinstance(names, Names) else Names(names)
+        self.names = self._names
+
+    def read(self, index: int) -> Encoded:
+        return self.root / self.names[index]
+
+    def label(self, index: int) -> str:
+        return str(self.root / self.names[index])
+
+    def fingerprint(self) -> str:
+        return self._names.fingerprint()
+
+
+class Photos(Files):
     """The photographs inside scikit-image's wheel, each decoded once."""
 
-    def __init__(self, names: Sequence[str], channels: int = 3) -> None:
+    def __init__(self, names: Sequence[str]) -> None:
         spec = importlib.util.find_spec("skimage")
         if spec is None or spec.origin is None:
             raise InputError("data.source='photos' needs scikit-image: pip install scikit-image")
-        super().__init__(Path(spec.origin).parent / "data", names, channels)
-        self._open = lru_cache(maxsize=None)(super().__getitem__)
-
-    def __getitem__(self, index: int) -> Image.Image:
-        return self._open(index)
+        super().__init__(Path(spec.origin).parent / "data", names)
+        self.open = lru_cache(maxsize=None)(super().open)
 
 
-def folder_images(root: str | Path, key: str = "data.root") -> list[str]:
-    """Image files below `root`, as sorted relative names; hidden files and folders are left out."""
-    return folder_files(root, EXTENSIONS, f"{key}={str(root)!r}")
+class Part(Source):
+    """Some images of another source."""
+
+    def __init__(self, whole: Source, indices: np.ndarray) -> None:
+        self.whole, self.indices = whole, indices
+        self.names = _Chosen(whole.names, indices)
+
+    def read(self, index: int) -> Encoded:
+        return self.whole.read(int(self.indices[index]))
+
+    def label(self, index: int) -> str:
+        return self.whole.label(int(self.indices[index]))
+
+    def fingerprint(self) -> str:
+        return xxhash.xxh3_128(self.whole.fingerprint().encode() + self.indices.tobytes()).hexdigest()
+
+
+class _Chosen(Sequence[str]):
+    def __init__(self, names: Sequence[str], indices: np.ndarray) -> None:
+        self._names, self._indices = names, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._names[int(self._indices[index])]
+
+
+def folder_source(root: str | Path, key: str = "data.root") -> Files:
+    """Every image in a folder and its subfolders; `key` is what an error calls the folder."""
+    return Files(Path(root).expanduser(), folder_files(root, EXTENSIONS, f"{key}={str(root)!r}"))
 
 
 def folder_files(root: str | Path, suffixes: Collection[str], given: str) -> list[str]:
-    """Files with one of `suffixes` below `root`, likewise; `given` is what an error calls the folder."""
+    """Files with one of `suffixes` below `root`, as sorted relative names; `given` is what an error calls the folder.
+
+    Links are followed, each folder read once. Hidden files and folders are left out.
+    """
     folder = Path(root).expanduser()
     if not folder.is_dir():
         raise InputError(f"{given}: no such folder; name an existing one")
-    names = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    names: list[str] = []
+    seen = {_identity(folder)}
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if _is_new(Path(parent) / name, seen)]
+        below = Path(parent).relative_to(folder)
         names += [
-            (Path(parent) / name).relative_to(folder).as_posix()
+            (below / name).as_posix()
             for name in files
-            if Path(name).suffix.lower() in suffixes and not name.startswith(".")
+            if os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".")  # noqa: PTH122  (by millions)
         ]
     if not names:
         raise InputError(f"{given}: nothing in it or below to read (looked for {', '.join(sorted(suffixes))})")
     return sorted(names)
 
 
-def split_by_hash(names: Sequence[str], fraction: float) -> tuple[list[str], list[str]]:
-    """(training, validation): a name's side depends on that name alone, so it survives additions to the folder.
-
-    Validation is never empty: failing any other it gets the name with the smallest hash.
-    """
-    validation = {name for name in names if _share(name) < fraction} or {min(names, key=_share)}
-    return [name for name in names if name not in validation], sorted(validation)
-
-
-def fewest_by_hash(names: Sequence[str], limit: int | None) -> list[str]:
-    """At most `limit` names, an unbiased choice that does not depend on their order; sorted."""
-    return sorted(sorted(names, key=_share)[:limit])
+def _is_new(folder: Path, seen: set[tuple[int, int]]) -> bool:
+    if folder.name.startswith(".") or folder.name == LEFT_ALONE:
+        return False
+    identity = _identity(folder)
+    if identity in seen:
+        return False
+    seen.add(identity)
+    return True
 
 
-def _share(name: str) -> float:
-    """The name's place in [0, 1), by its sha256."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino

@@ -1,53 +1,121 @@
-"""From a photograph to a square of pixels, and from uint8 to [-1, 1]."""
+"""From a photograph to the pixels of a batch, and from those to [-1, 1]. Filters are bicubic and antialiased."""
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import v2
+from torchvision.transforms.v2 import ColorJitter, InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
+from vae.data.pixels import MAXIMUM
 from vae.errors import InputError
 
-BICUBIC = Image.Resampling.BICUBIC  # Pillow's antialiased filter: of training, of validation and of protocol default-v1
+BICUBIC = Image.Resampling.BICUBIC  # Pillow's antialiased filter: of validation and of protocol default-v1
+PICTURE_CHANNELS = (1, 3, 4)  # that Pillow has modes for
 
 
-def random_crop(image: Image.Image, size: int, scale: tuple[float, float], *, flip: bool) -> Tensor:
-    """A random square whose side is `scale` times the short side, resized to `size`; uint8 (C, size, size).
+@dataclass(frozen=True)
+class Augmentation:
+    """Of training images: `scale` bounds the crop's share of the largest possible, `rotation` is in degrees."""
 
-    Never enlarged where the image has `size` pixels to give. Draws from torch's global generator.
+    scale: tuple[float, float] = (1.0, 1.0)
+    flip: bool = False
+    rotation: float = 0.0
+    colour: float = 0.0
+
+
+def random_crop(pixels: Tensor, size: tuple[int, int], augmentation: Augmentation) -> Tensor:
+    """A random window of the aspect of `size` (height, width), resized to it; (C, *size) of the same dtype.
+
+    Never enlarged where the image has the pixels to give. Draws from torch's global generator.
     """
-    short = min(image.size)
-    fraction = scale[0] + (scale[1] - scale[0]) * torch.rand(()).item()
-    side = min(short, max(size, round(fraction * short)))
-    left, top = (int(torch.randint(0, extent - side + 1, ()).item()) for extent in image.size)
-    box = (left, top, left + side, top + side)
-    square = image.crop(box) if side == size else image.resize((size, size), BICUBIC, box=box)
-    if flip and torch.rand(()).item() < 0.5:
-        square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return TF.pil_to_tensor(square)
+    low, high = augmentation.scale
+    fraction = low + (high - low) * torch.rand(()).item()
+    angle = _draw_angle(augmentation.rotation)
+    height, width = _spanned(size, angle)
+    largest = min(pixels.shape[1] / height, pixels.shape[2] / width)
+    unit = min(largest, max(1.0, fraction * largest))  # source pixels to one of the result
+    window = _window(pixels, round(height * unit), round(width * unit))
+    square = _working(window)
+    if angle:
+        square = TF.rotate(square, angle, InterpolationMode.BILINEAR)
+        square = TF.center_crop(square, [max(1, round(side * unit)) for side in size])
+    if square.shape[1:] != size:
+        square = TF.resize(square, list(size), InterpolationMode.BICUBIC, antialias=True)
+    if augmentation.flip and torch.rand(()).item() < 0.5:
+        square = square.flip(2)
+    if augmentation.colour:
+        square = _jitter(augmentation.colour)(square)
+    return _finished(square, pixels.dtype)
 
 
-def center_crop(image: Image.Image, size: int) -> Tensor:
-    """The short side resized to `size`, then the central square; uint8 (C, size, size)."""
-    square = v2.Compose([v2.Resize(size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)])
-    return TF.pil_to_tensor(square(image))
+def center_crop(pixels: Tensor, size: int) -> Tensor:
+    """The short side resized to `size` by Pillow, then the central square; (C, size, size) of the same dtype."""
+    height, width = pixels.shape[1:]
+    short = min(height, width)
+    target = [int(size * side / short) for side in (height, width)]
+    return TF.center_crop(_resized(pixels, target[0], target[1]), [size, size]).contiguous()
 
 
-def crop_to_multiple(image: Image.Image, factor: int, path: str | Path) -> Tensor:
-    """The centre of the whole image, its sides multiples of `factor`; uint8 (C, H, W). Errors name `path`."""
-    height, width = (side // factor * factor for side in (image.height, image.width))
+def crop_to_multiple(pixels: Tensor, factor: int, path: str | Path) -> Tensor:
+    """The centre of the whole image, its sides multiples of `factor`; (C, H, W). Errors name `path`."""
+    height, width = (side // factor * factor for side in pixels.shape[1:])
     if not height or not width:
-        raise InputError(f"{path}: {image.width}x{image.height} pixels, expected {factor} or more each way")
-    return TF.center_crop(TF.pil_to_tensor(image), [height, width])
+        raise InputError(f"{path}: {pixels.shape[2]}x{pixels.shape[1]} pixels, expected {factor} or more each way")
+    return TF.center_crop(pixels, [height, width])
 
 
 def to_model_range(images: Tensor) -> Tensor:
-    """uint8 [0, 255] -> float32 [-1, 1]."""
-    return images.float() / 127.5 - 1.0
+    """uint8 [0, 255] or uint16 [0, 65535] -> float32 [-1, 1]."""
+    return images.float() / (MAXIMUM[images.dtype] / 2) - 1.0
 
 
 def to_uint8(images: Tensor) -> Tensor:
     """[-1, 1] -> uint8 [0, 255]: clamped, then rounded."""
     return ((images.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+
+
+def _draw_angle(largest: float) -> float:
+    return largest * (2.0 * torch.rand(()).item() - 1.0) if largest else 0.0
+
+
+def _spanned(size: tuple[int, int], angle: float) -> tuple[float, float]:
+    """The upright box around `size` turned by `angle` degrees: within it, no corner is left without pixels."""
+    cosine, sine = abs(math.cos(math.radians(angle))), abs(math.sin(math.radians(angle)))
+    return size[0] * cosine + size[1] * sine, size[0] * sine + size[1] * cosine
+
+
+def _window(pixels: Tensor, height: int, width: int) -> Tensor:
+    height, width = max(1, min(height, pixels.shape[1])), max(1, min(width, pixels.shape[2]))
+    left = int(torch.randint(0, pixels.shape[2] - width + 1, ()).item())
+    top = int(torch.randint(0, pixels.shape[1] - height + 1, ()).item())
+    return pixels[:, top : top + height, left : left + width]
+
+
+def _working(pixels: Tensor) -> Tensor:
+    """uint8 as it is; uint16 as float in [0, 1], for which torch has the operations."""
+    return pixels if pixels.dtype == torch.uint8 else pixels.float() / MAXIMUM[pixels.dtype]
+
+
+def _finished(pixels: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.uint8:
+        return pixels
+    return (pixels.clamp(0.0, 1.0) * MAXIMUM[dtype]).round().to(dtype)
+
+
+def _jitter(strength: float) -> ColorJitter:
+    return ColorJitter(brightness=strength, contrast=strength, saturation=strength, hue=min(0.5, strength / 4))
+
+
+def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
+    if pixels.shape[1:] == (height, width):
+        return pixels
+    if pixels.dtype == torch.uint8 and len(pixels) in PICTURE_CHANNELS:
+        return TF.pil_to_tensor(TF.to_pil_image(pixels).resize((width, height), BICUBIC))
+    planes = [Image.fromarray(plane.astype(np.float32)).resize((width, height), BICUBIC) for plane in pixels.numpy()]
+    values = torch.from_numpy(np.stack([np.asarray(plane) for plane in planes]))
+    return values.clamp(0, MAXIMUM[pixels.dtype]).round().to(pixels.dtype)

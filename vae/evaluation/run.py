@@ -16,9 +16,11 @@ from rich.table import Column, Table
 import vae
 from vae.checkpoints.safe import WeightsError, replacing, write_text
 from vae.config import EvaluateConfig
-from vae.data.loading import Batch, open_sources, validation_loader
+from vae.data.loading import Batch, LeftOut, validation_loader
+from vae.data.opening import open_sources
+from vae.data.pixels import as_depth
 from vae.data.transforms import to_model_range, to_uint8
-from vae.errors import InputError
+from vae.errors import BAD_IMAGES, InputError, Stopped
 from vae.evaluation.models import find_device, load_models
 from vae.evaluation.protocol import DEFAULT_V1
 from vae.metrics.paired import HIGHER_IS_BETTER, PairedMetrics
@@ -30,39 +32,58 @@ Row = dict[str, Any]  # image, model and one number per metric
 def evaluate(config: EvaluateConfig) -> Path:
     """Measure `config.models` by protocol default-v1, print the table, write JSON and CSV; returns their folder."""
     folder = Path(config.output) / config.name
-    _, images = open_sources(config.data, channels=3)
+    images = open_sources(config.data)[1]
     device = find_device(config.device)
     models = {name: model.to(device) for name, model in load_models(config.models).items()}
-    _check_sizes(models, config.data.resolution)
+    channels = _check_sizes(models, config.data.resolution)
     metrics = PairedMetrics(tuple(config.metrics)).to(device)
     measured = [name for name in config.metrics if name not in metrics.missing]
     if not measured:
         raise InputError(f"metrics={config.metrics}: {next(iter(metrics.missing.values()))}")
     _check_writable(folder, config.output)
-    batches = validation_loader(images, config.data, rank=0, world_size=1)
+    batches = validation_loader(images, config.data, channels, rank=0, world_size=1)
+    left_out: list[LeftOut] = []
     total = math.ceil(len(images) / config.data.validation_batch_size)
     with _exact_arithmetic():
-        rows = list(_measure(models, track(batches, "Measuring", total, console=Console(stderr=True)), metrics, device))
-    for row in rows:
-        row["image"] = images.names[row["image"]]
+        shown = track(batches, "Measuring", total, console=Console(stderr=True))
+        rows = list(_measure(models, shown, metrics, device, left_out))
+    if not rows:
+        raise InputError(f"none of {len(images)} images can be read, the first: {left_out[0].reason}")
     summary = {model: _summarise([row for row in rows if row["model"] == model], measured) for model in models}
-    _print(summary, measured, metrics.missing, len(images), config.data.resolution)
-    _write(folder, rows, measured, {"images": len(images), "metrics": summary, "missing": metrics.missing}, config)
+    counted = len(images) - len(left_out)
+    _print(summary, measured, metrics.missing, counted, config.data.resolution)
+    excluded = [{"image": one.name, "reason": one.reason} for one in left_out]
+    result = {"images": counted, "left_out": excluded, "metrics": summary, "missing": metrics.missing}
+    _write(folder, rows, measured, result, config)
     Console().print(f"written  {folder}/metrics.json and {folder}/images.csv", highlight=False, soft_wrap=True)
+    if left_out:
+        listed = f"{len(left_out)} of {len(images)} images are left out, listed in {folder}/metrics.json; the first: "
+        if not config.allow_left_out:
+            raise Stopped(BAD_IMAGES, f"{listed}{left_out[0].reason}")
+        Console().print(f"{listed}{left_out[0].reason}", highlight=False, markup=False, soft_wrap=True)
     return folder
 
 
 @torch.no_grad()
 def _measure(
-    models: dict[str, AutoencoderKL], batches: Iterable[Batch], metrics: PairedMetrics, device: torch.device
+    models: dict[str, AutoencoderKL],
+    batches: Iterable[Batch],
+    metrics: PairedMetrics,
+    device: torch.device,
+    left_out: list[LeftOut],
 ) -> Iterator[Row]:
+    """Rows of every image; what cannot be read is never replaced, and goes to `left_out`."""
     for batch in batches:
+        left_out += batch.left_out
+        if not len(batch.images):
+            continue
         images = batch.images.to(device)
         for name, model in models.items():
             reconstructions = to_uint8(model.decode(model.encode(to_model_range(images)).mode()))
-            values = {metric: column.tolist() for metric, column in metrics(images, reconstructions).items()}
-            for row, position in enumerate(batch.positions):
-                yield {"image": position, "model": name} | {metric: column[row] for metric, column in values.items()}
+            columns = metrics(as_depth(images, 8), reconstructions)
+            values = {metric: column.tolist() for metric, column in columns.items()}
+            for row, image in enumerate(batch.names):
+                yield {"image": image, "model": name} | {metric: column[row] for metric, column in values.items()}
 
 
 def _summarise(rows: list[Row], measured: list[str]) -> dict[str, dict[str, float | int | None]]:
@@ -126,13 +147,16 @@ def _check_writable(folder: Path, output: str) -> None:
         raise InputError(f"output={output!r}: cannot write there ({error}); choose another folder") from error
 
 
-def _check_sizes(models: dict[str, AutoencoderKL], resolution: int) -> None:
+def _check_sizes(models: dict[str, AutoencoderKL], resolution: int) -> int:
+    """The image channels that all models have."""
+    counts = {name: model.config.in_channels for name, model in models.items()}
+    if len(set(counts.values())) > 1:
+        raise InputError(f"models of different channels, {counts}: measure them one by one")
     for name, model in models.items():
-        factor, channels = model.config.downsample_factor, model.config.in_channels
+        factor = model.config.downsample_factor
         if resolution % factor:
             raise InputError(f"data.resolution={resolution} is not a multiple of {factor}, the factor of {name}")
-        if channels != 3:
-            raise InputError(f"{name} takes {channels} channels, expected 3")
+    return next(iter(counts.values()))
 
 
 @contextmanager

@@ -50,12 +50,14 @@ class LossConfig:
     `discriminator_start` and `adversarial_start` count `updates`: the discriminator learns from the first on, the
     autoencoder feels it from the second on, at full weight after `adversarial_ramp` more. The KL term is at full weight
     after `kl_warmup` updates. `r1` (its gamma), `lecam` (its lambda) and `augment` (of DiffAugment) restrain the
-    discriminator; 0 and [] are off.
+    discriminator; 0 and [] are off. `perceptual_channels` are the three that LPIPS sees; null: grey repeated, RGBA
+    composited on white, of more than four the first three.
     """
 
     pixel: str = "l1"
     perceptual_net: str = "vgg"
     perceptual_weights: str | None = None
+    perceptual_channels: list[int] | None = None
     adversarial: str = "hinge"
     adaptive: bool = True
     adaptive_maximum: float = 1.0e4
@@ -108,7 +110,9 @@ class Objective:
         self.weights = config.weights
         self.kl_warmup = config.kl_warmup
         self.pixel = PIXEL_LOSSES[config.pixel]
-        self.lpips = LPIPS(config.perceptual_net, config.perceptual_weights) if config.weights.perceptual else None
+        self.lpips = None
+        if config.weights.perceptual:
+            self.lpips = LPIPS(config.perceptual_net, config.perceptual_weights, config.perceptual_channels)
 
     def to(self, device: torch.device) -> "Objective":
         if self.lpips is not None:

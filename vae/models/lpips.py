@@ -5,6 +5,7 @@ ImageNet features, compared channel by channel after unit normalisation and weig
 """
 
 import importlib.util
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,20 +24,20 @@ SQUARE_FLOOR = 1e-30  # changes no value, and keeps the root's gradient finite w
 
 
 class LPIPS(nn.Module):
-    """Two batches of images (B, 3 or 1, H, W) in [-1, 1] -> distances (B,), float32 or better.
+    """Two batches of images (B, C, H, W) in [-1, 1] -> distances (B,), float32 or better.
 
-    Frozen for good: no gradients of its own, and in eval mode whatever `train()` is asked of it. Greyscale is repeated
-    to three channels. `path` names a features file in place of the sources of `load_backbone`.
+    Frozen for good: no gradients of its own, and in eval mode whatever `train()` is asked of it. `as_rgb` says which
+    channels it sees. `path` names a features file in place of the sources of `load_backbone`.
     """
 
     image_mean: Tensor
     image_std: Tensor
 
-    def __init__(self, net: str = "vgg", path: str | Path | None = None) -> None:
+    def __init__(self, net: str = "vgg", path: str | Path | None = None, channels: Sequence[int] | None = None) -> None:
         super().__init__()
         if net not in BACKBONES:
             raise InputError(f"LPIPS net {net!r}, expected one of {sorted(BACKBONES)}")
-        self.net, backbone = net, BACKBONES[net]
+        self.net, self.channels, backbone = net, channels, BACKBONES[net]
         self.slices = _slices(backbone, load_backbone(net, path))
         self.heads = nn.ParameterList(_heads(net))
         self.register_buffer("image_mean", torch.tensor(IMAGE_MEAN).view(1, 3, 1, 1))
@@ -56,13 +57,28 @@ class LPIPS(nn.Module):
 
     def _features(self, images: Tensor) -> list[Tensor]:
         """Unit-normalised features at every tap, each (B, C_i, H_i, W_i)."""
-        x = (at_least_float32(images) - self.image_mean) / self.image_std
+        x = (as_rgb(at_least_float32(images), self.channels) - self.image_mean) / self.image_std
         taps = []
         for piece in self.slices:
             x = piece(x)
             norm = x.square().sum(dim=1, keepdim=True).clamp_min(SQUARE_FLOOR).sqrt()
             taps.append(x / (norm + NORM_EPS))
         return taps
+
+
+def as_rgb(images: Tensor, channels: Sequence[int] | None = None) -> Tensor:
+    """Images (B, C, H, W) in [-1, 1] as (B, 3, H, W): grey repeated, RGBA composited on white, of more the first three.
+
+    Or the three `channels` that are named, whatever there are.
+    """
+    if channels is not None:
+        return images[:, list(channels)]
+    if images.shape[1] == 1:
+        return images.expand(-1, 3, -1, -1)
+    if images.shape[1] == 4:
+        alpha = (images[:, 3:] + 1.0) / 2.0
+        return images[:, :3] * alpha + (1.0 - alpha)
+    return images[:, :3]
 
 
 def _slices(backbone: Backbone, features: Features) -> nn.ModuleList:

@@ -17,7 +17,9 @@ from vae.checkpoints.found import Source, check_complete, check_finite
 from vae.checkpoints.metadata import read_json
 from vae.checkpoints.pickles import read_pickle
 from vae.config import CONFIG_FILE
-from vae.data.loading import DataConfig, open_sources, validation_loader
+from vae.data.config import DataConfig
+from vae.data.loading import first_images, validation_loader
+from vae.data.opening import open_sources
 from vae.data.transforms import to_model_range
 from vae.errors import InputError
 from vae.latents import LatentStatistics, measure_latents
@@ -93,15 +95,16 @@ def export_checkpoint(
     found = _weights(run, checkpoint, config, "autoencoder." if live else "average.")
     data = _part(run, config, "data", DataConfig)
     if images is not None:
-        data = replace(data, source="folder", root=images, validation_root=images)
-    held_out = open_sources(data, found.config.in_channels)[1]
-    loader = validation_loader(held_out, data, rank=0, world_size=1)
+        data = data.of_folder(images)
+    held_out, channels = open_sources(data)[1], found.config.in_channels
+    loader = validation_loader(held_out, data, channels, rank=0, world_size=1)
     batches = track(loader, "Measuring latents", math.ceil(len(held_out) / data.validation_batch_size))
     model = found.build().to(device)
-    statistics = measure_latents(model, (to_model_range(batch.images.to(device)) for batch in batches))
+    whole = (to_model_range(batch.images.to(device)) for batch in batches if len(batch.images))
+    statistics = measure_latents(model, whole)
     updates = read_progress(checkpoint).updates
     summary = describe(config, updates, "live" if live else "EMA")
-    judged = to_model_range(next(iter(loader)).images.to(device))
+    judged = to_model_range(first_images(loader).to(device))
     paths = publish(model, run, summary, statistics, judged)
     return paths, model.config
 

@@ -1,6 +1,6 @@
 """Nothing that is not finite reaches the weights: an update is looked at before it is made."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -46,14 +46,10 @@ class Culprits(NamedTuple):
 
 
 class Guard:
-    """Between backward and step: all processes look, and all do the same.
-
-    `name_of` says which image stands at a position.
-    """
+    """Between backward and step: all processes look, and all do the same."""
 
     def __init__(self, training: "Training", config: GuardConfig) -> None:
         self._training, self.config = training, config
-        self.name_of: Callable[[int], str] = str
         self.left_out = 0  # updates, since the run began
         self._seen: list[tuple[Batch, Mapping[str, Tensor]]] = []
         self._leaves_out = False
@@ -107,7 +103,7 @@ class Guard:
         if terms:
             return Culprits(1, f"{_some(terms)} of {_some(self._images_of(training, terms))}")
         gradients = [f"{network}.{name}" for network, (_, names) in found.items() for name in names]
-        images = [self.name_of(position) for batch, _ in self._seen for position in batch.positions]
+        images = [name for batch, _ in self._seen for name in batch.names]
         return Culprits(2, f"gradients of {_some(gradients)}, images {_some(images)}")
 
     def _images_of(self, training: "Training", terms: list[str]) -> list[str]:
@@ -116,10 +112,11 @@ class Guard:
         for batch, seen in self._seen:
             if all(name not in seen or torch.isfinite(seen[name]).all() for name in terms):
                 continue
-            single = [Batch(batch.images[i : i + 1], [position]) for i, position in enumerate(batch.positions)]
+            places = enumerate(zip(batch.positions, batch.names, strict=True))
+            single = [Batch(batch.images[i : i + 1], [position], [name], []) for i, (position, name) in places]
             with training.trainer.precision_plugin.forward_context():
                 alone = [one for one in single if not all_finite(training.terms_of(one).values())]
-            names += [self.name_of(one.positions[0]) for one in alone or single]
+            names += [one.names[0] for one in alone or single]
         return names
 
 

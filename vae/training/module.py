@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from vae.config import TrainConfig
 from vae.data.loading import Batch
+from vae.data.pixels import as_depth
 from vae.data.transforms import to_model_range, to_uint8
 from vae.losses.augment import DRAWS, diff_augment
 from vae.losses.objective import Objective
@@ -152,12 +153,14 @@ class Training(lightning.LightningModule):
         self.validation.metrics.to(self.device)
         self.validation.start()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         """The averaged weights in float32, posterior mode, protocol default-v1; returns reconstructions as uint8."""
+        if not len(batch.images):
+            return None  # none of them could be read
         with torch.autocast(self.device.type, enabled=False):
             posterior = self.average.encode(self._images(batch))
             reconstructions = to_uint8(self.average.decode(posterior.mode()))
-            self.validation.update(batch.images, reconstructions, posterior)
+            self.validation.update(as_depth(batch.images, 8), reconstructions, posterior)
         return reconstructions
 
     def on_validation_epoch_end(self) -> None:

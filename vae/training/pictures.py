@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from vae.checkpoints.safe import replacing
 from vae.data.pictures import reconstruction_sheet
+from vae.data.pixels import as_depth
 from vae.training.manifest import step_name
 
 PICTURED = 8  # held-out images on every sheet
@@ -38,11 +39,11 @@ class Pictures(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if sum(len(images) for images, _ in self._pairs) < PICTURED:
-            self._pairs.append((batch.images.cpu(), outputs.cpu()))
+        if outputs is not None and sum(len(images) for images, _ in self._pairs) < PICTURED:
+            self._pairs.append((as_depth(batch.images.cpu(), 8), outputs.cpu()))
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or not self._pairs:
             return
         images, reconstructions = (torch.cat(parts)[:PICTURED] for parts in zip(*self._pairs, strict=True))
         sheet = reconstruction_sheet(images, {"reconstruction": reconstructions})

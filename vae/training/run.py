@@ -1,6 +1,5 @@
 """`train`: from a configuration to a finished run in its own directory."""
 
-import hashlib
 import os
 import time
 from contextlib import nullcontext
@@ -9,61 +8,68 @@ from pathlib import Path
 import lightning
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from torch.utils.data import DataLoader
 
 from vae.config import TrainConfig
-from vae.data.loading import open_sources, shut_down, training_loader, validation_loader
+from vae.data.buckets import BucketOrder
+from vae.data.loading import Batch, first_images, shut_down, training_loader, validation_loader
+from vae.data.opening import open_sources
 from vae.data.order import EndlessSampler
-from vae.data.sources import ImageFiles
+from vae.data.ordering import order_of, without_bucket
+from vae.data.sources import Source
 from vae.data.transforms import to_model_range
 from vae.errors import InputError, require
 from vae.training.export import export
 from vae.training.failures import told
 from vae.training.folder import AUTO, RUN_NAME, TIME, folder_of, locked, open_folder, read_progress
+from vae.training.left_out import LeftOutImages
 from vae.training.metrics_file import MetricsFile
 from vae.training.module import Training, images_per_update
 from vae.training.stopping import StopRequests
-from vae.training.terminal import announce, conclude
+from vae.training.terminal import announce, conclude, measuring
 from vae.training.trainer import build_trainer
 
+Sources = tuple[Source, Source]  # training, validation
 
-def train(config: TrainConfig) -> Path:
+
+def train(config: TrainConfig, sources: Sources | None = None) -> Path:
     """Run `config` to its last update; returns the run's directory.
+
+    `sources` are training and validation images of your own, in place of those that `config.data` names.
 
     Refuses what cannot work before weights are built: absent images, a Trainer that cannot be, an unusable directory.
     Raises `Stopped` where the run ends before its last update: by a signal, by the clock, by what is not finite, by the
     loss of a process. What it had learned is in a checkpoint then.
     """
     with StopRequests(config.max_minutes) as requests:
-        images, held_out = open_sources(config.data, config.model.in_channels)
+        images, held_out = sources or open_sources(config.data)
         folder = folder_of(config)
-        trainer = build_trainer(config, folder, requests)
+        left_out = LeftOutImages(folder, config.data.max_corrupt, len(images), requests)
+        trainer = build_trainer(config, folder, requests, left_out)
         _check_named(config, trainer)
         _check_enough(config, images, held_out, trainer.world_size)
         with (
             locked(folder) if trainer.is_global_zero else nullcontext(),
             told(trainer, folder, config.timeout_minutes),
         ):
-            _run(config, trainer, folder, images, held_out)
+            _run(config, trainer, folder, (images, held_out), left_out)
     return folder
 
 
 def _run(
-    config: TrainConfig, trainer: lightning.Trainer, folder: Path, images: ImageFiles, held_out: ImageFiles
+    config: TrainConfig, trainer: lightning.Trainer, folder: Path, sources: Sources, left_out: LeftOutImages
 ) -> None:
     started = time.monotonic()
     checkpoint, notes = open_folder(config, folder, is_first=trainer.is_global_zero)
-    digest = hashlib.sha256("\n".join([*images.names, "", *held_out.names]).encode()).hexdigest()
+    digest = " ".join(source.fingerprint() for source in sources)
     done = _check_progress(config, trainer, checkpoint, digest) if checkpoint else 0
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     module = _build_module(config)
     module.images_digest = digest
-    seen = done * images_per_update(config, trainer)
-    sampler = EndlessSampler(len(images), config.seed, seen, trainer.global_rank, trainer.world_size)
-    module.guard.name_of = lambda position: images.names[sampler.index_at(position)]
-    batches = training_loader(images, config.data, config.seed, sampler)
-    validation = validation_loader(held_out, config.data, trainer.global_rank, trainer.world_size)
+    left_out.begin(trainer.global_rank)
+    batches, validation = _loaders(config, trainer, sources, left_out, done)
     if trainer.is_global_zero:
-        announce(config, module, folder, (len(images), len(held_out)), done, notes)
+        announce(config, module, folder, (len(sources[0]), len(sources[1])), done, notes)
     for logger in trainer.loggers:
         if checkpoint and isinstance(logger, MetricsFile):
             logger.resume_at(done)
@@ -81,11 +87,26 @@ def _run(
         shut_down(batches)
     if trainer.is_global_zero:
         after = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
-        judged = to_model_range(next(iter(validation)).images.to(trainer.strategy.root_device))
+        judged = to_model_range(first_images(validation).to(trainer.strategy.root_device))
         shut_down(validation)
         exports = export(module, folder, judged)
         minutes, updates = (time.monotonic() - started) / 60, trainer.global_step - done
         conclude(config, exports, (before, after), f"{updates} updates in {minutes:.1f} minutes, start-up included")
+
+
+def _loaders(
+    config: TrainConfig, trainer: lightning.Trainer, sources: Sources, left_out: LeftOutImages, done: int
+) -> tuple[DataLoader[Batch], DataLoader[Batch]]:
+    """Training batches from update `done` on, and this process's share of the validation images."""
+    images, held_out = sources
+    together, factor = images_per_update(config, trainer), config.model.downsample_factor
+    order = order_of(images, config.data, config.seed, together, factor, measuring)
+    if trainer.is_global_zero and isinstance(order, BucketOrder):
+        left_out.add(without_bucket(images, order), "training", done)
+    sampler = EndlessSampler(order, done * together, trainer.global_rank, trainer.world_size)
+    channels = config.model.in_channels
+    batches = training_loader(images, config.data, channels, config.seed, sampler)
+    return batches, validation_loader(held_out, config.data, channels, trainer.global_rank, trainer.world_size)
 
 
 def _check_progress(config: TrainConfig, trainer: lightning.Trainer, checkpoint: Path, images: str) -> int:
@@ -115,8 +136,8 @@ def _check_named(config: TrainConfig, trainer: lightning.Trainer) -> None:
     require(not needs or TIME not in config.name, f"name={config.name!r}", "a fixed name under torchrun or SLURM")
 
 
-def _check_enough(config: TrainConfig, training: ImageFiles, validation: ImageFiles, processes: int) -> None:
-    if not training:
+def _check_enough(config: TrainConfig, training: Source, validation: Source, processes: int) -> None:
+    if not len(training):
         given = f"data.root={config.data.root!r}"
         raise InputError(f"{given}: no image is left to train on; add images or set data.validation_root")
     fewest = f"at least one for each of the {processes} processes; raise data.validation_fraction or add images"

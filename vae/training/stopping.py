@@ -11,7 +11,7 @@ from types import FrameType, TracebackType
 
 import lightning
 
-from vae.errors import TIME_IS_UP, Stopped
+from vae.errors import BAD_IMAGES, TIME_IS_UP, Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -27,11 +27,12 @@ class StopRequests:
         self._signalled = 0
         self._before: dict[signal.Signals, signal._HANDLER] = {}
         self.is_training = False
+        self.has_bad_images = False
 
     @property
     def status(self) -> int:
         is_late = self._deadline is not None and time.monotonic() >= self._deadline
-        return self._signalled or (TIME_IS_UP if is_late else 0)
+        return self._signalled or (TIME_IS_UP if is_late else BAD_IMAGES if self.has_bad_images else 0)
 
     def __enter__(self) -> "StopRequests":
         if threading.current_thread() is threading.main_thread():
@@ -51,6 +52,8 @@ class StopRequests:
 
 def reason(status: int) -> str:
     """In words, why a run ends with `status`."""
+    if status == BAD_IMAGES:
+        return "more images than data.max_corrupt allows cannot be read; skipped.jsonl lists them: stopped"
     return "max_minutes are over" if status == TIME_IS_UP else f"stopped by {signal.Signals(status - 128).name}"
 
 

@@ -1,11 +1,12 @@
 """What a run says on the terminal: where it stands, how far it is, what it made."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import lightning
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from vae.checkpoints.clients import warnings_about
@@ -58,6 +59,11 @@ def announce(  # noqa: PLR0917
         )
     for note in notes:
         say(f"note: {note}")
+
+
+def measuring(sizes: Iterator[tuple[int, int]], total: int) -> Iterable[tuple[int, int]]:
+    """A bar while the sizes of all images are read."""
+    return track(sizes, "Reading sizes", total, console=Console(stderr=True), transient=True)
 
 
 def conclude(

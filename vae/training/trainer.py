@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from vae.config import TrainConfig
 from vae.errors import InputError, require
 from vae.training.advice import Advice
+from vae.training.left_out import LeftOutImages
 from vae.training.metrics_file import MetricsFile
 from vae.training.pictures import Pictures
 from vae.training.saving import CheckedCheckpointIO, Checkpoints
@@ -54,7 +55,9 @@ OWNED = {  # arguments of lightning.Trainer that follow from our keys
 }
 
 
-def build_trainer(config: TrainConfig, folder: Path, requests: StopRequests) -> lightning.Trainer:
+def build_trainer(
+    config: TrainConfig, folder: Path, requests: StopRequests, left_out: LeftOutImages
+) -> lightning.Trainer:
     """A Trainer that counts in updates, writes below `folder` and nowhere else, and leaves the data order alone."""
     arguments: dict[str, Any] = {"devices": 1, "log_every_n_steps": 10} | config.trainer
     _check(arguments)
@@ -80,7 +83,7 @@ def build_trainer(config: TrainConfig, folder: Path, requests: StopRequests) -> 
             inference_mode=False,  # metrics live on from one validation to the next; inference tensors could not
             sync_batchnorm=has_batch_norm,
             logger=_build_loggers(config, folder, lambda: trainer.global_step),
-            callbacks=[checkpoints, Pictures(folder), Advice(arguments["log_every_n_steps"]), *bar],
+            callbacks=[checkpoints, left_out, Pictures(folder), Advice(arguments["log_every_n_steps"]), *bar],
             plugins=[CheckedCheckpointIO()],
         )
     except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:

@@ -1,0 +1,95 @@
+"""The data of a run or an evaluation: which images, cut how, in which batches."""
+
+from dataclasses import dataclass, field, replace
+
+from vae.data.opening import SOURCES, WANTED
+from vae.errors import require
+
+
+@dataclass
+class DataConfig:
+    """Which images, cut how, in which batches; docs/data.md has each source by example.
+
+    `source` "photos" is embedded; "folder", "list", "huggingface" and "webdataset" read `root` and validate on
+    `validation_root` (`validation_split`), or on a share of `root`. `min_side` leaves smaller images out (null: in
+    training those that would have to be enlarged). `crop_scale` is a random crop's share of the largest possible, null
+    for [0.5, 1]. `bucket_resolutions` makes batches of one shape each that lose `bucket_loss` of an image's area at
+    most. A run stops when more than `max_corrupt` of the images, and ten, cannot be read.
+    """
+
+    source: str = "folder"
+    root: str | None = None
+    validation_root: str | None = None
+    validation_fraction: float = 0.02
+    validation_images: int | None = 256
+    split: str = "train"
+    validation_split: str | None = None
+    column: str | None = None
+    streaming: bool = False
+    cache: str = "~/.cache/vae"
+    cache_gigabytes: float = 50.0
+    open_shards: int = 16
+    resolution: int = 256
+    bits: int = 8
+    min_side: int | None = None
+    crop_scale: list[float] | None = None
+    flip: bool = True
+    rotation: float = 0.0
+    colour: float = 0.0
+    bucket_resolutions: list[int] = field(default_factory=list)
+    bucket_loss: float = 0.1
+    batch_size: int = 4
+    validation_batch_size: int = 8
+    workers: int = 4
+    max_corrupt: float = 0.1
+
+    def __post_init__(self) -> None:
+        require(self.source in SOURCES, f"data.source={self.source!r}", f"one of {sorted(SOURCES)}")
+        self._check_source()
+        for name in ("resolution", "batch_size", "validation_batch_size", "open_shards"):
+            require(getattr(self, name) >= 1, f"data.{name}={getattr(self, name)}", "1 or more")
+        limit = self.validation_images
+        require(limit is None or limit >= 1, f"data.validation_images={limit}", "1 or more, or null for all")
+        require(self.workers >= 0, f"data.workers={self.workers}", "0 or more")
+        require(self.min_side is None or self.min_side >= 1, f"data.min_side={self.min_side}", "1 or more, or null")
+        require(self.bits in (8, 16), f"data.bits={self.bits}", "8 or 16")
+        require(self.cache_gigabytes > 0, f"data.cache_gigabytes={self.cache_gigabytes}", "above 0")
+        fraction = self.validation_fraction
+        require(0 < fraction <= 1, f"data.validation_fraction={fraction}", "above 0 and at most 1")
+        require(0 <= self.max_corrupt <= 1, f"data.max_corrupt={self.max_corrupt}", "a share from 0 to 1")
+        self._check_augmentation()
+        self._check_buckets()
+
+    def of_folder(self, root: str) -> "DataConfig":
+        """The same with every image of a folder, to validate on."""
+        nowhere = {"validation_split": None, "column": None, "streaming": False}
+        return replace(self, source="folder", root=root, validation_root=root, **nowhere)
+
+    def _check_source(self) -> None:
+        """What cannot take effect is refused."""
+        hub, given = self.source == "huggingface", f"with data.source={self.source!r}"
+        if self.source == "photos":
+            unused = self.root is None and self.validation_root is None
+            require(unused, f"data.root={self.root!r} {given}", "data=folder to read a folder")
+        else:
+            require(self.root is not None, "data.root is not set", f"{WANTED[self.source]}, e.g. data.root=photos")
+        require(hub or not self.streaming, f"data.streaming=true {given}", "it with data=huggingface only")
+        require(hub or self.validation_split is None, f"data.validation_split {given}", "data.validation_root")
+        require(not hub or self.validation_root is None, f"data.validation_root {given}", "data.validation_split")
+        has_columns = hub or self.source == "list"
+        require(has_columns or self.column is None, f"data.column {given}", "it with huggingface or list only")
+
+    def _check_augmentation(self) -> None:
+        scale = self.crop_scale
+        ordered = scale is None or (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1)
+        require(ordered, f"data.crop_scale={scale}", "[low, high] with 0 < low <= high <= 1")
+        require(0 <= self.rotation <= 45, f"data.rotation={self.rotation}", "from 0 (off) to 45 degrees")
+        require(0 <= self.colour < 1, f"data.colour={self.colour}", "from 0 (off) to below 1")
+
+    def _check_buckets(self) -> None:
+        sides, loss = self.bucket_resolutions, self.bucket_loss
+        require(0.02 <= loss <= 0.5, f"data.bucket_loss={loss}", "a share of the area from 0.02 to 0.5")
+        require(all(side >= 16 for side in sides), f"data.bucket_resolutions={sides}", "16 or more each")
+        cut = self.crop_scale is not None
+        require(not (sides and cut), f"data.crop_scale={self.crop_scale}", "null with data.bucket_resolutions")
+        require(not (sides and self.rotation), f"data.rotation={self.rotation}", "0 with data.bucket_resolutions")

@@ -1,0 +1,122 @@
+"""Data sets of Hugging Face `datasets`: by hub name, or folders of images, parquet and arrow on disk."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from vae.data.images import Encoded
+from vae.data.sources import Source
+from vae.errors import InputError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SAVED = ("state.json", "dataset_dict.json")  # of Dataset.save_to_disk, DatasetDict.save_to_disk
+SHARD_KINDS = (".parquet", ".tar")
+
+
+class Rows(Source):
+    """The rows of a data set; `column` holds the images, and is found where only one does."""
+
+    def __init__(self, dataset: "Dataset", split: str, column: str | None) -> None:
+        from datasets import Image
+
+        self._column = _image_column(dataset, column)
+        self._rows = dataset.select_columns([self._column]).cast_column(self._column, Image(decode=False))
+        self._split, self.names = split, Numbered(split, len(dataset))
+
+    def read(self, index: int) -> Encoded:
+        value = self._rows[index][self._column] or {}
+        if value.get("bytes") is not None:
+            return value["bytes"]
+        return Path(value["path"]) if value.get("path") else b""
+
+    def fingerprint(self) -> str:
+        """Of where each image comes from and how many bytes it has."""
+        import pyarrow.compute as pc
+
+        digest = xxhash.xxh3_128(f"{self._split} {len(self)}".encode())
+        for chunk in self._rows.data.column(self._column).chunks:
+            lengths, paths = pc.binary_length(chunk.field("bytes")), chunk.field("path")  # pyright: ignore
+            for values in (lengths, paths):
+                digest.update(repr(values.to_pylist()).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+
+class Numbered(Sequence[str]):
+    """ "split/00000000", and so on"""
+
+    def __init__(self, prefix: str, length: int) -> None:
+        self._prefix, self._length = prefix, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not 0 <= index < self._length:
+            raise IndexError(index)
+        return f"{self._prefix}/{index:08d}"
+
+
+def hub_source(root: str, split: str, column: str | None, key: str = "data.root") -> Rows:
+    """One split of a data set, fetched as a whole (a local one is mapped into memory)."""
+    return Rows(_loaded(root, split, key), split, column)
+
+
+def hub_shards(root: str, split: str, key: str = "data.root") -> list[str]:
+    """The files of a split, to be read shard by shard."""
+    import datasets
+
+    try:
+        files = datasets.load_dataset_builder(root).config.data_files or {}
+    except Exception as error:
+        raise _refusal(root, key, error) from error
+    if split not in files:
+        raise InputError(f"data.split={split!r}: {root} has {', '.join(map(str, files)) or 'no files'}")
+    urls = [str(url) for url in files[split]]
+    odd = next((url for url in urls if not url.endswith(SHARD_KINDS)), None)
+    if odd:
+        wrong = f"{key}={root!r} with data.streaming=true: {odd} is neither .parquet nor .tar"
+        raise InputError(f"{wrong}; data.streaming=false fetches the data set as a whole")
+    return urls
+
+
+def _loaded(root: str, split: str, key: str) -> "Dataset":
+    import datasets
+
+    folder = Path(root).expanduser()
+    try:
+        if folder.is_file() and folder.suffix == ".arrow":
+            return datasets.Dataset.from_file(str(folder))
+        if any((folder / name).is_file() for name in SAVED):
+            loaded = datasets.load_from_disk(str(folder))
+            return loaded if isinstance(loaded, datasets.Dataset) else loaded[split]
+        if folder.is_file() and folder.suffix == ".parquet":
+            return datasets.load_dataset("parquet", data_files={split: str(folder)}, split=split)  # pyright: ignore
+        return datasets.load_dataset(str(folder) if folder.exists() else root, split=split)  # pyright: ignore
+    except Exception as error:
+        raise _refusal(root, key, error) from error
+
+
+def _refusal(root: str, key: str, error: Exception) -> InputError:
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return InputError(
+        f"{key}={root!r}: not to be had as a data set ({reason}); name one of the hub, a folder of images, "
+        "parquet or arrow files, or what save_to_disk wrote; data.split names the split"
+    )
+
+
+def _image_column(dataset: Any, wanted: str | None) -> str:
+    from datasets import Image
+
+    images = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
+    if wanted is not None:
+        if wanted in dataset.column_names:
+            return wanted
+        raise InputError(f"data.column={wanted!r}: the columns are {', '.join(dataset.column_names)}")
+    if len(images) != 1:
+        told = f"{len(images)} columns of images among {', '.join(dataset.column_names)}"
+        raise InputError(f"data.column is not set, and there are {told}; name one")
+    return images[0]

@@ -1,0 +1,45 @@
+"""What is accepted as an image, before anything of it is decoded, and the one error for what is not."""
+
+import stat
+from pathlib import Path
+
+from vae.errors import InputError
+
+MAX_PIXELS = 100_000_000
+MAX_BYTES = 200_000_000
+MIN_SIDE, MAX_ASPECT = 8, 20
+
+
+class ImageError(InputError):
+    """Something is not a usable image: names it, what is wrong and what to do."""
+
+
+def refusal(label: str, reason: str, remedy: str = "replace or remove it") -> ImageError:
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in label)
+    return ImageError(f"{shown}: {reason}; {remedy}")
+
+
+def check_status(path: Path, label: str) -> None:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise refusal(label, error.strerror or str(error)) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise refusal(label, "not a regular file")
+    check_length(status.st_size, label)
+
+
+def check_length(length: int, label: str) -> None:
+    if not 0 < length <= MAX_BYTES:
+        raise refusal(label, f"{length} bytes, expected 1 to {MAX_BYTES}")
+
+
+def check_size(width: int, height: int, label: str) -> None:
+    """Before anything is decoded: a small file may ask for any amount of memory."""
+    size = f"{width}x{height} pixels"
+    if width * height > MAX_PIXELS:
+        raise refusal(label, f"{size}, more than {MAX_PIXELS}", "shrink it first")
+    if min(width, height) < MIN_SIDE:
+        raise refusal(label, f"{size}, expected {MIN_SIDE} or more each way")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise refusal(label, f"{size}, longer than {MAX_ASPECT} times its shorter side", "crop it first")

@@ -1,0 +1,119 @@
+"""From a DataConfig to its sources: training and validation images, which never meet."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vae.data.hub import hub_shards, hub_source
+from vae.data.lists import list_source
+from vae.data.names import Names, fewest_by_hash, split_by_hash
+from vae.data.shards import Shards, open_shards
+from vae.data.sources import TRAINING_PHOTOS, VALIDATION_PHOTOS, Files, Part, Photos, Source, folder_source
+from vae.data.store import Store, expand
+from vae.errors import InputError
+
+if TYPE_CHECKING:
+    from vae.data.config import DataConfig
+
+Pair = tuple[Source, Source]  # training, validation
+SIDES = ("train", ("val", "valid", "validation"))  # subfolders that are taken at their word
+
+
+def open_sources(config: "DataConfig") -> Pair:
+    """(training, validation) images of a data configuration."""
+    training, validation = SOURCES[config.source](config)
+    limit = config.validation_images
+    if limit is None or len(validation) <= limit:
+        return training, validation
+    return training, _part(validation, fewest_by_hash(_names(validation), limit))
+
+
+def _photos(_: "DataConfig") -> Pair:
+    return Photos(TRAINING_PHOTOS), Photos(VALIDATION_PHOTOS)
+
+
+def _folder(config: "DataConfig") -> Pair:
+    assert config.root is not None
+    root = Path(config.root).expanduser()
+    if config.validation_root is not None:
+        return folder_source(root), folder_source(config.validation_root, key="data.validation_root")
+    held_out = [root / name for name in SIDES[1] if (root / name).is_dir()]
+    if (root / SIDES[0]).is_dir() and len(held_out) == 1:
+        return folder_source(root / SIDES[0]), folder_source(held_out[0])
+    return _divided(folder_source(config.root), config)
+
+
+def _list(config: "DataConfig") -> Pair:
+    assert config.root is not None
+    training = list_source(config.root, config.column)
+    if config.validation_root is not None:
+        return training, list_source(config.validation_root, config.column, key="data.validation_root")
+    return _divided(training, config)
+
+
+def _huggingface(config: "DataConfig") -> Pair:
+    assert config.root is not None
+    if config.streaming:
+        training = _opened(config, hub_shards(config.root, config.split))
+        if config.validation_split is None:
+            return _sharded(training, config)
+        return training, _opened(config, hub_shards(config.root, config.validation_split))
+    training = hub_source(config.root, config.split, config.column)
+    if config.validation_split is not None:
+        return training, hub_source(config.root, config.validation_split, config.column)
+    return _divided(training, config)
+
+
+def _webdataset(config: "DataConfig") -> Pair:
+    assert config.root is not None
+    training = _opened(config, expand(config.root, "data.root"))
+    if config.validation_root is not None:
+        return training, _opened(config, expand(config.validation_root, "data.validation_root"))
+    return _sharded(training, config)
+
+
+SOURCES: dict[str, Callable[["DataConfig"], Pair]] = {
+    "photos": _photos,
+    "folder": _folder,
+    "list": _list,
+    "huggingface": _huggingface,
+    "webdataset": _webdataset,
+}
+WANTED = {  # what data.root is to each
+    "folder": "a folder of images",
+    "list": "a .txt, .csv or .jsonl list of images",
+    "huggingface": "a name on the hub, or a folder or file that datasets reads",
+    "webdataset": "tar archives, as 'shards/{000000..000099}.tar'",
+}
+
+
+def _opened(config: "DataConfig", urls: list[str]) -> Shards:
+    store = Store(Path(config.cache) / "shards", config.cache_gigabytes)
+    return open_shards(urls, store, note=lambda line: print(f"warning: {line}", file=sys.stderr))
+
+
+def _divided(source: Source, config: "DataConfig") -> Pair:
+    training, validation = split_by_hash(_names(source), config.validation_fraction)
+    return _part(source, training), _part(source, validation)
+
+
+def _sharded(source: Shards, config: "DataConfig") -> Pair:
+    """By whole shards: what is held out is never among what is read."""
+    training, validation = split_by_hash(Names(source.urls), config.validation_fraction)
+    if not len(training) and config.validation_fraction < 1:
+        other = "data.validation_split" if config.streaming else "data.validation_root"
+        raise InputError(f"data.root={config.root!r}: a single shard cannot be divided; name another by {other}")
+    return source.part(training.tolist()), source.part(validation.tolist())
+
+
+def _names(source: Source) -> Names:
+    return source.names if isinstance(source.names, Names) else Names(source.names)
+
+
+def _part(source: Source, indices: np.ndarray) -> Source:
+    if isinstance(source, Files) and isinstance(source.names, Names):
+        return Files(source.root, source.names.take(indices)) if len(indices) < len(source) else source
+    return Part(source, indices)

@@ -1,0 +1,99 @@
+"""Pixels in memory: from what decoders give to as many channels and bits as are asked for."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vae.errors import InputError
+
+MAXIMUM = {torch.uint8: 255, torch.uint16: 65535}
+DTYPES = {8: torch.uint8, 16: torch.uint16}  # bits -> dtype
+LUMA = (19595, 38470, 7471)  # Rec. 601 in 1/65536, rounded as Pillow does
+BACKGROUND = 1.0  # white: what shows through transparent pixels, as a share of the maximum
+
+UPRIGHT = {  # EXIF orientation -> how pixels (C, H, W) are turned to stand upright
+    2: lambda pixels: pixels.flip(2),
+    3: lambda pixels: pixels.flip(1, 2),
+    4: lambda pixels: pixels.flip(1),
+    5: lambda pixels: pixels.transpose(1, 2),
+    6: lambda pixels: pixels.transpose(1, 2).flip(2),
+    7: lambda pixels: pixels.transpose(1, 2).flip(1, 2),
+    8: lambda pixels: pixels.transpose(1, 2).flip(1),
+}
+
+
+def upright(pixels: Tensor, orientation: Any) -> Tensor:
+    """Pixels (C, H, W) turned as EXIF's orientation asks; what is none of 2 to 8 asks for nothing."""
+    return UPRIGHT[orientation](pixels) if orientation in UPRIGHT else pixels
+
+
+def from_array(image: "Image.Image | np.ndarray") -> Tensor:
+    """uint8 or uint16 (C, H, W) of a Pillow image or an array (H, W) or (H, W, C), with the channels that it has."""
+    values = np.asarray(_without_palette(image) if isinstance(image, Image.Image) else image)
+    values = _as_unsigned(values)
+    if values.ndim == 2:
+        values = values[:, :, None]
+    return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
+
+
+def as_channels(pixels: Tensor, channels: int) -> Tensor:
+    """Grey to RGB and back, alpha composited on white, made opaque, or kept."""
+    given = len(pixels)
+    if given == channels:
+        return pixels
+    if {given, channels} <= {1, 2, 3, 4}:
+        if channels == 4:
+            colour = as_channels(pixels, 3) if given != 2 else pixels[:1].expand(3, -1, -1)
+            alpha = pixels[1:] if given == 2 else torch.full_like(pixels[:1], MAXIMUM[pixels.dtype])
+            return torch.cat([colour, alpha])
+        if given in (2, 4):
+            return as_channels(_composite(pixels[:-1], pixels[-1:]), channels)
+        if channels in (1, 3):
+            return pixels.expand(3, -1, -1) if given == 1 else _luma(pixels)
+    raise InputError(f"{given} channels, expected {channels}")
+
+
+def as_depth(pixels: Tensor, bits: int) -> Tensor:
+    """Scaled to 8 bits (uint8) or 16 (uint16)."""
+    if pixels.dtype == DTYPES[bits]:
+        return pixels
+    if bits == 16:
+        return (pixels.int() * 257).to(torch.uint16)
+    return ((pixels.int() + 128) // 257).to(torch.uint8)
+
+
+def _without_palette(image: Image.Image) -> Image.Image:
+    """In a mode whose numbers are intensities: L, LA, RGB, RGBA, or deeper ones as they are."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        return image
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        return image.convert("RGBA")
+    return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")
+
+
+def _as_unsigned(values: np.ndarray) -> np.ndarray:
+    if values.dtype in (np.uint8, np.uint16):
+        return values
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8) * 255
+    if values.dtype.kind == "f":
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            raise InputError("floating-point pixels outside [0, 1] have no agreed range: convert it to 8 or 16 bits")
+        return np.round(values * 65535.0).astype(np.uint16)
+    if values.dtype.kind not in "iu" or values.min() < 0 or values.max() > 65535:
+        raise InputError(f"{values.dtype} pixels that are not 16-bit intensities: convert it to 8 or 16 bits")
+    return values.astype(np.uint16)
+
+
+def _composite(colour: Tensor, alpha: Tensor) -> Tensor:
+    maximum = MAXIMUM[colour.dtype]
+    share = alpha.double() / maximum
+    return (colour * share + BACKGROUND * maximum * (1.0 - share)).round().to(colour.dtype)
+
+
+def _luma(pixels: Tensor) -> Tensor:
+    red, green, blue = pixels.long()
+    return ((red * LUMA[0] + green * LUMA[1] + blue * LUMA[2] + 0x8000) >> 16)[None].to(pixels.dtype)
