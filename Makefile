@@ -9,8 +9,9 @@ BIN := .venv/bin
 train: .venv/installed
 	$(BIN)/python train.py experiment=quickstart
 
+# Up to four tests at a time, each with one thread; `test-all` has tests that watch the clock, and runs them one by one.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest -m 'slow or not slow'

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: everything is tiny, on the CPU and offline."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,8 @@ from vae.models.discriminator import DiscriminatorConfig
 from vae.models.features import MissingBackboneError, load_backbone
 from vae.training.optim import OptimConfig
 
-THREADS = torch.get_num_threads()
+SIDE_BY_SIDE = "PYTEST_XDIST_WORKER" in os.environ
+THREADS = 1 if SIDE_BY_SIDE else torch.get_num_threads()
 
 
 @pytest.fixture(autouse=True)

@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vae.checkpoints import load_autoencoder, save_autoencoder
+    from vae.data.images import open_image
+    from vae.data.sources import Source
+    from vae.door import compose
     from vae.latents import LatentStatistics, scale_latents, unscale_latents
     from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
     from vae.models.lpips import LPIPS
     from vae.models.posterior import DiagonalGaussian
+    from vae.preparing.cached import LatentShards
+    from vae.training.run import train
 
 __version__ = "0.1.0"
 
@@ -20,10 +25,15 @@ _HOMES = {
     "AutoencoderKL": "vae.models.autoencoder",
     "DiagonalGaussian": "vae.models.posterior",
     "LPIPS": "vae.models.lpips",
+    "LatentShards": "vae.preparing.cached",
     "LatentStatistics": "vae.latents",
+    "Source": "vae.data.sources",
+    "compose": "vae.door",
     "load_autoencoder": "vae.checkpoints",
+    "open_image": "vae.data.images",
     "save_autoencoder": "vae.checkpoints",
     "scale_latents": "vae.latents",
+    "train": "vae.training.run",
     "unscale_latents": "vae.latents",
 }
 
@@ -32,10 +42,15 @@ __all__ = [
     "AutoencoderConfig",
     "AutoencoderKL",
     "DiagonalGaussian",
+    "LatentShards",
     "LatentStatistics",
+    "Source",
+    "compose",
     "load_autoencoder",
+    "open_image",
     "save_autoencoder",
     "scale_latents",
+    "train",
     "unscale_latents",
 ]
 

@@ -20,11 +20,12 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vae.config import CONFIG_FILE
+from vae.config import CONFIG_FILE, TrainConfig
 from vae.errors import BAD_INPUT, InputError, Stopped
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TRACEBACKS = "HYDRA_FULL_ERROR"
+PATHS = ("data.root", "data.validation_root")
 Config = TypeVar("Config")
 
 
@@ -47,6 +48,7 @@ def run(folder: str, name: str, schema: type[Config], action: Callable[[Config],
         except Stopped as stop:
             _end(stop.message, stop.code)
 
+    sys.argv[1:] = [_with_quotes(argument) for argument in sys.argv[1:]]
     try:
         with _raising_hydra():
             command()
@@ -54,6 +56,26 @@ def run(folder: str, name: str, schema: type[Config], action: Callable[[Config],
         if wants_traceback:
             raise
         _end(_sentence(error), BAD_INPUT)
+
+
+def _with_quotes(argument: str) -> str:
+    """Hydra reads braces and commas as its own; the shell has taken the quotes from around a pattern or a path."""
+    key, _, value = argument.partition("=")
+    is_plain = key not in PATHS or not value or value[0] in "'\"" or "${" in value or value == "null"
+    return argument if is_plain else "{}='{}'".format(key, value.replace("'", "\\'"))
+
+
+def compose(*overrides: str) -> TrainConfig:
+    """The configuration that `python train.py OVERRIDES` would train: compose("model=tiny", "updates=100").
+
+    Raises InputError with the line that the command would print.
+    """
+    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+    try:
+        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            return cast(TrainConfig, OmegaConf.to_object(hydra.compose("train", list(map(_with_quotes, overrides)))))
+    except (InputError, HydraException, OmegaConfBaseException) as error:
+        raise InputError(_sentence(error)) from error
 
 
 def _as_the_run_has_it(cfg: Any, schema: type) -> Any:

@@ -116,5 +116,5 @@ def _assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 def _assert_same_images(theirs: Any, model: AutoencoderKL) -> None:
     images = torch.rand(1, 3, 64, 64) * 2 - 1
     latents = model.encode(images).mode()
-    torch.testing.assert_close(theirs.encode(images).latent_dist.mode(), latents, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(theirs.decode(latents).sample, model.decode(latents), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(theirs.encode(images).latent_dist.mode(), latents, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(theirs.decode(latents).sample, model.decode(latents), atol=2e-5, rtol=1e-5)

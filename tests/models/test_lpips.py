@@ -90,3 +90,22 @@ def test_the_features_are_the_pinned_ones(lpips_net):
 def test_an_unknown_net_is_refused_with_the_choices():
     with pytest.raises(InputError, match="'resnet', expected one of"):
         LPIPS("resnet")
+
+
+def test_other_channels_are_seen_as_rgb(lpips_net):
+    """Grey repeated, RGBA composited on white, of more the first three or those that are chosen."""
+    images, others = _pair(48)
+    net, wide = LPIPS(lpips_net), LPIPS(lpips_net, channels=[4, 0, 2])
+    six = [torch.cat([pair, pair.flip(1)], dim=1) for pair in (images, others)]
+    white = torch.ones_like(images)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            net(images[:, :1], others[:, :1]),
+            net(images[:, :1].expand(-1, 3, -1, -1), others[:, :1].repeat(1, 3, 1, 1)),
+        )
+        torch.testing.assert_close(net(*six), net(images, others))
+        torch.testing.assert_close(wide(*six), net(*(pair[:, [4, 0, 2]] for pair in six)))
+        half = [torch.cat([pair, torch.zeros_like(pair[:, :1])], dim=1) for pair in (images, others)]
+        torch.testing.assert_close(net(*half), net((images + white) / 2, (others + white) / 2))
+        hidden = [torch.cat([pair, -torch.ones_like(pair[:, :1])], dim=1) for pair in (images, others)]
+        assert net(*hidden).abs().max() < 1e-6

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vae.config import TrainConfig
 from vae.data.config import DataConfig
+from vae.data.loading import Batch
 from vae.errors import Stopped
 from vae.losses.objective import LossConfig, LossWeights
 from vae.models.autoencoder import AutoencoderConfig
@@ -26,6 +27,8 @@ from vae.training.module import Training
 from vae.training.optim import OptimConfig
 
 reductions: list[list[int]] = []  # (update, bucket)
+shapes: list[list[int]] = []  # of every batch
+names: list[str] = []  # of every image
 
 
 def config_from(path: Path) -> TrainConfig:
@@ -69,7 +72,7 @@ def write_what_came_out(self: Training) -> None:
     digest = hashlib.sha256()
     for name, tensor in self.state_dict().items():
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    outcome = {"sha256": digest.hexdigest(), "reductions": reductions}
+    outcome = {"sha256": digest.hexdigest(), "reductions": reductions, "shapes": shapes, "names": names}
     rank = self.trainer.global_rank
     (Path(self.trainer.default_root_dir) / f"rank{rank}.json").write_text(json.dumps(outcome))
 
@@ -81,6 +84,17 @@ def in_double(switches: list[str]) -> None:
     original = Training._images
     Training._images = lambda self, batch: original(self, batch).double()
     run.export = run.conclude = lambda *_: None  # published weights are float32
+
+
+def remember_batches() -> None:
+    original = Training.training_step
+
+    def training_step(self: Training, batch: Batch, batch_idx: int) -> torch.Tensor:
+        shapes.append(list(batch.images.shape))
+        names.extend(batch.names)
+        return original(self, batch, batch_idx)
+
+    Training.training_step = training_step
 
 
 def poisoned(switches: list[str]) -> None:
@@ -96,6 +110,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     in_double(sys.argv[2:])
     poisoned(sys.argv[2:])
+    remember_batches()
     Training.on_train_start = count_reductions
     Training.on_train_end = write_what_came_out
     try:

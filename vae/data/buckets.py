@@ -17,15 +17,35 @@ NOWHERE = -1
 
 
 def bucket_shapes(resolution: int, loss: float, multiple: int) -> list[tuple[int, int]]:
-    """Shapes from 1:3 to 3:1, sides multiples of `multiple`, so near to each other that a crop costs at most `loss`."""
-    ratio = (1.0 - loss) ** -1.5  # between neighbours; 2 would do without the rounding to multiples
-    steps = math.ceil(math.log(MAX_ASPECT) / math.log(ratio))
-    aspects = [MAX_ASPECT ** (step / steps) for step in range(-steps, steps + 1)]  # height / width
+    """Shapes from 1:3 to 3:1, sides multiples of `multiple`, so near to each other that a crop costs `loss` at most.
 
-    def near(side: float) -> int:
-        return max(1, round(side / multiple)) * multiple
+    Few of them: from the square outwards, each as far from the last as `loss` and the multiples allow.
+    """
+    side = max(1, round(resolution / multiple)) * multiple
+    tall = sorted(_near_the_area(side, multiple), key=_aspect)
+    shapes = [(side, side)]
+    while (covered := _aspect(shapes[-1]) / (1.0 - loss)) < MAX_ASPECT:
+        further = [shape for shape in tall if _aspect(shape) > _aspect(shapes[-1])]
+        if not further:
+            break
+        within = [shape for shape in further if _aspect(shape) * (1.0 - loss) <= covered]
+        shapes.append(within[-1] if within else further[0])
+    return sorted({*shapes, *((width, height) for height, width in shapes)})
 
-    return sorted({(near(resolution * aspect**0.5), near(resolution / aspect**0.5)) for aspect in aspects})
+
+def _near_the_area(side: int, multiple: int) -> list[tuple[int, int]]:
+    """Shapes higher than wide whose area is that of the square, by a tenth more or less."""
+    sides = range(multiple, round(side * MAX_ASPECT), multiple)
+    area = side * side
+    return [(height, width) for height in sides for width in sides if width < height and _near(height * width, area)]
+
+
+def _near(area: int, wanted: int) -> bool:
+    return abs(area / wanted - 1.0) <= 0.1
+
+
+def _aspect(shape: tuple[int, int]) -> float:
+    return shape[0] / shape[1]
 
 
 def lost_area(sizes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

@@ -37,7 +37,11 @@ MAY_CHANGE = (  # at resume, and is listed then: where it runs, how long, in whi
     "compile",
     "channels_last",
     "gradient_checkpointing",
+    "data.root",  # the images may have moved: their names and number must be the same
+    "data.validation_root",
+    "data.cache",
     "data.workers",
+    "data.max_corrupt",
     "data.batch_size",  # with as many more processes: images_per_update is what must stay
     "trainer.",
 )
