@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import read_json
 from vae.checkpoints import load_autoencoder, read_autoencoder, save_autoencoder
 from vae.checkpoints.ldm import to_ldm
+from vae.data.pixels import from_array
 from vae.data.transforms import center_crop, crop_to_multiple, to_model_range, to_uint8
 from vae.latents import scale_latents
 from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
@@ -23,10 +24,15 @@ def _difference(one: Path, other: Path) -> int:
     return int(np.abs(pictures[0] - pictures[1]).max())
 
 
+def _pixels(path: Path) -> torch.Tensor:
+    with Image.open(path) as photo:
+        return from_array(photo.convert("RGB"))
+
+
 def _squares(photos: Path) -> torch.Tensor:
     """The central 32 pixels of every photograph, as one batch."""
     files = [path for path in sorted(photos.rglob("*")) if path.is_file()]
-    return torch.stack([to_model_range(center_crop(Image.open(path).convert("RGB"), 32)) for path in files])
+    return torch.stack([to_model_range(center_crop(_pixels(path), 32)) for path in files])
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -48,8 +54,8 @@ def test_encoded_images_decode_to_what_the_model_reconstructs(call, model, photo
     names = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png"))
     assert names == ["a_png.png", "b_jpg.png", "sub/a_png.png"]
     autoencoder = load_autoencoder(model)
-    with Image.open(photos / "b.jpg") as photo, Image.open(tmp_path / "out" / "b_jpg.png") as decoded, torch.no_grad():
-        images = to_model_range(crop_to_multiple(photo.convert("RGB"), 2, "b.jpg"))[None]
+    with Image.open(tmp_path / "out" / "b_jpg.png") as decoded, torch.no_grad():
+        images = to_model_range(crop_to_multiple(_pixels(photos / "b.jpg"), 2, "b.jpg"))[None]
         expected = to_uint8(autoencoder.decode(autoencoder.encode(images).mode()))[0]
         assert decoded.size == (36, 32)
         assert np.abs(np.asarray(decoded).astype(int) - expected.permute(1, 2, 0).numpy()).max() <= 1
@@ -106,9 +112,7 @@ def test_measure_writes_the_factors_into_both_files_of_an_export(call, capsys, t
     assert load_autoencoder(folder).config == tiny
     assert call("measure", tmp_path, photos, "--resolution", 32, "--write") == 0
     with torch.no_grad():
-        images = [
-            to_model_range(center_crop(Image.open(path).convert("RGB"), 32)) for path in sorted(photos.rglob("*.*"))
-        ]
+        images = [to_model_range(center_crop(_pixels(path), 32)) for path in sorted(photos.rglob("*.*"))]
         posterior = autoencoder.encode(torch.stack(images))
     expected = 1 / (posterior.mean.double().var(correction=0) + posterior.logvar.double().exp().mean()).sqrt().item()
     for path in (folder, single):
@@ -140,9 +144,7 @@ def test_factors_per_channel_replace_the_global_one_and_are_never_added_to_it(ca
     assert config.scaling_factor == 1.0
     assert config.shift_factor is None
     with torch.no_grad():
-        images = [
-            to_model_range(center_crop(Image.open(path).convert("RGB"), 32)) for path in sorted(photos.rglob("*.*"))
-        ]
+        images = [to_model_range(center_crop(_pixels(path), 32)) for path in sorted(photos.rglob("*.*"))]
         scaled = scale_latents(load_autoencoder(model).encode(torch.stack(images)).mode(), config)
     torch.testing.assert_close(scaled.mean(dim=(0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
 

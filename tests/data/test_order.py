@@ -6,31 +6,36 @@ import torch
 
 from vae.data.config import DataConfig
 from vae.data.loading import training_loader, validation_loader
+from vae.data.names import Names, split_by_hash
 from vae.data.opening import open_sources
-from vae.data.order import EndlessSampler, seed_for
-from vae.data.sources import split_by_hash
+from vae.data.order import EndlessSampler, Order, Shuffled, seed_for
+from vae.data.pictures import to_picture
 from vae.errors import InputError
 
 PHOTOS = DataConfig(source="photos", resolution=32, batch_size=3, validation_batch_size=2, workers=0)
 
 
+def _shuffled(length: int, seed: int) -> Order:
+    return Shuffled(length, seed, (32, 32))
+
+
 def test_every_epoch_shows_every_image_once_in_another_order():
-    keys = list(islice(EndlessSampler(7, seed=0), 21))
-    epochs = [[index for _, index in keys[start : start + 7]] for start in (0, 7, 14)]
+    picks = list(islice(EndlessSampler(_shuffled(7, seed=0)), 21))
+    epochs = [[pick.number for pick in picks[start : start + 7]] for start in (0, 7, 14)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
 
 def test_a_start_in_the_middle_continues_the_same_order():
-    whole = list(islice(EndlessSampler(5, seed=3), 30))
+    whole = list(islice(EndlessSampler(_shuffled(5, seed=3)), 30))
     for start in (0, 1, 4, 5, 13):
-        assert list(islice(EndlessSampler(5, seed=3, start=start), 30 - start)) == whole[start:]
+        assert list(islice(EndlessSampler(_shuffled(5, seed=3), start=start), 30 - start)) == whole[start:]
 
 
 def test_ranks_share_the_order_of_one_process_without_overlap():
-    whole = list(islice(EndlessSampler(5, seed=3), 12))
-    ranks = [list(islice(EndlessSampler(5, seed=3, rank=rank, world_size=3), 4)) for rank in range(3)]
-    assert sorted(key for rank in ranks for key in rank) == whole
+    whole = list(islice(EndlessSampler(_shuffled(5, seed=3)), 12))
+    ranks = [list(islice(EndlessSampler(_shuffled(5, seed=3), rank=rank, world_size=3), 4)) for rank in range(3)]
+    assert sorted(pick for rank in ranks for pick in rank) == whole
 
 
 def test_seeds_differ_for_neighbouring_parts():
@@ -39,8 +44,8 @@ def test_seeds_differ_for_neighbouring_parts():
 
 def _batches(workers: int, start: int = 0, count: int = 4) -> list[torch.Tensor]:
     config = replace(PHOTOS, workers=workers)
-    training, _ = open_sources(config, channels=3)
-    loader = training_loader(training, config, 0, EndlessSampler(len(training), 0, start))
+    training, _ = open_sources(config)
+    loader = training_loader(training, config, 3, 0, EndlessSampler(_shuffled(len(training), 0), start))
     return [batch.images for batch in islice(loader, count)]
 
 
@@ -64,58 +69,63 @@ def test_augmentation_leaves_the_global_generator_alone():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_validation_shares_cover_every_image_exactly_once(world_size):
-    _, validation = open_sources(PHOTOS, channels=3)
-    shares = [validation_loader(validation, PHOTOS, rank, world_size) for rank in range(world_size)]
+    _, validation = open_sources(PHOTOS)
+    shares = [validation_loader(validation, PHOTOS, 3, rank, world_size) for rank in range(world_size)]
     positions = [position for loader in shares for batch in loader for position in batch.positions]
     assert sorted(positions) == list(range(len(validation)))
 
 
 def test_training_and_validation_photographs_do_not_meet():
-    training, validation = open_sources(PHOTOS, channels=3)
+    training, validation = open_sources(PHOTOS)
     assert not set(training.names) & set(validation.names)
     assert "astronaut.png" in validation.names
 
 
+def _split(names: list[str], fraction: float) -> tuple[set[str], set[str]]:
+    training, validation = split_by_hash(Names(names), fraction)
+    return {names[index] for index in training}, {names[index] for index in validation}
+
+
 def test_the_split_of_a_folder_keeps_its_sides_when_images_are_added():
     names = [f"{number}.jpg" for number in range(500)]
-    training, validation = split_by_hash(names, 0.1)
+    training, validation = _split(names, 0.1)
     assert 25 < len(validation) < 80
-    grown, held_out = split_by_hash([*names, *(f"new/{number}.jpg" for number in range(500))], 0.1)
-    assert set(training) <= set(grown)
-    assert set(validation) <= set(held_out)
+    grown, held_out = _split([*names, *(f"new/{number}.jpg" for number in range(500))], 0.1)
+    assert training <= grown
+    assert validation <= held_out
 
 
 def test_a_small_folder_still_holds_one_image_out():
-    training, validation = split_by_hash(["a.jpg", "b.jpg", "c.jpg"], 1e-9)
+    training, validation = _split(["a.jpg", "b.jpg", "c.jpg"], 1e-9)
     assert (len(training), len(validation)) == (2, 1)
 
 
 def test_a_folder_is_read_recursively_without_hidden_files(tmp_path):
-    training, _ = open_sources(PHOTOS, channels=3)
+    training, _ = open_sources(PHOTOS)
     for name in ("a.png", "deep/er/b.PNG", ".hidden.png", ".cache/c.png", "notes.txt"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        training[0].save(path, format="PNG")
+        to_picture(training.open(0)).save(path, format="PNG")
     config = DataConfig(source="folder", root=str(tmp_path), validation_fraction=1.0)
-    _, everything = open_sources(config, channels=3)
-    assert everything.names == ["a.png", "deep/er/b.PNG"]
+    _, everything = open_sources(config)
+    assert list(everything.names) == ["a.png", "deep/er/b.PNG"]
 
 
 def test_a_second_folder_can_be_the_validation(tmp_path):
-    training, _ = open_sources(PHOTOS, channels=3)
+    training, _ = open_sources(PHOTOS)
     for side in ("train", "val"):
         (tmp_path / side).mkdir()
-        training[0].save(tmp_path / side / f"{side}.png")
+        to_picture(training.open(0)).save(tmp_path / side / f"{side}.png")
     config = DataConfig(root=str(tmp_path / "train"), validation_root=str(tmp_path / "val"))
-    ours, theirs = open_sources(config, channels=3)
-    assert (ours.names, theirs.names) == (["train.png"], ["val.png"])
+    ours, theirs = open_sources(config)
+    assert (list(ours.names), list(theirs.names)) == (["train.png"], ["val.png"])
 
 
 @pytest.mark.parametrize("name", ["absent", "empty"])
 def test_a_missing_or_empty_folder_is_refused_by_key_and_name(tmp_path, name):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=rf"data\.root='.*{name}'"):
-        open_sources(DataConfig(root=str(tmp_path / name)), channels=3)
+        open_sources(DataConfig(root=str(tmp_path / name)))
 
 
 @pytest.mark.parametrize(

@@ -2,25 +2,27 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
-from vae.data.transforms import center_crop, random_crop, to_model_range, to_uint8
+from vae.data.transforms import Augmentation, center_crop, random_crop, to_model_range, to_uint8
 
 
 @pytest.fixture
-def photo() -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (61, 97, 3), dtype=np.uint8))
+def photo() -> Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 61, 97), dtype=np.uint8))
 
 
 def test_center_crop_is_pillows_antialiased_bicubic_and_the_middle(photo):
-    resized = photo.resize((int(32 * 97 / 61), 32), Image.Resampling.BICUBIC)
+    picture = Image.fromarray(photo.permute(1, 2, 0).numpy())
+    resized = picture.resize((int(32 * 97 / 61), 32), Image.Resampling.BICUBIC)
     left = round((resized.width - 32) / 2)
     expected = np.asarray(resized.crop((left, 0, left + 32, 32)))
     assert np.array_equal(center_crop(photo, 32).permute(1, 2, 0), expected)
 
 
 def test_a_square_of_the_right_size_is_left_alone(photo):
-    square = photo.crop((0, 0, 48, 48))
-    assert np.array_equal(center_crop(square, 48).permute(1, 2, 0), square)
+    square = photo[:, :48, :48]
+    assert torch.equal(center_crop(square, 48), square)
 
 
 def test_uint8_survives_the_round_trip_through_the_model_range():
@@ -37,18 +39,16 @@ def test_quantisation_clamps_and_rounds():
 
 def test_a_full_size_crop_copies_pixels_and_never_enlarges(photo):
     torch.manual_seed(0)
-    crop = random_crop(photo, 61, (0.2, 0.5), flip=False).permute(1, 2, 0).numpy()
-    pixels = np.asarray(photo)
-    assert any(np.array_equal(crop, pixels[:, left : left + 61]) for left in range(97 - 61 + 1))
+    crop = random_crop(photo, (61, 61), Augmentation((0.2, 0.5)))
+    assert any(torch.equal(crop, photo[:, :, left : left + 61]) for left in range(97 - 61 + 1))
 
 
 def test_flips_happen_half_of_the_time(photo):
-    square = photo.crop((0, 0, 32, 32))
-    plain = torch.from_numpy(np.array(square)).permute(2, 0, 1)
-    flipped = sum(torch.equal(random_crop(square, 32, (1.0, 1.0), flip=True), plain.flip(2)) for _ in range(200))
+    square, flipping = photo[:, :32, :32], Augmentation((1.0, 1.0), flip=True)
+    flipped = sum(torch.equal(random_crop(square, (32, 32), flipping), square.flip(2)) for _ in range(200))
     assert 70 < flipped < 130
 
 
 def test_small_images_are_enlarged_to_the_size_asked_for(photo):
-    assert random_crop(photo, 128, (0.5, 1.0), flip=True).shape == (3, 128, 128)
+    assert random_crop(photo, (128, 128), Augmentation((0.5, 1.0), flip=True)).shape == (3, 128, 128)
     assert center_crop(photo, 128).shape == (3, 128, 128)

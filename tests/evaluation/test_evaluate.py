@@ -16,6 +16,7 @@ from vae.checkpoints import load_autoencoder, save_autoencoder
 from vae.config import EvaluateConfig
 from vae.data.config import DataConfig
 from vae.data.opening import open_sources
+from vae.data.pictures import to_picture
 from vae.data.transforms import center_crop, to_model_range, to_uint8
 from vae.errors import InputError
 from vae.evaluation.models import find_export, load_models
@@ -45,10 +46,10 @@ def _rows(folder: Path) -> list[dict[str, str]]:
 
 def _pairs(model_folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     model = load_autoencoder(model_folder)
-    _, photos = open_sources(PHOTOS, 3)
+    _, photos = open_sources(PHOTOS)
     pairs = {}
-    for name, photo in zip(photos.names, photos, strict=True):
-        image = center_crop(photo, 64)
+    for index, name in enumerate(photos.names):
+        image = center_crop(photos.open(index), 64)
         with torch.no_grad():
             decoded = model.decode(model.encode(to_model_range(image)[None]).mode())
         pairs[name] = tuple(x.permute(1, 2, 0).numpy() for x in (image, to_uint8(decoded)[0]))
@@ -122,9 +123,10 @@ def test_identical_images_are_counted_and_left_out_of_the_mean(tmp_path, model_f
     monkeypatch.setattr("vae.evaluation.run.to_uint8", lambda reconstructions: torch.zeros_like(reconstructions).byte())
     folder = tmp_path / "black"
     folder.mkdir()
-    _, photos = open_sources(PHOTOS, 3)
-    photos[0].save(folder / "photo.png")
-    photos[0].point(lambda value: 0).save(folder / "black.png")
+    _, photos = open_sources(PHOTOS)
+    pixels = photos.open(0)
+    to_picture(pixels).save(folder / "photo.png")
+    to_picture(torch.zeros_like(pixels)).save(folder / "black.png")
     data = DataConfig(root=str(folder), validation_fraction=1.0, resolution=64, workers=0)
     result = read_json(_evaluate(tmp_path, str(model_folder), metrics=["psnr"], data=data) / "metrics.json")
     psnr = result["metrics"]["tiny"]["psnr"]

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from vae.data.pixels import from_array
 from vae.data.transforms import center_crop
 from vae.errors import InputError
 from vae.metrics.paired import PAIRED_METRICS, PairedMetrics
@@ -26,7 +27,7 @@ def _pairs() -> list[tuple[str, torch.Tensor, torch.Tensor]]:
     pairs = []
     for name in ("astronaut.png", "coffee.png", "chelsea.png", "camera.png"):
         with Image.open(Path(spec.origin).parent / "data" / name) as photo:
-            image = center_crop(photo.convert("RGB"), 64)
+            image = center_crop(from_array(photo.convert("RGB")), 64)
         for sigma in (3, 25):
             noisy = (image + sigma * torch.randn(image.shape, generator=generator)).clamp(0, 255).to(torch.uint8)
             pairs.append((f"{name}-noise{sigma}", image, noisy))

@@ -68,7 +68,8 @@ class Bench(Training):
         side, batch = self.config.data.resolution, self.config.data.batch_size
         generator = torch.Generator().manual_seed(1)
         images = torch.randint(0, 256, (batch, 3, side, side), generator=generator, dtype=torch.uint8)
-        return self.training_step(Batch(images, list(range(batch))), 0)
+        names = [f"{number}.png" for number in range(batch)]
+        return self.training_step(Batch(images, list(range(batch)), names, []), 0)
 
     @on_one_thread()
     def gradients(self, updates: int) -> State:

@@ -29,7 +29,7 @@ from tests.traps.bench import (
 )
 from vae.checkpoints import load_autoencoder
 from vae.config import TrainConfig
-from vae.data.order import EndlessSampler
+from vae.data.order import EndlessSampler, Order
 from vae.errors import InputError
 from vae.models.discriminator import PatchDiscriminator
 from vae.training import export as exporting
@@ -101,8 +101,8 @@ def test_a_resumed_run_goes_on_with_its_optimiser_average_schedule_and_position(
             resume()
 
 
-def _from_the_first(length: int, seed: int, start: int, *rank_of: int) -> EndlessSampler:
-    return EndlessSampler(length, seed, 0, *rank_of)
+def _from_the_first(order: Order, start: int, *rank_of: int) -> EndlessSampler:
+    return EndlessSampler(order, 0, *rank_of)
 
 
 def _moments(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:

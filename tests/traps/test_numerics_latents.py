@@ -26,7 +26,7 @@ from vae.config import TrainConfig
 from vae.data.config import DataConfig
 from vae.data.loading import Batch, validation_loader
 from vae.data.opening import open_sources
-from vae.data.order import EndlessSampler
+from vae.data.order import EndlessSampler, Shuffled
 from vae.latents import LatentStatistics, measure_latents
 from vae.losses.latent import kl_per_element
 from vae.losses.objective import LossConfig, LossWeights, Objective
@@ -81,8 +81,9 @@ def ranks_draw_their_own_noise(bench: Bench) -> None:
     hook = bench.autoencoder.post_quant_conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     for rank in range(RANKS):
         torch.manual_seed(bench.config.seed)  # as seed_everything does on every rank
-        sampler = EndlessSampler(10, bench.config.seed, rank=rank, world_size=RANKS)
-        bench.training_step(Batch(images, [position for position, _ in islice(sampler, 2)]), 0)
+        sampler = EndlessSampler(Shuffled(10, bench.config.seed, (32, 32)), rank=rank, world_size=RANKS)
+        positions = [pick.position for pick in islice(sampler, 2)]
+        bench.training_step(Batch(images, positions, ["a.png", "b.png"], []), 0)
     hook.remove()
     assert not any(torch.equal(mine, theirs) for mine in seen[0] for theirs in seen[1])
 
@@ -288,9 +289,10 @@ def test_latent_statistics_are_exact_over_all_images_whatever_the_batches(monkey
 
 
 def ranks_share_the_images_without_padding(config: DataConfig) -> None:
-    _, images = open_sources(config, channels=3)
+    _, images = open_sources(config)
     assert len(images) % RANKS, "an even number would need no padding"
-    seen = [p for rank in range(RANKS) for batch in validation_loader(images, config, rank, RANKS) for p in batch[1]]
+    loaders = [validation_loader(images, config, 3, rank, RANKS) for rank in range(RANKS)]
+    seen = [position for loader in loaders for batch in loader for position in batch.positions]
     assert sorted(seen) == list(range(len(images)))
 
 

@@ -68,6 +68,18 @@ class Index:
             self._check_whole(name, file.readinto(data), entry.size)
         return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).reshape(entry.shape)
 
+    def mapped(self, name: str) -> Tensor:
+        """The tensor over the file's own pages: read when they are touched, and shared between processes.
+
+        The file must not shrink as long as the tensor lives.
+        """
+        entry = self.entries[name]
+        if entry.dtype not in DTYPES:
+            raise WeightsError(f"{self.path}: {name} is stored as {entry.dtype}, expected one of {list(DTYPES)}")
+        end = entry.start + entry.size
+        pages = torch.from_file(str(self.path), shared=False, size=end, dtype=torch.uint8)
+        return pages[entry.start :].view(DTYPES[entry.dtype]).reshape(entry.shape)
+
     def chunks(self, name: str) -> Iterator[bytes]:
         """The tensor's bytes, a piece at a time."""
         entry = self.entries[name]

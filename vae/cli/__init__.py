@@ -5,7 +5,7 @@ import warnings
 
 import typer
 
-from vae.cli import images, weights
+from vae.cli import images, shards, weights
 from vae.cli.common import warn
 from vae.errors import InputError
 
@@ -26,6 +26,8 @@ for command in (
     images.encode,
     images.decode,
     images.reconstruct,
+    shards.prepare,
+    shards.cache_latents,
 ):
     app.command()(command)
 

@@ -1,12 +1,16 @@
 """Data sets of Hugging Face `datasets`: by hub name, or folders of images, parquet and arrow on disk."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from vae.data.images import Encoded
+from vae.data.names import Names
 from vae.data.sources import Source
 from vae.errors import InputError
 
@@ -24,7 +28,11 @@ class Rows(Source):
         from datasets import Image
 
         self._column = _image_column(dataset, column)
-        self._rows = dataset.select_columns([self._column]).cast_column(self._column, Image(decode=False))
+        try:
+            self._rows = dataset.select_columns([self._column]).cast_column(self._column, Image(decode=False))
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            kind = type(dataset.features[self._column]).__name__
+            raise InputError(f"data.column={self._column!r}: no images ({kind}); name a column of images") from error
         self._split, self.names = split, Numbered(split, len(dataset))
 
     def read(self, index: int) -> Encoded:
@@ -34,14 +42,12 @@ class Rows(Source):
         return Path(value["path"]) if value.get("path") else b""
 
     def fingerprint(self) -> str:
-        """Of where each image comes from and how many bytes it has."""
-        import pyarrow.compute as pc
-
-        digest = xxhash.xxh3_128(f"{self._split} {len(self)}".encode())
-        for chunk in self._rows.data.column(self._column).chunks:
-            lengths, paths = pc.binary_length(chunk.field("bytes")), chunk.field("path")  # pyright: ignore
-            for values in (lengths, paths):
-                digest.update(repr(values.to_pylist()).encode("utf-8", "surrogatepass"))
+        """Of where each image comes from, below what all have in common, and how many bytes it has."""
+        images = self._rows.data.column(self._column)
+        lengths: Any = pc.binary_length(pc.struct_field(images, "bytes"))  # pyright: ignore[reportAttributeAccessIssue]
+        paths: Any = pc.fill_null(pc.struct_field(images, "path"), "")  # pyright: ignore[reportAttributeAccessIssue]
+        digest = xxhash.xxh3_128(f"{self._split} {len(self)} {_relative(paths).fingerprint()}".encode())
+        digest.update(pc.fill_null(lengths, -1).cast(pa.int64()).to_numpy())
         return digest.hexdigest()
 
 
@@ -62,19 +68,25 @@ class Numbered(Sequence[str]):
 
 def hub_source(root: str, split: str, column: str | None, key: str = "data.root") -> Rows:
     """One split of a data set, fetched as a whole (a local one is mapped into memory)."""
-    return Rows(_loaded(root, split, key), split, column)
+    dataset = _loaded(root, split, key)
+    if not len(dataset):
+        raise InputError(f"{key}={root!r}: no rows in its split {split!r}; name another by data.split")
+    return Rows(dataset, split, column)
 
 
 def hub_shards(root: str, split: str, key: str = "data.root") -> list[str]:
     """The files of a split, to be read shard by shard."""
     import datasets
 
+    path = Path(root).expanduser()
+    if path.is_file() and path.suffix in SHARD_KINDS:
+        return [str(path)]
     try:
-        files = datasets.load_dataset_builder(root).config.data_files or {}
+        files = datasets.load_dataset_builder(str(path) if path.exists() else root).config.data_files or {}
     except Exception as error:
         raise _refusal(root, key, error) from error
     if split not in files:
-        raise InputError(f"data.split={split!r}: {root} has {', '.join(map(str, files)) or 'no files'}")
+        raise InputError(f"data.split={split!r}: {root} has {', '.join(map(str, files)) or 'no files'}; name one of it")
     urls = [str(url) for url in files[split]]
     odd = next((url for url in urls if not url.endswith(SHARD_KINDS)), None)
     if odd:
@@ -115,8 +127,15 @@ def _image_column(dataset: Any, wanted: str | None) -> str:
     if wanted is not None:
         if wanted in dataset.column_names:
             return wanted
-        raise InputError(f"data.column={wanted!r}: the columns are {', '.join(dataset.column_names)}")
+        raise InputError(f"data.column={wanted!r}: the columns are {', '.join(dataset.column_names)}; name one of them")
     if len(images) != 1:
         told = f"{len(images)} columns of images among {', '.join(dataset.column_names)}"
         raise InputError(f"data.column is not set, and there are {told}; name one")
     return images[0]
+
+
+def _relative(paths: Any) -> Names:
+    """Without the folders that all have in common, so that a folder that was moved is the same."""
+    ends = [path for path in pc.min_max(paths).as_py().values() if path is not None]  # pyright: ignore
+    folder, slash, _ = os.path.commonprefix(ends).rpartition("/")  # noqa: RUF071
+    return Names(pc.utf8_slice_codeunits(paths, len(folder + slash)).cast(pa.large_binary()))  # pyright: ignore

@@ -1,26 +1,27 @@
 """One way to open an image, wherever it lies, and one error when it cannot be."""
 
 import io
+import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import IO, Any
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.io import ImageReadMode, decode_jpeg
 
-from vae.data.arrays import LONGEST_SIGNATURE, kind_of, npy_shape, read_npy, read_tiff, tiff_shape
+from vae.data.arrays import LONGEST_SIGNATURE, ORIENTATION, kind_of, npy_shape, read_npy, read_tiff, tiff_page
 from vae.data.limits import ImageError, check_length, check_size, check_status, refusal
-from vae.data.pixels import as_channels, as_depth, from_array, upright
-from vae.errors import require
+from vae.data.pixels import MAXIMUM, as_channels, as_depth, from_array, upright, with_clear
+from vae.errors import InputError, require
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".npy"})
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # Pillow's names; others are not even tried
-ORIENTATION = 0x0112  # EXIF's tag, 1 to 8
-BITS_PER_SAMPLE = 258  # TIFF's tag
+TURNING = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # what in a PNG can say how it is to be turned
 
 Encoded = Path | bytes | Tensor  # a file, what is in one, or pixels (C, H, W) as uint8 or uint16
 
@@ -35,14 +36,12 @@ def open_image(file: str | Encoded, channels: int = 3, bits: int = 8, name: str 
     require(bits in (8, 16), f"{bits} bits", "8 or 16")
     label = name or ("an image" if isinstance(file, bytes | Tensor) else str(file))
     try:
-        with _quiet():
-            pixels = _checked(file, label) if isinstance(file, Tensor) else _decoded(_bytes_of(file, label), label)
-            return as_depth(as_channels(pixels, channels), bits)
+        with _quiet:
+            return as_depth(as_channels(_pixels_of(file, channels, label), channels), bits)
     except ImageError:
         raise
     except Exception as error:  # decoders of damaged files raise nearly anything
-        reason = " ".join(str(error).split())[:200]
-        raise refusal(label, f"cannot be decoded ({type(error).__name__}: {reason})") from error
+        raise _undecodable(label, error) from error
 
 
 def image_size(file: str | Encoded, name: str | None = None) -> tuple[int, int]:
@@ -51,7 +50,7 @@ def image_size(file: str | Encoded, name: str | None = None) -> tuple[int, int]:
         return file.shape[-2], file.shape[-1]
     label = name or ("an image" if isinstance(file, bytes) else str(file))
     try:
-        with _quiet():
+        with _quiet:
             if isinstance(file, bytes):
                 return _upright_size(io.BytesIO(file), label)
             check_status(Path(file), label)
@@ -60,108 +59,148 @@ def image_size(file: str | Encoded, name: str | None = None) -> tuple[int, int]:
     except ImageError:
         raise
     except Exception as error:
-        raise refusal(label, f"cannot be decoded ({type(error).__name__}: {error})") from error
+        raise _undecodable(label, error) from error
 
 
-def _bytes_of(file: str | Path | bytes, label: str) -> bytes:
+def _undecodable(label: str, error: Exception) -> ImageError:
+    if isinstance(error, InputError):
+        return refusal(label, str(error), "convert or remove it")
+    if isinstance(error, UnidentifiedImageError):
+        return refusal(label, f"no image in a format that is read ({', '.join(FORMATS)}, .npy)")
+    return refusal(label, f"cannot be decoded ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+
+
+def _pixels_of(file: str | Encoded, channels: int, label: str) -> Tensor:
     if isinstance(file, bytes):
         check_length(len(file), label)
-        return file
-    check_status(Path(file), label)
-    return Path(file).read_bytes()
+        return _decoded(file, channels, label)
+    if not isinstance(file, Tensor):
+        check_status(Path(file), label)
+        return _decoded(Path(file).read_bytes(), channels, label)
+    if file.ndim != 3 or file.dtype not in MAXIMUM:
+        raise refusal(label, f"a {file.dtype} tensor of shape {tuple(file.shape)}", "give uint8 or uint16 (C, H, W)")
+    check_size(file.shape[2], file.shape[1], label)
+    return file
 
 
-def _checked(pixels: Tensor, label: str) -> Tensor:
-    if pixels.ndim != 3 or pixels.dtype not in (torch.uint8, torch.uint16):
-        raise refusal(
-            label, f"a {pixels.dtype} tensor of shape {tuple(pixels.shape)}", "give uint8 or uint16 (C, H, W)"
-        )
-    check_size(pixels.shape[2], pixels.shape[1], label)
-    return pixels
-
-
-def _decoded(data: bytes, label: str) -> Tensor:
+def _decoded(data: bytes, channels: int, label: str) -> Tensor:
     """uint8 or uint16 (C, H, W) with the channels that the file has, palettes and inks apart."""
-    if kind_of(data) == "npy":
-        height, width, *_ = npy_shape(data)
+    kind = kind_of(data)
+    if kind == "npy":
+        height, width, *_ = npy_shape(io.BytesIO(data))
         check_size(width, height, label)
         return from_array(read_npy(data))
-    try:
-        image = _opened(io.BytesIO(data))
-    except UnidentifiedImageError:
-        if kind_of(data) != "tiff":
-            raise
-        height, width = tiff_shape(io.BytesIO(data))
-        check_size(width, height, label)
-        return from_array(read_tiff(data))
-    with image:
+    if kind == "tiff":
+        return _decoded_tiff(data, channels, label)
+    with _opened(io.BytesIO(data)) as image:
         check_size(image.width, image.height, label)
-        return _decoded_by_the_best(image, data)
+        if _is_plain(image):
+            try:
+                return _decoded_by_torch(image, data)
+            except RuntimeError:  # stricter than Pillow about some files, which has the last word
+                pass
+        return _decoded_by_pillow(image, data)
 
 
-def _decoded_by_the_best(image: Image.Image, data: bytes) -> Tensor:
-    if _is_plain(image, data):
+def _decoded_tiff(data: bytes, channels: int, label: str) -> Tensor:
+    page = tiff_page(io.BytesIO(data))
+    check_size(page.width, page.height, label, page.channels)
+    if not page.is_beyond_pillow(channels):
         try:
-            pixels = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
-            return upright(pixels, image.getexif().get(ORIENTATION, 1) if image.format != "PNG" else 1)
-        except RuntimeError:  # stricter than Pillow about some files, which has the last word
+            with _opened(io.BytesIO(data)) as image:
+                return _decoded_by_pillow(image, data)
+        except UnidentifiedImageError:  # of channels that it has no mode for
             pass
-    if image.format == "TIFF" and _is_deep_colour(image):
-        return upright(from_array(read_tiff(data)), image.getexif().get(ORIENTATION, 1))
-    image.load()
-    return upright(from_array(image), image.getexif().get(ORIENTATION, 1))
+    return upright(from_array(read_tiff(data, page)), page.orientation)
 
 
-def _opened(stream: "io.IOBase") -> Image.Image:
-    return Image.open(stream, formats=_formats())  # pyright: ignore[reportArgumentType]
+def _decoded_by_torch(image: Image.Image, data: bytes) -> Tensor:
+    pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
+    return upright(pixels, _orientation(image, data))
 
 
-def _upright_size(stream: "io.IOBase", label: str) -> tuple[int, int]:
+def _decoded_by_pillow(image: Image.Image, data: bytes) -> Tensor:
+    deep = [f"{image.mode};16{half}" for half in "BL"]  # Pillow keeps one byte of each sample: the high or the low one
+    if image.format == "PNG" and image.tile and image.tile[0].args == deep[0]:
+        pixels = _deep_png(data, deep)
+    else:
+        image.load()
+        pixels = from_array(image)
+    return upright(pixels, _orientation(image, data))
+
+
+def _deep_png(data: bytes, rawmodes: Sequence[str]) -> Tensor:
+    """RGB and RGBA of 16 bits, in two passes."""
+    halves = []
+    for rawmode in rawmodes:
+        with _opened(io.BytesIO(data)) as image:
+            image.tile = [tile._replace(args=rawmode) for tile in image.tile]
+            halves.append(np.asarray(image).astype(np.uint16))
+            key = image.info.get("transparency")
+    pixels = from_array(halves[0] << 8 | halves[1])
+    return pixels if key is None else with_clear(pixels, key)
+
+
+def _orientation(image: Image.Image, data: bytes) -> Any:
+    if image.format == "PNG" and not any(mark in data for mark in TURNING):
+        return 1  # Pillow would decode it to look behind its pixels
+    return image.getexif().get(ORIENTATION, 1)
+
+
+def _opened(stream: IO[bytes]) -> Image.Image:
+    return Image.open(stream, formats=_formats())
+
+
+def _upright_size(stream: IO[bytes], label: str) -> tuple[int, int]:
     kind = kind_of(stream.read(LONGEST_SIGNATURE))
     stream.seek(0)
     if kind == "npy":
-        height, width, *_ = npy_shape(stream.read())
-        return height, width
-    try:
-        image = _opened(stream)
-    except UnidentifiedImageError:
-        if kind != "tiff":
-            raise
-        return tiff_shape(stream)
-    with image:
-        check_size(image.width, image.height, label)
-        says = image.format != "PNG" or "exif" in image.info  # a PNG would be decoded to look for more
-        turned = says and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-        return (image.width, image.height) if turned else (image.height, image.width)
+        height, width, *_ = npy_shape(stream)
+        orientation = 1
+    elif kind == "tiff":
+        width, height, *_, orientation, _ = tiff_page(stream)
+    else:
+        with _opened(stream) as image:
+            width, height = image.size
+            orientation = Image.Image.getexif(image).get(ORIENTATION, 1)  # a PNG's own would decode it
+    check_size(width, height, label)
+    return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
 
-def _is_plain(image: Image.Image, data: bytes) -> bool:
-    """torchvision decodes it to Pillow's pixels and faster, or all 16 bits of it where Pillow would keep eight."""
-    if image.format in ("JPEG", "MPO"):
-        return image.mode in ("L", "RGB")
-    if image.format != "PNG" or "transparency" in image.info or b"eXIf" in data or b"Raw profile type" in data:
-        return False
-    return image.mode in ("L", "RGB") or _png_bits(data) == 16
-
-
-def _png_bits(data: bytes) -> int:
-    return data[24]  # the header chunk comes first: length, type, width, height, bits
-
-
-def _is_deep_colour(image: Image.Image) -> bool:
-    bits = image.tag_v2.get(BITS_PER_SAMPLE, (8,))  # pyright: ignore[reportAttributeAccessIssue]
-    return len(bits) > 1 and max(bits) > 8
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Pillow remarks on metadata and large sizes; those that matter are checked by us."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def _is_plain(image: Image.Image) -> bool:
+    """torchvision decodes it to Pillow's pixels, and faster. (Not PNG: on damaged ones its decoder crashes.)"""
+    return image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
 
 
 @lru_cache(maxsize=1)
 def _formats() -> tuple[str, ...]:
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+class _Quiet:
+    """No warnings within: Pillow remarks on metadata and large sizes, and those that matter are checked by us.
+
+    Filters are the process's and images are read by many threads: the first to come in changes them, the last to leave
+    puts them back.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._filters = threading.Lock(), 0, warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.simplefilter("ignore")
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._filters.__exit__(None, None, None)
+
+
+_quiet = _Quiet()

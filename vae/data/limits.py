@@ -6,6 +6,7 @@ from pathlib import Path
 from vae.errors import InputError
 
 MAX_PIXELS = 100_000_000
+MAX_CHANNELS = 4  # of an image of so many pixels; smaller ones may have more
 MAX_BYTES = 200_000_000
 MIN_SIDE, MAX_ASPECT = 8, 20
 
@@ -34,11 +35,13 @@ def check_length(length: int, label: str) -> None:
         raise refusal(label, f"{length} bytes, expected 1 to {MAX_BYTES}")
 
 
-def check_size(width: int, height: int, label: str) -> None:
+def check_size(width: int, height: int, label: str, channels: int = 1) -> None:
     """Before anything is decoded: a small file may ask for any amount of memory."""
     size = f"{width}x{height} pixels"
     if width * height > MAX_PIXELS:
         raise refusal(label, f"{size}, more than {MAX_PIXELS}", "shrink it first")
+    if width * height * channels > MAX_PIXELS * MAX_CHANNELS:
+        raise refusal(label, f"{size} of {channels} channels, more than {MAX_PIXELS * MAX_CHANNELS} values")
     if min(width, height) < MIN_SIDE:
         raise refusal(label, f"{size}, expected {MIN_SIDE} or more each way")
     if max(width, height) > MAX_ASPECT * min(width, height):

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,13 @@ class Names(Sequence[str]):
     """
 
     def __init__(self, names: Any) -> None:
-        """Of strings, or of an Arrow array."""
-        self._array: Any  # of pyarrow, which has no types
-        if isinstance(names, pa.Array):
-            self._array = names
-        elif isinstance(names, pa.ChunkedArray):
-            self._array = pa.concat_arrays(names.chunks) if names.num_chunks else pa.array([], names.type)
-        else:
-            self._array = pa.array([os.fsencode(name) for name in names], type=pa.large_binary())
+        """Of strings, of bytes, or of an Arrow array without nulls."""
+        array: Any = names  # of pyarrow, which has no types
+        if isinstance(array, pa.ChunkedArray):
+            array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+        elif not isinstance(array, pa.Array):
+            array = pa.array([os.fsencode(name) for name in names], type=pa.large_binary())
+        self._array: Any = array.cast(pa.large_binary())
 
     def __len__(self) -> int:
         return len(self._array)
@@ -40,21 +40,24 @@ class Names(Sequence[str]):
     def encoded(self) -> Iterator[list[bytes]]:
         """All names as bytes, some at a time."""
         for start in range(0, len(self), CHUNK):
-            yield self._array.slice(start, CHUNK).cast(pa.large_binary()).to_pylist()
+            yield self._array.slice(start, CHUNK).to_pylist()
 
     def take(self, indices: np.ndarray) -> "Names":
         return Names(self._array.take(pa.array(indices)))
 
     def hashes(self) -> np.ndarray:
         """One uint64 a name."""
-        chunks = [np.array([xxhash.xxh3_64_intdigest(name) for name in names], np.uint64) for names in self.encoded()]
-        return np.concatenate(chunks) if chunks else np.empty(0, np.uint64)
+        digests = (map(xxhash.xxh3_64_intdigest, names) for names in self.encoded())
+        return np.fromiter(chain.from_iterable(digests), np.uint64, len(self))
 
     def fingerprint(self) -> str:
         """Of all names in their order."""
         digest = xxhash.xxh3_128()
-        for names in self.encoded():
-            digest.update(b"\0".join([*names, b""]))
+        if len(self):
+            _, ends, data = self._array.buffers()
+            ends = np.frombuffer(ends, np.int64)[self._array.offset :][: len(self) + 1]
+            digest.update(np.diff(ends).tobytes())
+            digest.update(memoryview(data)[ends[0] : ends[-1]])
         return digest.hexdigest()
 
 

@@ -12,7 +12,7 @@ from vae.data.lists import list_source
 from vae.data.names import Names, fewest_by_hash, split_by_hash
 from vae.data.shards import Shards, open_shards
 from vae.data.sources import TRAINING_PHOTOS, VALIDATION_PHOTOS, Files, Part, Photos, Source, folder_source
-from vae.data.store import Store, expand
+from vae.data.store import Store, base_name, expand
 from vae.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,11 +39,19 @@ def _folder(config: "DataConfig") -> Pair:
     assert config.root is not None
     root = Path(config.root).expanduser()
     if config.validation_root is not None:
-        return folder_source(root), folder_source(config.validation_root, key="data.validation_root")
+        validation = Path(config.validation_root).expanduser()
+        one, other = root.resolve(), validation.resolve()
+        if one in other.parents or other in one.parents:
+            wrong = f"data.validation_root={config.validation_root!r} and data.root={config.root!r}: one in the other"
+            raise InputError(f"{wrong}, so that images would be in both; name folders beside each other")
+        return folder_source(root), folder_source(validation, key="data.validation_root")
     held_out = [root / name for name in SIDES[1] if (root / name).is_dir()]
-    if (root / SIDES[0]).is_dir() and len(held_out) == 1:
-        return folder_source(root / SIDES[0]), folder_source(held_out[0])
-    return _divided(folder_source(config.root), config)
+    if not (root / SIDES[0]).is_dir() or not held_out:
+        return _divided(folder_source(config.root), config)
+    if len(held_out) > 1:
+        names = " and ".join(folder.name for folder in held_out)
+        raise InputError(f"data.root={config.root!r}: it has {SIDES[0]}, {names}; name one by data.validation_root")
+    return folder_source(root / SIDES[0]), folder_source(held_out[0])
 
 
 def _list(config: "DataConfig") -> Pair:
@@ -92,7 +100,11 @@ WANTED = {  # what data.root is to each
 
 def _opened(config: "DataConfig", urls: list[str]) -> Shards:
     store = Store(Path(config.cache) / "shards", config.cache_gigabytes)
-    return open_shards(urls, store, note=lambda line: print(f"warning: {line}", file=sys.stderr))
+    return open_shards(urls, store, _warn, config.column, config.open_shards)
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
 
 
 def _divided(source: Source, config: "DataConfig") -> Pair:
@@ -102,7 +114,7 @@ def _divided(source: Source, config: "DataConfig") -> Pair:
 
 def _sharded(source: Shards, config: "DataConfig") -> Pair:
     """By whole shards: what is held out is never among what is read."""
-    training, validation = split_by_hash(Names(source.urls), config.validation_fraction)
+    training, validation = split_by_hash(Names(map(base_name, source.urls)), config.validation_fraction)
     if not len(training) and config.validation_fraction < 1:
         other = "data.validation_split" if config.streaming else "data.validation_root"
         raise InputError(f"data.root={config.root!r}: a single shard cannot be divided; name another by {other}")

@@ -84,7 +84,8 @@ class ShardedOrder(Order):
         super().__init__(seed, size)
         self.lengths = np.asarray(shards, dtype=np.int64)
         self.starts = np.cumsum(self.lengths) - self.lengths
-        self.lanes = min(lanes, len(shards))
+        self._filled = np.flatnonzero(self.lengths)
+        self.lanes = min(lanes, len(self._filled))
         self._epochs = [(-1, 0, 0)] * self.lanes  # of each lane: epoch, its first step, the step after its last
         self._dealt: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._inside: dict[int, tuple[int, torch.Tensor]] = {}
@@ -111,8 +112,8 @@ class ShardedOrder(Order):
         if key not in self._dealt:
             if len(self._dealt) > 4 * self.lanes:
                 self._dealt.clear()
-            order = permutation(len(self.lengths), self.seed, epoch, SHARDS).numpy()[lane :: self.lanes]
-            self._dealt[key] = order, np.cumsum(self.lengths[order])
+            order = permutation(len(self._filled), self.seed, epoch, SHARDS).numpy()[lane :: self.lanes]
+            self._dealt[key] = self._filled[order], np.cumsum(self.lengths[self._filled[order]])
         return self._dealt[key]
 
     def _permuted(self, lane: int, epoch: int, shard: int) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Pixels in memory: from what decoders give to as many channels and bits as are asked for."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from vae.errors import InputError
 MAXIMUM = {torch.uint8: 255, torch.uint16: 65535}
 DTYPES = {8: torch.uint8, 16: torch.uint16}  # bits -> dtype
 LUMA = (19595, 38470, 7471)  # Rec. 601 in 1/65536, rounded as Pillow does
+ROWS = 256  # that are computed at a time: in numbers of eight bytes, a large image would not fit into memory
 BACKGROUND = 1.0  # white: what shows through transparent pixels, as a share of the maximum
 
 UPRIGHT = {  # EXIF orientation -> how pixels (C, H, W) are turned to stand upright
@@ -36,7 +38,14 @@ def from_array(image: "Image.Image | np.ndarray") -> Tensor:
     values = _as_unsigned(values)
     if values.ndim == 2:
         values = values[:, :, None]
-    return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
+    return torch.from_numpy(np.array(values.transpose(2, 0, 1), order="C"))  # of its own: Pillow's is not to be written
+
+
+def with_clear(pixels: Tensor, key: Any) -> Tensor:
+    """Pixels (C, H, W) and their alpha: nothing where the channels have the values `key`, all elsewhere."""
+    values = pixels.numpy()
+    opaque = (values != np.asarray(key, values.dtype).reshape(-1, 1, 1)).any(axis=0, keepdims=True)
+    return torch.from_numpy(np.concatenate([values, opaque * values.dtype.type(MAXIMUM[pixels.dtype])]))
 
 
 def as_channels(pixels: Tensor, channels: int) -> Tensor:
@@ -50,19 +59,33 @@ def as_channels(pixels: Tensor, channels: int) -> Tensor:
             alpha = pixels[1:] if given == 2 else torch.full_like(pixels[:1], MAXIMUM[pixels.dtype])
             return torch.cat([colour, alpha])
         if given in (2, 4):
-            return as_channels(_composite(pixels[:-1], pixels[-1:]), channels)
+            return as_channels(_by_rows(_composite, pixels, given - 1, pixels.dtype), channels)
         if channels in (1, 3):
-            return pixels.expand(3, -1, -1) if given == 1 else _luma(pixels)
+            return pixels.expand(3, -1, -1) if given == 1 else _by_rows(_luma, pixels, 1, pixels.dtype)
     raise InputError(f"{given} channels, expected {channels}")
 
 
 def as_depth(pixels: Tensor, bits: int) -> Tensor:
-    """Scaled to 8 bits (uint8) or 16 (uint16)."""
+    """(..., C, H, W) scaled to 8 bits (uint8) or 16 (uint16)."""
     if pixels.dtype == DTYPES[bits]:
         return pixels
-    if bits == 16:
-        return (pixels.int() * 257).to(torch.uint16)
-    return ((pixels.int() + 128) // 257).to(torch.uint8)
+    return _by_rows(_deepened if bits == 16 else _flattened, pixels, pixels.shape[-3], DTYPES[bits])
+
+
+def _by_rows(change: Callable[[Tensor], Tensor], pixels: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    *leading, _, height, width = pixels.shape
+    changed = torch.empty(*leading, channels, height, width, dtype=dtype, device=pixels.device)
+    for top in range(0, height, ROWS):
+        changed[..., top : top + ROWS, :] = change(pixels[..., top : top + ROWS, :]).to(dtype)
+    return changed
+
+
+def _deepened(pixels: Tensor) -> Tensor:
+    return pixels.int() * 257
+
+
+def _flattened(pixels: Tensor) -> Tensor:
+    return (pixels.int() + 128) // 257
 
 
 def _without_palette(image: Image.Image) -> Image.Image:
@@ -70,30 +93,29 @@ def _without_palette(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         return image
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        return image.convert("RGBA")
+        return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")
 
 
 def _as_unsigned(values: np.ndarray) -> np.ndarray:
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)
     if values.dtype in (np.uint8, np.uint16):
         return values
     if values.dtype == np.bool_:
         return values.astype(np.uint8) * 255
-    if values.dtype.kind == "f":
-        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
-            raise InputError("floating-point pixels outside [0, 1] have no agreed range: convert it to 8 or 16 bits")
-        return np.round(values * 65535.0).astype(np.uint16)
-    if values.dtype.kind not in "iu" or values.min() < 0 or values.max() > 65535:
-        raise InputError(f"{values.dtype} pixels that are not 16-bit intensities: convert it to 8 or 16 bits")
-    return values.astype(np.uint16)
+    if values.dtype.kind != "f":
+        raise InputError(f"{values.dtype} pixels, which have no agreed range; expected 8 or 16 bits without a sign")
+    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+        raise InputError("floating-point pixels outside [0, 1], which have no agreed range")
+    return np.rint(values * np.float64(65535)).astype(np.uint16)
 
 
-def _composite(colour: Tensor, alpha: Tensor) -> Tensor:
-    maximum = MAXIMUM[colour.dtype]
-    share = alpha.double() / maximum
-    return (colour * share + BACKGROUND * maximum * (1.0 - share)).round().to(colour.dtype)
+def _composite(pixels: Tensor) -> Tensor:
+    maximum = MAXIMUM[pixels.dtype]
+    share = pixels[-1:].double() / maximum
+    return (pixels[:-1] * share + BACKGROUND * maximum * (1.0 - share)).round()
 
 
 def _luma(pixels: Tensor) -> Tensor:
     red, green, blue = pixels.long()
-    return ((red * LUMA[0] + green * LUMA[1] + blue * LUMA[2] + 0x8000) >> 16)[None].to(pixels.dtype)
+    return ((red * LUMA[0] + green * LUMA[1] + blue * LUMA[2] + 0x8000) >> 16)[None]

@@ -3,32 +3,68 @@
 import json
 import os
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
 from vae.data.images import Encoded
+from vae.data.limits import check_length
 from vae.data.sources import Source
-from vae.data.store import SCHEME, Store, open_remote
+from vae.data.store import SCHEME, AbsentError, Store, base_name, from_remote
 from vae.data.tables import rows_in, table_to_tar
-from vae.data.tars import Members, scan
+from vae.data.tars import scan
 from vae.errors import InputError
 
 INDEX = "index.json"  # beside shards that `vae prepare` made: how many images each holds
-OPEN_FILES = 64
 TABLE = ".parquet"
+OPEN_FILES = 16
+READERS = 8
+TRIES = 10  # to open a copy before another process removes it
+
+
+class Archives:
+    """Shards as local archives, the last `at_once` kept open; `column` is the one of images in tables."""
+
+    def __init__(self, store: Store, at_once: int, column: str | None = None) -> None:
+        self.store, self.at_once, self.column = store, at_once, column
+        self._opened = lru_cache(maxsize=at_once)(self._open)
+
+    def __reduce__(self) -> "tuple[type[Archives], tuple[Store, int, str | None]]":
+        """In another process none is open."""
+        return Archives, (self.store, self.at_once, self.column)
+
+    def at(self, url: str) -> "_Archive":
+        archive = self._opened(url)
+        self.store.touch(archive.path)
+        return archive
+
+    def _open(self, url: str) -> "_Archive":
+        for _ in range(TRIES):
+            try:
+                return _Archive(self._local(url), url)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                raise InputError(f"{url}: cannot be read ({error.strerror or error}); restore it") from error
+        raise InputError(f"{url}: removed while it was read; restore it, or raise data.cache_gigabytes")
+
+    def _local(self, url: str) -> Path:
+        if not is_table(url):
+            return self.store.local(url)
+        return self.store.local(url, partial(table_to_tar, column=self.column), f"tar of {self.column}")
 
 
 class Shards(Source):
     """`urls` are archives (.tar) and tables (.parquet), `counts` the images in each; empty ones are left out."""
 
-    def __init__(self, urls: Sequence[str], counts: Sequence[int], store: Store) -> None:
+    def __init__(self, urls: Sequence[str], counts: Sequence[int], archives: Archives) -> None:
         kept = [(url, int(count)) for url, count in zip(urls, counts, strict=True) if count]
         self.urls, self.counts = [url for url, _ in kept], [count for _, count in kept]
         self.shards = self.counts
-        self.store = store
+        self.archives = archives
         self.names = _Named(self)
         self._ends = np.cumsum(self.counts, dtype=np.int64)
 
@@ -42,33 +78,71 @@ class Shards(Source):
 
     def read(self, index: int) -> Encoded:
         shard, within = self.place(index)
-        members = self._members(shard)
-        file = _opened(local_shard(self.urls[shard], self.store))
-        return os.pread(file.number, int(members.lengths[within]), int(members.offsets[within]))
+        archive = self._archive(shard)
+        check_length(archive.length(within), self.label(index))
+        return archive.read(within)
 
     def label(self, index: int) -> str:
         shard, within = self.place(index)
-        return f"{self.urls[shard]}: {self._members(shard).names[within]}"
+        return f"{self.urls[shard]}: {self._archive(shard).members.names[within]}"
 
     def name(self, index: int) -> str:
         """ "shard/member" """
         shard, within = self.place(index)
-        return f"{_base(self.urls[shard])}/{self._members(shard).names[within]}"
+        return f"{base_name(self.urls[shard])}/{self._archive(shard).members.names[within]}"
 
     def fingerprint(self) -> str:
-        listed = json.dumps([list(map(_base, self.urls)), self.shards])
-        return xxhash.xxh3_128(listed.encode("utf-8", "surrogateescape")).hexdigest()
+        """Of the shards' names and how many images each has."""
+        listed = json.dumps([list(map(base_name, self.urls)), self.shards])
+        return xxhash.xxh3_128(listed.encode()).hexdigest()
 
     def part(self, chosen: Sequence[int]) -> "Shards":
         """These shards only."""
-        return Shards([self.urls[shard] for shard in chosen], [self.counts[shard] for shard in chosen], self.store)
+        return Shards([self.urls[shard] for shard in chosen], [self.counts[shard] for shard in chosen], self.archives)
 
-    def _members(self, shard: int) -> Members:
-        members = _scanned(local_shard(self.urls[shard], self.store))
-        if len(members.names) != self.counts[shard]:
-            wrong = f"{self.urls[shard]}: {len(members.names)} images, expected {self.counts[shard]}"
+    def _archive(self, shard: int) -> "_Archive":
+        archive, expected = self.archives.at(self.urls[shard]), self.counts[shard]
+        found = len(archive.members.names)
+        if found != expected:
+            wrong = f"{self.urls[shard]}: {found} images, expected {expected}"
             raise InputError(f"{wrong}; the shard is damaged or was changed: restore it, or make its index anew")
-        return members
+        return archive
+
+
+def open_shards(
+    urls: Sequence[str], store: Store, note: Callable[[str], None], column: str | None = None, at_once: int = OPEN_FILES
+) -> Shards:
+    """The images of shards, counted by the index beside them or else one by one; `note` is told what is damaged.
+
+    `column` is the one of images in tables; the `at_once` shards used last are kept open.
+    """
+    archives = Archives(store, at_once, column)
+    counts = _indexed(urls) or _counted(urls, archives, note)
+    if not any(counts):
+        raise InputError(f"{urls[0]}: no image in it or in any other of {len(urls)} shards; name others")
+    return Shards(urls, counts, archives)
+
+
+def is_table(url: str) -> bool:
+    return base_name(url).endswith(TABLE)
+
+
+class _Archive:
+    """Open, so that it can be read also when it is removed."""
+
+    def __init__(self, path: Path, url: str) -> None:
+        self.path, self.number = path, os.open(path, os.O_RDONLY)
+        self.members = scan(path, url)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+    def length(self, index: int) -> int:
+        return int(self.members.lengths[index])
+
+    def read(self, index: int) -> bytes:
+        return os.pread(self.number, self.length(index), int(self.members.offsets[index]))
 
 
 class _Named(Sequence[str]):
@@ -86,24 +160,24 @@ class _Named(Sequence[str]):
         return self._shards.name(index)
 
 
-def open_shards(urls: Sequence[str], store: Store, note: Callable[[str], None]) -> Shards:
-    """The images of shards, counted by the index beside them or else one by one; `note` is told what is damaged."""
-    counts = _indexed(urls) or [_count(url, store, note) for url in urls]
-    return Shards(urls, counts, store)
+def _counted(urls: Sequence[str], archives: Archives, note: Callable[[str], None]) -> list[int]:
+    """Several at a time, since most of it is waiting where they are far."""
+    readers = ThreadPoolExecutor(READERS)
+    try:
+        found = list(readers.map(lambda url: _count(url, archives), urls))
+    finally:
+        readers.shutdown(cancel_futures=True)
+    for _, problems in found:
+        for problem in problems:
+            note(problem)
+    return [count for count, _ in found]
 
 
-def local_shard(url: str, store: Store) -> Path:
-    """The shard as a local archive."""
-    return store.local(url, table_to_tar if url.endswith(TABLE) else None)
-
-
-def _count(url: str, store: Store, note: Callable[[str], None]) -> int:
-    if url.endswith(TABLE):
-        return rows_in(url)
-    members = _scanned(local_shard(url, store))
-    for problem in members.problems:
-        note(problem)
-    return len(members.names)
+def _count(url: str, archives: Archives) -> tuple[int, list[str]]:
+    if is_table(url):
+        return rows_in(url), []
+    members = archives.at(url).members
+    return len(members.names), members.problems
 
 
 def _indexed(urls: Sequence[str]) -> list[int] | None:
@@ -113,33 +187,12 @@ def _indexed(urls: Sequence[str]) -> list[int] | None:
     if folders or (SCHEME not in file and not Path(file).is_file()):
         return None
     try:
-        with open_remote(file) as stream:
-            counts = {entry["name"]: int(entry["images"]) for entry in json.load(stream)["shards"]}
-    except FileNotFoundError:
+        entries = json.loads(from_remote(file, lambda stream: stream.read(), tries=1))["shards"]
+        counts = {entry["name"]: int(entry["images"]) for entry in entries}
+    except AbsentError:
         return None
     except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{file}: not an index of shards ({type(error).__name__}); remove it") from error
-    return [counts[_base(url)] for url in urls] if set(map(_base, urls)) <= counts.keys() else None
-
-
-def _base(url: str) -> str:
-    return url.rpartition("/")[2]
-
-
-@lru_cache(maxsize=OPEN_FILES)
-def _scanned(path: Path) -> Members:
-    return scan(path)
-
-
-class _OpenFile:
-    def __init__(self, path: Path) -> None:
-        self.number = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        os.close(self.number)
-
-
-@lru_cache(maxsize=OPEN_FILES)
-def _opened(path: Path) -> _OpenFile:
-    """Kept open: a copy that is no longer kept can still be read to its end."""
-    return _OpenFile(path)
+    return [counts[base_name(url)] for url in urls] if set(map(base_name, urls)) <= counts.keys() else None

@@ -134,10 +134,14 @@ def folder_files(root: str | Path, suffixes: Collection[str], given: str) -> lis
     folder = Path(root).expanduser()
     if not folder.is_dir():
         raise InputError(f"{given}: no such folder; name an existing one")
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{given}: {error.filename}: {error.strerror}; make it readable") from error
+
     names: list[str] = []
     seen = {_identity(folder)}
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in sorted(folders) if _is_new(Path(parent) / name, seen)]
+    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in sorted(folders, key=os.fsencode) if _is_new(Path(parent) / name, seen)]
         below = Path(parent).relative_to(folder)
         names += [
             (below / name).as_posix()
@@ -146,7 +150,7 @@ def folder_files(root: str | Path, suffixes: Collection[str], given: str) -> lis
         ]
     if not names:
         raise InputError(f"{given}: nothing in it or below to read (looked for {', '.join(sorted(suffixes))})")
-    return sorted(names)
+    return sorted(names, key=os.fsencode)  # of strings the order would be the locale's
 
 
 def _is_new(folder: Path, seen: set[tuple[int, int]]) -> bool:

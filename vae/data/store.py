@@ -1,13 +1,15 @@
 """Files that are somewhere else, through fsspec: kept in a local folder of bounded size while they are needed."""
 
+import errno
 import fcntl
+import glob
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import fsspec
 import xxhash
@@ -15,7 +17,17 @@ import xxhash
 from vae.errors import InputError
 
 TRIES, WAIT_SECONDS = 4, 2.0  # the wait doubles from one try to the next
+HOPELESS = (FileNotFoundError, PermissionError, ImportError, ValueError)  # causes that do not pass
+REFUSED = {401, 403, 404}  # statuses of HTTP that do not pass
+ABANDONED_SECONDS = 3600.0  # without a byte written: who fetched it was killed
 SCHEME = "://"
+
+Result = TypeVar("Result")
+Convert = Callable[[Path, Path], None]
+
+
+class AbsentError(InputError):
+    """What is at a URL is not there, or not for us."""
 
 
 class Store:
@@ -27,88 +39,148 @@ class Store:
     def __init__(self, folder: str | Path, gigabytes: float) -> None:
         self.folder, self.limit = Path(folder).expanduser(), gigabytes * 1e9
 
-    def local(self, url: str, convert: Callable[[Path, Path], None] | None = None) -> Path:
-        """A path with what is at `url`, which is a URL or a path; of another form where `convert(from, to)` says so."""
+    def local(self, url: str, convert: Convert | None = None, form: str = "") -> Path:
+        """A path with what is at `url`, which is a URL or a path; of another `form` where `convert(from, to)` is given.
+
+        Another process may remove the copy at any time, but who has opened it can read it to its end.
+        """
         if SCHEME not in url and convert is None:
             return Path(url)
-        copy = self.folder / f"{xxhash.xxh3_64_hexdigest(url.encode())}-{url.rpartition('/')[2]}"
-        if not copy.exists():
-            with _one_at_a_time(copy.with_name(f".{copy.name}.lock")):
-                if not copy.exists():
-                    self._make(url, copy, convert)
-        with suppress(OSError):
-            os.utime(copy)
+        try:
+            copy = self._copy_of(url, form)
+            if not copy.exists():
+                with _one_at_a_time(copy.with_name(f".{copy.name}.lock")):
+                    if not copy.exists():
+                        self._make(url, copy, convert)
+        except OSError as error:
+            wrong = f"{url}: cannot be kept in {self.folder} ({error.strerror or error})"
+            raise InputError(f"{wrong}; see to it, or name another folder by data.cache") from error
+        self.touch(copy)
         return copy
 
-    def _make(self, url: str, copy: Path, convert: Callable[[Path, Path], None] | None) -> None:
+    def touch(self, path: Path) -> None:
+        """A copy is in use; files of others are left as they are."""
+        if path.parent == self.folder:
+            with suppress(OSError):
+                os.utime(path)
+
+    def _copy_of(self, url: str, form: str) -> Path:
+        """Of a local file another one where it has changed."""
+        source = url
+        if SCHEME not in url:
+            status = Path(url).stat()
+            source = f"{Path(url).absolute()} {status.st_size} {status.st_mtime_ns}"
+        return self.folder / f"{xxhash.xxh3_128_hexdigest(os.fsencode(f'{source} {form}'))}-{base_name(url)[-40:]}"
+
+    def _make(self, url: str, copy: Path, convert: Convert | None) -> None:
         fetched, partial = copy.with_name(f".{copy.name}.fetched"), copy.with_name(f".{copy.name}.partial")
         try:
             if SCHEME in url:
-                _fetch(url, fetched)
+                from_remote(url, lambda stream: _write(stream, fetched))
             source = fetched if SCHEME in url else Path(url)
             if convert is not None:
                 convert(source, partial)
             else:
                 source.replace(partial)
             partial.replace(copy)
-        except OSError as error:
-            raise InputError(f"{url}: cannot be kept in {self.folder} ({error.strerror or error})") from error
         finally:
             for left in (fetched, partial):
                 left.unlink(missing_ok=True)
         self._make_room(copy)
 
     def _make_room(self, newest: Path) -> None:
-        files = [(file.stat(), file) for file in self.folder.glob("[!.]*")]
-        excess = sum(status.st_size for status, _ in files) - self.limit
-        for status, file in sorted(files, key=lambda pair: pair[0].st_mtime):
+        files = []
+        for file in self.folder.iterdir():
+            with suppress(FileNotFoundError):  # another process makes room too
+                files.append((file.stat(), file))
+        for status, file in files:
+            if file.suffix in (".fetched", ".partial") and time.time() - status.st_mtime > ABANDONED_SECONDS:
+                file.unlink(missing_ok=True)
+        copies = [(status, file) for status, file in files if not file.name.startswith(".")]
+        excess = sum(status.st_size for status, _ in copies) - self.limit
+        for status, file in sorted(copies, key=lambda pair: pair[0].st_mtime_ns):
             if excess <= 0 or file == newest:
                 return
             file.unlink(missing_ok=True)  # who reads it keeps it open
             excess -= status.st_size
 
 
+def from_remote(url: str, use: Callable[[BinaryIO], Result], tries: int = TRIES) -> Result:
+    """What `use` makes of the bytes at `url`, which it is given again after an error of the network."""
+    for attempt in range(tries):
+        try:
+            with fsspec.open(url, "rb") as stream:  # pyright: ignore[reportGeneralTypeIssues]
+                return use(stream)  # pyright: ignore[reportArgumentType]
+        except InputError:
+            raise
+        except Exception as error:  # every filesystem has its own
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            causes = _causes(error)
+            is_lasting = isinstance(causes[-1], HOPELESS) or any(getattr(c, "status", 0) in REFUSED for c in causes)
+            if is_lasting or attempt == tries - 1:
+                kind = AbsentError if is_lasting or isinstance(error, HOPELESS) else InputError
+                raise kind(f"{url}: cannot be fetched ({_told(error)}); check the address and the network") from error
+            time.sleep(WAIT_SECONDS * 2**attempt)
+    raise AssertionError
+
+
 def expand(pattern: str, key: str) -> list[str]:
     """The files that a brace pattern, a glob, or both mean, local or remote; `key` is what an error calls it."""
     from braceexpand import braceexpand
 
+    given = f"{key}={pattern!r}"
     if pattern.lstrip().startswith("pipe:"):
-        raise InputError(f"{key}={pattern!r}: commands are not run; name files, or URLs that fsspec opens")
-    urls: list[str] = []
-    for one in braceexpand(str(Path(pattern).expanduser()) if SCHEME not in pattern else pattern):
-        urls += sorted(_matching(one, key)) if any(letter in one for letter in "*?[") else [one]
+        raise InputError(f"{given}: commands are not run; name files, or URLs that fsspec opens")
+    local = str(Path(pattern).expanduser())
+    if SCHEME not in pattern and Path(local).is_file():
+        return [local]
+    try:
+        parts = list(braceexpand(pattern if SCHEME in pattern else local))
+    except ValueError as error:
+        raise InputError(f"{given}: its braces do not match; write {{000..099}}") from error
+    urls = [url for part in parts for url in _matching(part, given)]
     missing = next((url for url in urls if SCHEME not in url and not Path(url).is_file()), None)
     if missing or not urls:
-        raise InputError(f"{key}={pattern!r}: {missing or 'nothing'} is not there; name existing shards")
+        wrong = (
+            f"{missing} is {'a folder' if Path(missing).is_dir() else 'not there'}" if missing else "nothing matches"
+        )
+        raise InputError(f"{given}: {wrong}; name existing shards, as 'shards/*.tar' or 'shards/{{000..099}}.tar'")
     return urls
 
 
-def open_remote(url: str) -> AbstractContextManager[BinaryIO]:
-    return fsspec.open(url, "rb")  # pyright: ignore[reportReturnType]
+def base_name(url: str) -> str:
+    """The file's name, without what a server is asked besides."""
+    path = url.partition("?")[0] if SCHEME in url else url
+    return path.rpartition("/")[2]
 
 
-def _matching(pattern: str, key: str) -> list[str]:
+def _matching(pattern: str, given: str) -> list[str]:
+    if SCHEME not in pattern:
+        return sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]  # noqa: PTH207
+    if not any(letter in pattern.partition("?")[0] for letter in "*["):
+        return [pattern]
     try:
-        filesystem, _, _ = fsspec.get_fs_token_paths(pattern)
-        found = filesystem.glob(pattern)
+        filesystem, path = fsspec.core.url_to_fs(pattern)
+        names = [str(name) for name in filesystem.glob(path)]
+        return sorted(filesystem.unstrip_protocol(name) for name in names if not base_name(name).startswith("."))
     except Exception as error:  # every filesystem has its own
-        raise InputError(f"{key}={pattern!r}: cannot be listed ({type(error).__name__}: {error})") from error
-    return [filesystem.unstrip_protocol(name) if SCHEME in pattern else name for name in map(str, found)]
+        raise InputError(f"{given}: cannot be listed ({_told(error)}); name the shards one by one") from error
 
 
-def _fetch(url: str, target: Path) -> None:
-    for attempt in range(TRIES):
-        try:
-            with open_remote(url) as remote, target.open("wb") as file:
-                shutil.copyfileobj(remote, file, 1 << 20)
-            return
-        except Exception as error:  # every filesystem has its own
-            if attempt == TRIES - 1 or isinstance(
-                error, FileNotFoundError | PermissionError | ImportError | ValueError
-            ):
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                raise InputError(f"{url}: cannot be fetched ({reason}); check the address and the network") from error
-            time.sleep(WAIT_SECONDS * 2**attempt)
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error, what it was raised from, and so on: to fsspec a server out of reach too is `FileNotFoundError`."""
+    return [error, *(_causes(error.__cause__) if error.__cause__ else [])]
+
+
+def _told(error: Exception) -> str:
+    cause = _causes(error)[-1]
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
+
+
+def _write(stream: BinaryIO, target: Path) -> None:
+    with target.open("wb") as file:
+        shutil.copyfileobj(stream, file, 1 << 20)
 
 
 @contextmanager

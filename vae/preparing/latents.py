@@ -1,0 +1,160 @@
+"""`vae cache-latents`: images of a source encoded once, into shards that `LatentShards` reads."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vae.checkpoints.latentfile import SCALE_KEYS
+from vae.checkpoints.tensorfile import MAX_HEADER
+from vae.checkpoints.writing import Piece, write_pieces
+from vae.data.order import seed_for
+from vae.data.transforms import to_model_range
+from vae.errors import InputError, require
+from vae.latents import scale_latents
+from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from vae.models.posterior import DiagonalGaussian
+from vae.preparing.jobs import Job, Json, Made, make
+from vae.preparing.processes import Advance
+from vae.preparing.reading import Read, Squares, collate
+
+SUFFIX = ".safetensors"
+ABOUT, NAMES = "vae.latents", "vae.names"  # keys of a shard's metadata
+MOMENTS, DRAWN, FLIPPED = ("mean", "logvar"), ("latents",), "_flipped"  # names of its tensors
+ENLARGED = "enlarged"
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What is stored of each image's central square: its posterior, or a `sample` of it drawn with this seed."""
+
+    resolution: int = 256
+    sample: int | None = None
+    scaled: bool = False
+    flip: bool = False
+    dtype: str = "float16"
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        require(self.dtype in DTYPES, f"--dtype {self.dtype}", f"one of {list(DTYPES)}")
+        require(self.batch_size >= 1, f"--batch-size {self.batch_size}", "1 or more")
+        require(self.sample is None or self.sample >= 0, f"--sample {self.sample}", "a seed of 0 or more")
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        names = MOMENTS if self.sample is None else DRAWN
+        return (*names, *(f"{name}{FLIPPED}" for name in names)) if self.flip else names
+
+    def described(self, model: AutoencoderKL) -> Json:
+        """With the scale on top, under the names that .latent files have for it."""
+        factor, config = model.config.downsample_factor, asdict(model.config)
+        require(self.resolution % factor == 0, f"--resolution {self.resolution}", f"a multiple of {factor}")
+        scale = {key: config.pop(key) for key in SCALE_KEYS}
+        about = {"made": "latents", "stored": list(self.stored)} | asdict(self)
+        return about | scale | {"model": digest_of(model), "config": config}
+
+
+def digest_of(model: AutoencoderKL) -> str:
+    """SHA-256 over the names and the float32 values of the weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def encode_shards(
+    job: Job, encoding: Encoding, model: AutoencoderKL, shards: Sequence[int], *, workers: int, advance: Advance
+) -> None:
+    """Make the given shards of a job whose options are `encoding.described(model)`; `workers` decode the images."""
+    squares = Squares(job.source, encoding.resolution, model.config.in_channels)
+    batches = {shard: _batches(job.numbers(shard), encoding.batch_size) for shard in shards}
+    order = cast(list[list[int]], [batch for shard in shards for batch in batches[shard]])  # as good as lists
+    read = iter(DataLoader(squares, batch_sampler=order, num_workers=workers, collate_fn=collate))
+    for shard in shards:
+        done: list[Read] = []
+        tensors: dict[str, list[Tensor]] = {name: [] for name in encoding.stored}
+        for _ in batches[shard]:
+            batch = next(read)
+            if isinstance(batch, InputError):
+                raise batch
+            if batch.names:
+                for name, tensor in _encoded(model, batch, encoding).items():
+                    tensors[name].append(_stored(tensor, name, batch, encoding.dtype))
+            done.append(batch)
+            advance(len(batch.names) + len(batch.dropped))
+        make(job, shard, partial(_write, job, shard, done, tensors))
+
+
+def _batches(numbers: range, size: int) -> list[range]:
+    """None crosses the end of a shard, so that they are the same wherever work begins."""
+    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+
+
+def _encoded(model: AutoencoderKL, batch: Read, encoding: Encoding) -> dict[str, Tensor]:
+    """{name: float32 (B, C, h, w)} on the model's device."""
+    images = to_model_range(batch.images.to(model.decoder.conv_in.weight.device))
+    views = {"": images, FLIPPED: images.flip(3)} if encoding.flip else {"": images}
+    found = {}
+    for salt, (suffix, view) in enumerate(views.items()):
+        posterior = model.encode(view)
+        if encoding.sample is None:
+            moments = _scaled(posterior, model.config) if encoding.scaled else (posterior.mean, posterior.logvar)
+            found |= {f"{name}{suffix}": moment for name, moment in zip(MOMENTS, moments, strict=True)}
+            continue
+        seeds = [seed_for(encoding.sample, number, salt) for number in batch.numbers]
+        shape = posterior.mean.shape[1:]
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        latents = posterior.reparameterize(noise.to(images.device))
+        found[f"latents{suffix}"] = scale_latents(latents, model.config) if encoding.scaled else latents
+    return found
+
+
+def _scaled(posterior: DiagonalGaussian, config: AutoencoderConfig) -> tuple[Tensor, Tensor]:
+    """(mean, logvar) of the scaled latents."""
+    centred = None if config.latents_mean is None else [0.0] * config.latent_channels
+    factor = scale_latents(
+        posterior.mean.new_ones(1, config.latent_channels, 1, 1),
+        replace(config, shift_factor=None, latents_mean=centred),
+    )
+    return scale_latents(posterior.mean, config), posterior.logvar + factor.square().log()
+
+
+def _stored(tensor: Tensor, what: str, batch: Read, dtype: str) -> Tensor:
+    """On the CPU and of the type on disk; refused where that has no finite numbers for it."""
+    stored = tensor.cpu().to(DTYPES[dtype])
+    for row in (~stored.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist():
+        overflows = bool(tensor[row].isfinite().all())
+        wrong = f"{what} beyond {dtype}" if overflows else f"NaN or infinite {what} from the model"
+        remedy = "--dtype bfloat16 has room" if overflows else "vae inspect says whether its weights are sound"
+        raise InputError(f"{batch.names[row]}: {wrong}; {remedy}")
+    return stored
+
+
+def _write(job: Job, shard: int, done: list[Read], tensors: dict[str, list[Tensor]], file: Path) -> Made:
+    names = [name for batch in done for name in batch.names]
+    metadata = {ABOUT: json.dumps(job.options), NAMES: json.dumps(names)}
+    fits = len(json.dumps(metadata)) < MAX_HEADER // 2
+    require(fits, f"--shard-images {job.shard_images}", "fewer: the names of as many images do not fit into a header")
+    pieces = {name: _joined(parts) for name, parts in tensors.items() if parts}
+    write_pieces(file, pieces, metadata, job.file(shard))
+    dropped = [one for batch in done for one in batch.dropped]
+    return Made(len(names), dropped, {ENLARGED: sum(batch.enlarged for batch in done)})
+
+
+def _joined(parts: list[Tensor]) -> Piece:
+    """One tensor of several, without a second copy in memory."""
+    pieces = [Piece.of(part) for part in parts]
+    shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+    size = sum(piece.size for piece in pieces)
+    return Piece(pieces[0].dtype, shape, size, lambda: chain.from_iterable(piece.chunks() for piece in pieces))
