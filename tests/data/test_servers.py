@@ -55,7 +55,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(data[: len(data) // 2] if fault == "half" else data)
             self.close_connection = fault == "half"
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         pass
 
 
@@ -94,12 +94,12 @@ def test_a_server_that_refuses_is_named_by_the_url_and_its_answer(faults, told, 
 @pytest.mark.parametrize("status", ["", "403"])
 def test_shards_with_an_index_are_fetched_when_they_are_read_and_else_at_once(status, server, tmp_path):
     tars(server.folder)
-    given = {
-        "source": "webdataset",
-        "root": f"{server.url}/train-{{0..2}}.tar",
-        "validation_root": f"{server.url}/val-0.tar",
-    }
-    config = DataConfig(**given, cache=str(tmp_path / "cache"))
+    config = DataConfig(
+        source="webdataset",
+        root=f"{server.url}/train-{{0..2}}.tar",
+        validation_root=f"{server.url}/val-0.tar",
+        cache=str(tmp_path / "cache"),
+    )
     server.faults += [status] * 2 if status else []
     training, _ = open_sources(config)
     assert sorted(training.read(index) for index in range(IMAGES)) == sorted(map(png, range(IMAGES)))

@@ -95,7 +95,7 @@ def test_five_in_a_hundred_corrupt_images_of_four_hundred_are_replaced_and_liste
     folder = train(config)
     assert {row["image"] for row in listed(folder)} == damaged
     assert len(listed(folder)) == 20
-    assert all(row["corrupt"] and row["image"] in str(row["reason"]) for row in listed(folder))
+    assert all(row["corrupt"] and str(row["image"]) in str(row["reason"]) for row in listed(folder))
     again = train(replace(config, output=str(tmp_path / "again"), data=replace(config.data, workers=2)))
     losses = [(path / "metrics.csv").read_text() for path in (folder, again)]
     assert losses[0] == losses[1]

@@ -3,20 +3,19 @@
 import io
 import threading
 import warnings
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from vae.data.arrays import LONGEST_SIGNATURE, ORIENTATION, kind_of, npy_shape, read_npy, read_tiff, tiff_page
+from vae.data.deep import is_deep, read_deep
 from vae.data.limits import ImageError, check_length, check_size, check_status, refusal
-from vae.data.pixels import MAXIMUM, as_channels, as_depth, from_array, upright, with_clear
+from vae.data.pixels import MAXIMUM, as_channels, as_depth, from_array, upright
 from vae.errors import InputError, require
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".npy"})
@@ -116,29 +115,13 @@ def _decoded_tiff(data: bytes, channels: int, label: str) -> Tensor:
 
 def _decoded_by_torch(image: Image.Image, data: bytes) -> Tensor:
     pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
+    assert isinstance(pixels, Tensor)  # of one file, not of a list of them
     return upright(pixels, _orientation(image, data))
 
 
 def _decoded_by_pillow(image: Image.Image, data: bytes) -> Tensor:
-    deep = [f"{image.mode};16{half}" for half in "BL"]  # Pillow keeps one byte of each sample: the high or the low one
-    if image.format == "PNG" and image.tile and image.tile[0].args == deep[0]:
-        pixels = _deep_png(data, deep)
-    else:
-        image.load()
-        pixels = from_array(image)
+    pixels = read_deep(data) if is_deep(image) else from_array(image)
     return upright(pixels, _orientation(image, data))
-
-
-def _deep_png(data: bytes, rawmodes: Sequence[str]) -> Tensor:
-    """RGB and RGBA of 16 bits, in two passes."""
-    halves = []
-    for rawmode in rawmodes:
-        with _opened(io.BytesIO(data)) as image:
-            image.tile = [tile._replace(args=rawmode) for tile in image.tile]
-            halves.append(np.asarray(image).astype(np.uint16))
-            key = image.info.get("transparency")
-    pixels = from_array(halves[0] << 8 | halves[1])
-    return pixels if key is None else with_clear(pixels, key)
 
 
 def _orientation(image: Image.Image, data: bytes) -> Any:

@@ -15,6 +15,7 @@ from vae.data.pixels import MAXIMUM
 from vae.errors import InputError
 
 BICUBIC = Image.Resampling.BICUBIC  # Pillow's antialiased filter: of validation and of protocol default-v1
+EDGE = 3  # pixels
 PICTURE_CHANNELS = (1, 3, 4)  # that Pillow has modes for
 
 
@@ -42,6 +43,7 @@ def random_crop(pixels: Tensor, size: tuple[int, int], augmentation: Augmentatio
     window = _window(pixels, round(height * unit), round(width * unit))
     square = _working(window)
     if angle:
+        square = TF.pad(square, [EDGE], padding_mode="edge")  # sizes are rounded, and filters reach over the border
         square = TF.rotate(square, angle, InterpolationMode.BILINEAR)
         square = TF.center_crop(square, [max(1, round(side * unit)) for side in size])
     if square.shape[1:] != size:
