@@ -49,13 +49,13 @@ def _read(path: str) -> Outcome:
     signal.alarm(PATIENCE)
     limit = memory("VmSize") + LIMIT
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    before, start = memory("VmRSS"), time.monotonic()
+    before, start = memory("VmRSS"), time.process_time()
     error = message = ""
     try:
         load_autoencoder(path)
     except Exception as raised:
         error, message = type(raised).__name__, str(raised)
-    return Outcome(error, message, time.monotonic() - start, memory("VmHWM") - before)
+    return Outcome(error, message, time.process_time() - start, memory("VmHWM") - before)
 
 
 def _main() -> None:

@@ -18,7 +18,7 @@ from vae.checkpoints import WeightsError, read_autoencoder, save_autoencoder
 from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
 
 MOST_MEMORY = 200_000_000
-MOST_SECONDS = 5.0  # of a busy machine; each takes less than two
+MOST_SECONDS = 5.0  # of computing, which other tests beside it do not lengthen; each takes less than two
 MANY = 10**11
 GOOD = "a good file"
 LEGACY_START = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {}))

@@ -16,7 +16,19 @@ from vae.data.transforms import center_crop, crop_to_multiple, to_model_range, t
 from vae.latents import scale_latents
 from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
 
-COMMANDS = ("inspect", "convert", "export", "extract", "bake", "measure", "encode", "decode", "reconstruct")
+COMMANDS = (
+    "inspect",
+    "convert",
+    "export",
+    "extract",
+    "bake",
+    "measure",
+    "encode",
+    "decode",
+    "reconstruct",
+    "prepare",
+    "cache-latents",
+)
 
 
 def _difference(one: Path, other: Path) -> int:

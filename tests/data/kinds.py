@@ -5,6 +5,7 @@ GOOD: name -> (what writes the file, what it must decode to, uint8 (H, W, 3)). B
 
 import io
 import os
+import random
 import struct
 import zlib
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 import tifffile
 from PIL import Image, PngImagePlugin
+
+from tests.data.tiffs import BOMBS
 
 HEIGHT, WIDTH = 24, 40
 Write = Callable[[Path], object]
@@ -108,14 +111,20 @@ def flipped_bit(data: bytes, place: int) -> bytes:
     return data[:place] + bytes([data[place] ^ 8]) + data[place + 1 :]
 
 
-def _special(make: Callable[[Path], object]) -> Write:
-    return make
+def _noted() -> PngImagePlugin.PngInfo:
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("Comment", "of no use. " * 50_000, zip=True)
+    return notes
+
+
+def _made(make: Callable[[], bytes]) -> Write:
+    return lambda path: path.write_bytes(make())
 
 
 JPEG, PNG = encoded(PHOTO, "JPEG"), encoded(PHOTO, "PNG")
 GREY, DEEP = pixels(1)[..., 0], pixels(1, 65536)[..., 0]
 FIRST, SECOND = (Image.fromarray(pixels(seed=seed)) for seed in (0, 5))
-PROFILE = os.urandom(1_000_000)
+PROFILE = random.Random(0).randbytes(1_000_000)
 
 GOOD: dict[str, tuple[str, Write, Any]] = {
     "a JPEG": (".jpg", written(JPEG), as_pillow),
@@ -134,6 +143,7 @@ GOOD: dict[str, tuple[str, Write, Any]] = {
         saved(Image.fromarray((GREY / 255.0).astype(np.float32))),
         np.stack([GREY] * 3, axis=-1),
     ),
+    "alpha": (".png", saved(TRANSLUCENT), on_white(TRANSLUCENT)),
     "alpha of 0": (".png", saved(Image.new("RGBA", (WIDTH, HEIGHT), (9, 9, 9, 0))), np.full((HEIGHT, WIDTH, 3), 255)),
     "an animated GIF": (".gif", moving(), as_pillow),
     "an animated WebP": (".webp", moving(lossless=True), pixels()),
@@ -141,7 +151,7 @@ GOOD: dict[str, tuple[str, Write, Any]] = {
     "MPO": (".jpg", moving(format="MPO"), as_pillow),
     "several pages": (".tif", moving(), pixels()),
     "the wrong extension": (".png", saved(PHOTO, format="BMP"), pixels()),
-    "a long text chunk": (".png", saved(PHOTO, pnginfo=PngImagePlugin.PngInfo()), pixels()),
+    "a long text chunk": (".png", saved(PHOTO, pnginfo=_noted()), pixels()),
     "an array": (".npy", lambda path: np.save(path, pixels()), pixels()),
     "BMP": (".bmp", saved(PHOTO), pixels()),
     "a wrong checksum behind the pixels": (".png", written(flipped_bit(PNG, len(PNG) - 14)), pixels()),
@@ -172,7 +182,9 @@ BAD: dict[str, tuple[str, Write]] = {
     "an array of objects": (".npy", lambda path: np.save(path, np.array([[Path()] * 9] * 9), allow_pickle=True)),
     "an array that promises more": (".npy", lambda path: path.write_bytes(_lying_array())),
     "five channels": (".npy", lambda path: np.save(path, pixels(5))),
-}
+    "numbers with a sign": (".npy", lambda path: np.save(path, pixels().astype(np.int64))),
+    "no channel": (".npy", lambda path: np.save(path, pixels()[..., :0])),
+} | {name: (".tif", _made(make)) for name, make in BOMBS.items()}
 
 
 def _lying_array() -> bytes:

@@ -52,3 +52,14 @@ def test_flips_happen_half_of_the_time(photo):
 def test_small_images_are_enlarged_to_the_size_asked_for(photo):
     assert random_crop(photo, (128, 128), Augmentation((0.5, 1.0), flip=True)).shape == (3, 128, 128)
     assert center_crop(photo, 128).shape == (3, 128, 128)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
+def test_no_corner_of_a_turned_crop_is_without_pixels(dtype):
+    for number in range(150):
+        torch.manual_seed(number)
+        height, width = torch.randint(30, 120, (2,)).tolist()
+        white = torch.full((3, height, width), 255 if dtype == torch.uint8 else 65535, dtype=dtype)
+        crop = random_crop(white, (32, 24), Augmentation((0.3, 1.0), flip=True, rotation=45.0))
+        assert (crop.shape, crop.dtype) == ((3, 32, 24), dtype)
+        assert torch.equal(crop, white[:, :1, :1].expand_as(crop)), (height, width)

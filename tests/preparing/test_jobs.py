@@ -16,7 +16,7 @@ from vae.preparing.processes import place, spread
 from vae.preparing.reading import unreadable
 
 
-@pytest.mark.parametrize("harm", ["remove", "cut", "no receipt", "half a receipt"])
+@pytest.mark.parametrize("harm", ["remove", "cut", "no receipt", "half a receipt", "another receipt"])
 def test_a_shard_that_is_not_as_it_was_written_is_made_again(call, pictures, tmp_path, harm):
     command = ("prepare", pictures, tmp_path / "out", "--shard-images", 3)
     call(*command)
@@ -28,6 +28,8 @@ def test_a_shard_that_is_not_as_it_was_written_is_made_again(call, pictures, tmp
         shard.write_bytes(shard.read_bytes()[:-1])
     elif harm == "no receipt":
         receipt.unlink()
+    elif harm == "another receipt":
+        receipt.write_text(receipt.read_text().replace('"recipe": "', '"recipe": "0'))
     else:
         receipt.write_text(receipt.read_text()[:100])
     assert call(*command) == 0

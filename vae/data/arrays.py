@@ -171,7 +171,7 @@ def _samples(rows: np.ndarray, page: Page, kind: int) -> np.ndarray:
         return values.astype(values.dtype.newbyteorder("="), copy=False)
     digits = np.unpackbits(rows, axis=1)[:, : shape[1] * shape[2] * bits].reshape(*shape, bits)
     values = sum(digits[..., place] * np.float32(2 ** (bits - 1 - place)) for place in range(bits))
-    return np.rint(values * np.float32(65535 / (2**bits - 1))).astype(np.uint16)
+    return np.rint(values * np.float64(65535 / (2**bits - 1))).astype(np.uint16)
 
 
 def _unmultiplied(values: np.ndarray, page: Page) -> np.ndarray:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vae.errors import InputError
+from vae.errors import InputError, require
 
 MAXIMUM = {torch.uint8: 255, torch.uint16: 65535}
 DTYPES = {8: torch.uint8, 16: torch.uint16}  # bits -> dtype
@@ -34,11 +34,14 @@ def upright(pixels: Tensor, orientation: Any) -> Tensor:
 
 def from_array(image: "Image.Image | np.ndarray") -> Tensor:
     """uint8 or uint16 (C, H, W) of a Pillow image or an array (H, W) or (H, W, C), with the channels that it has."""
-    values = np.asarray(_without_palette(image) if isinstance(image, Image.Image) else image)
-    values = _as_unsigned(values)
+    is_picture = isinstance(image, Image.Image)
+    values = _as_unsigned(np.asarray(_without_palette(image) if is_picture else image))
     if values.ndim == 2:
         values = values[:, :, None]
-    return torch.from_numpy(np.array(values.transpose(2, 0, 1), order="C"))  # of its own: Pillow's is not to be written
+    pixels = torch.from_numpy(np.array(values.transpose(2, 0, 1), order="C"))  # a copy: Pillow's is not to be written
+    if is_picture and _is_deep(image) and "transparency" in image.info:
+        return with_clear(pixels, image.info["transparency"])
+    return pixels
 
 
 def with_clear(pixels: Tensor, key: Any) -> Tensor:
@@ -53,16 +56,14 @@ def as_channels(pixels: Tensor, channels: int) -> Tensor:
     given = len(pixels)
     if given == channels:
         return pixels
-    if {given, channels} <= {1, 2, 3, 4}:
-        if channels == 4:
-            colour = as_channels(pixels, 3) if given != 2 else pixels[:1].expand(3, -1, -1)
-            alpha = pixels[1:] if given == 2 else torch.full_like(pixels[:1], MAXIMUM[pixels.dtype])
-            return torch.cat([colour, alpha])
-        if given in (2, 4):
-            return as_channels(_by_rows(_composite, pixels, given - 1, pixels.dtype), channels)
-        if channels in (1, 3):
-            return pixels.expand(3, -1, -1) if given == 1 else _by_rows(_luma, pixels, 1, pixels.dtype)
-    raise InputError(f"{given} channels, expected {channels}")
+    require(given in (1, 2, 3, 4) and channels in (1, 3, 4), f"{given} channels", str(channels))
+    if channels == 4:
+        colour = as_channels(pixels, 3) if given != 2 else pixels[:1].expand(3, -1, -1)
+        alpha = pixels[1:] if given == 2 else torch.full_like(pixels[:1], MAXIMUM[pixels.dtype])
+        return torch.cat([colour, alpha])
+    if given in (2, 4):
+        return as_channels(_by_rows(_composite, pixels, given - 1, pixels.dtype), channels)
+    return pixels.expand(3, -1, -1) if given == 1 else _by_rows(_luma, pixels, 1, pixels.dtype)
 
 
 def as_depth(pixels: Tensor, bits: int) -> Tensor:
@@ -90,11 +91,16 @@ def _flattened(pixels: Tensor) -> Tensor:
 
 def _without_palette(image: Image.Image) -> Image.Image:
     """In a mode whose numbers are intensities: L, LA, RGB, RGBA, or deeper ones as they are."""
-    if image.mode == "F" or image.mode.startswith("I"):
+    if _is_deep(image):
         return image
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Of more than eight bits, of which Pillow converts none well."""
+    return image.mode == "F" or image.mode.startswith("I")
 
 
 def _as_unsigned(values: np.ndarray) -> np.ndarray:

@@ -62,7 +62,7 @@ class Store:
         """A copy is in use; files of others are left as they are."""
         if path.parent == self.folder:
             with suppress(OSError):
-                os.utime(path)
+                _use(path)
 
     def _copy_of(self, url: str, form: str) -> Path:
         """Of a local file another one where it has changed."""
@@ -82,6 +82,7 @@ class Store:
                 convert(source, partial)
             else:
                 source.replace(partial)
+            _use(partial)
             partial.replace(copy)
         finally:
             for left in (fetched, partial):
@@ -99,10 +100,15 @@ class Store:
         copies = [(status, file) for status, file in files if not file.name.startswith(".")]
         excess = sum(status.st_size for status, _ in copies) - self.limit
         for status, file in sorted(copies, key=lambda pair: pair[0].st_mtime_ns):
-            if excess <= 0 or file == newest:
-                return
-            file.unlink(missing_ok=True)  # who reads it keeps it open
-            excess -= status.st_size
+            if excess > 0 and file != newest:
+                file.unlink(missing_ok=True)  # who reads it keeps it open
+                excess -= status.st_size
+
+
+def _use(path: Path) -> None:
+    """Now, by a clock that is finer than the file system's own."""
+    now = time.time_ns()
+    os.utime(path, ns=(now, now))
 
 
 def from_remote(url: str, use: Callable[[BinaryIO], Result], tries: int = TRIES) -> Result:
