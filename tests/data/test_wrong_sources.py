@@ -89,6 +89,14 @@ def _indexed(index: str, **parts: str) -> Form:
     return write
 
 
+def _no_rows(root: Path) -> Given:
+    root.mkdir()
+    empty = table("train").select([])
+    empty.to_parquet(str(root / "a.parquet"))
+    with pa.ipc.new_stream(root / "a.arrow", empty.data.schema):
+        return {"root": str(root / "a.arrow"), **HUB}
+
+
 WRONG: dict[str, tuple[Form, str]] = {  # how it comes to be, what is said of it
     "no folder": (_named("{root}/none"), r"data\.root='.*/none': no such folder; name an existing"),
     "a file": (_file("a.txt", b""), r"data\.root='.*a\.txt': no such folder; name"),
@@ -101,6 +109,11 @@ WRONG: dict[str, tuple[Form, str]] = {  # how it comes to be, what is said of it
     "validation inside": (_inside, r"data\.validation_root='.*val' and data\.root=.*one in the other.*; name folders"),
     "no data set": (_named("{root}/none", **HUB), r"data\.root='.*/none': not to be had as a data set .*; name one of"),
     "empty data set": (_and(_folder_of("a"), **HUB), r"data\.root=.*: not to be had as a data set .*; name one of"),
+    "no rows": (_no_rows, r"data\.root='.*': no rows in its split 'train'; name another by data\.split"),
+    "no rows to stream": (
+        lambda root: _no_rows(root) | {"root": str(root / "a.parquet"), "streaming": True},
+        r"a\.parquet: no image in it or in any other of 1 shards; name others",
+    ),
     "no split": (_and(parquet, split="test"), r"data\.root=.*Unknown split.*data\.split names the split"),
     "no split to stream": (
         _and(parquet, split="test", streaming=True),

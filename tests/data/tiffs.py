@@ -58,11 +58,27 @@ def _overlapping() -> bytes:
     return written(tags | {273: [8] * 4000, 279: [2**20] * 4000}, bytes(2**20))
 
 
+def _many_channels() -> bytes:
+    """6 MB of strips that hold 6 GB."""
+    strip = zlib.compress(bytes(10 * 9_000 * 60))
+    tags = {
+        256: [9_000],
+        257: [10_000],
+        258: [8] * 60,
+        COMPRESSION: [DEFLATE],
+        262: [BLACK_IS_ZERO],
+        277: [60],
+        278: [10],
+    }
+    starts = [8 + number * len(strip) for number in range(1_000)]
+    return written(tags | {273: starts, 279: [len(strip)] * 1_000}, strip * 1_000)
+
+
 BOMBS: dict[str, Callable[[], bytes]] = {  # a reader that believes them takes a gigabyte or more
     "a TIFF tile larger than its image": lambda: _tiled(2**15, 2**15, 1, 8),
     "such a tile of 16-bit colour": lambda: _tiled(2**13, 2**14, 3, 16),
     "such a tile of five channels": lambda: _tiled(2**14, 2**14, 5, 8),
-    "a TIFF page of sixty channels": lambda: tiff((9_999, 9_999), [8] * 60, BLACK_IS_ZERO, b"", {}),
+    "a TIFF page of sixty channels": _many_channels,
     "a TIFF page without its pixels": lambda: tiff((9_999, 9_999), [16] * 3, RGB, b"", {}),
     "TIFF strips that are all the same": _overlapping,
 }

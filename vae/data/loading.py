@@ -54,34 +54,29 @@ class TrainingImages(Dataset[Sample]):
         self.source, self.order, self.config, self.channels, self.seed = source, order, config, channels, seed
         low, high = config.crop_scale or ([1.0, 1.0] if config.bucket_resolutions else [0.5, 1.0])
         self.augmentation = Augmentation((low, high), config.flip, config.rotation, config.colour)
-        self._unusable: dict[int, LeftOut] = {}
+        self._unusable: set[int] = set()  # listed once by each worker, and not tried again
 
     def __getitem__(self, pick: Pick) -> Sample:
         left_out: list[LeftOut] = []
+        reason = "all of them are listed in skipped.jsonl"
         for attempt in range(ATTEMPTS):
-            pixels = self._pixels(pick)
-            if isinstance(pixels, Tensor):
-                return Sample(pixels, pick.position, self.source.names[pick.number], left_out)
-            left_out.append(pixels)
-            pick = self.order.instead(pick, attempt)
-        raise InputError(f"{ATTEMPTS} images in a row cannot be used, the last: {left_out[-1].reason}")
-
-    def _pixels(self, pick: Pick) -> Tensor | LeftOut:
-        if pick.number not in self._unusable:
             try:
-                return self._cut(pick)
+                if pick.number not in self._unusable:
+                    return Sample(self._cut(pick), pick.position, self.source.names[pick.number], left_out)
             except ImageError as error:
+                reason = str(error)
+                self._unusable.add(pick.number)
                 name = self.source.names[pick.number]
-                self._unusable[pick.number] = LeftOut(name, str(error), not isinstance(error, TooSmallError))
-        return self._unusable[pick.number]
+                left_out.append(LeftOut(name, reason, not isinstance(error, TooSmallError)))
+            pick = self.order.instead(pick, attempt)
+        raise InputError(f"{ATTEMPTS} images in a row cannot be used, the last: {reason}")
 
     def _cut(self, pick: Pick) -> Tensor:
         pixels = self.source.open(pick.number, self.channels, self.config.bits)
         smallest = self.config.min_side or min(pick.size)
         _check_side(pixels, smallest, self.source, pick.number, "lower data.resolution, or allow it by data.min_side")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_for(self.seed, pick.position))
-            return random_crop(pixels, pick.size, self.augmentation)
+        draw = torch.Generator().manual_seed(seed_for(self.seed, pick.position))
+        return random_crop(pixels, pick.size, self.augmentation, draw)
 
 
 class HeldOutImages(Dataset[Sample]):

@@ -29,18 +29,20 @@ class Augmentation:
     colour: float = 0.0
 
 
-def random_crop(pixels: Tensor, size: tuple[int, int], augmentation: Augmentation) -> Tensor:
+def random_crop(
+    pixels: Tensor, size: tuple[int, int], augmentation: Augmentation, draw: torch.Generator | None = None
+) -> Tensor:
     """A random window of the aspect of `size` (height, width), resized to it; (C, *size) of the same dtype.
 
-    Never enlarged where the image has the pixels to give. Draws from torch's global generator.
+    Never enlarged where the image has the pixels to give. Without `draw` torch's global generator draws.
     """
     low, high = augmentation.scale
-    fraction = low + (high - low) * torch.rand(()).item()
-    angle = _draw_angle(augmentation.rotation)
+    fraction = low + (high - low) * _uniform(draw)
+    angle = augmentation.rotation * (2.0 * _uniform(draw) - 1.0) if augmentation.rotation else 0.0
     height, width = _spanned(size, angle)
     largest = min(pixels.shape[1] / height, pixels.shape[2] / width)
     unit = min(largest, max(1.0, fraction * largest))  # source pixels to one of the result
-    window = _window(pixels, round(height * unit), round(width * unit))
+    window = _window(pixels, round(height * unit), round(width * unit), draw)
     square = _working(window)
     if angle:
         square = TF.pad(square, [EDGE], padding_mode="edge")  # sizes are rounded, and filters reach over the border
@@ -48,10 +50,10 @@ def random_crop(pixels: Tensor, size: tuple[int, int], augmentation: Augmentatio
         square = TF.center_crop(square, [max(1, round(side * unit)) for side in size])
     if square.shape[1:] != size:
         square = TF.resize(square, list(size), InterpolationMode.BICUBIC, antialias=True)
-    if augmentation.flip and torch.rand(()).item() < 0.5:
+    if augmentation.flip and _uniform(draw) < 0.5:
         square = square.flip(2)
     if augmentation.colour:
-        square = _jitter(augmentation.colour)(square)
+        square = _jittered(square, augmentation.colour, _uniform(draw))
     return _finished(square, pixels.dtype)
 
 
@@ -73,7 +75,7 @@ def crop_to_multiple(pixels: Tensor, factor: int, path: str | Path) -> Tensor:
 
 def to_model_range(images: Tensor) -> Tensor:
     """uint8 [0, 255] or uint16 [0, 65535] -> float32 [-1, 1]."""
-    return images.float() / (MAXIMUM[images.dtype] / 2) - 1.0
+    return images.float().div_(MAXIMUM[images.dtype] / 2).sub_(1.0)
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -81,8 +83,8 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
 
 
-def _draw_angle(largest: float) -> float:
-    return largest * (2.0 * torch.rand(()).item() - 1.0) if largest else 0.0
+def _uniform(draw: torch.Generator | None) -> float:
+    return torch.rand((), generator=draw).item()
 
 
 def _spanned(size: tuple[int, int], angle: float) -> tuple[float, float]:
@@ -91,10 +93,10 @@ def _spanned(size: tuple[int, int], angle: float) -> tuple[float, float]:
     return size[0] * cosine + size[1] * sine, size[0] * sine + size[1] * cosine
 
 
-def _window(pixels: Tensor, height: int, width: int) -> Tensor:
+def _window(pixels: Tensor, height: int, width: int, draw: torch.Generator | None) -> Tensor:
     height, width = max(1, min(height, pixels.shape[1])), max(1, min(width, pixels.shape[2]))
-    left = int(torch.randint(0, pixels.shape[2] - width + 1, ()).item())
-    top = int(torch.randint(0, pixels.shape[1] - height + 1, ()).item())
+    left = int(torch.randint(0, pixels.shape[2] - width + 1, (), generator=draw).item())
+    top = int(torch.randint(0, pixels.shape[1] - height + 1, (), generator=draw).item())
     return pixels[:, top : top + height, left : left + width]
 
 
@@ -109,8 +111,12 @@ def _finished(pixels: Tensor, dtype: torch.dtype) -> Tensor:
     return (pixels.clamp(0.0, 1.0) * MAXIMUM[dtype]).round().to(dtype)
 
 
-def _jitter(strength: float) -> ColorJitter:
-    return ColorJitter(brightness=strength, contrast=strength, saturation=strength, hue=min(0.5, strength / 4))
+def _jittered(pixels: Tensor, strength: float, drawn: float) -> Tensor:
+    """torchvision draws from the global generator, which is put back."""
+    jitter = ColorJitter(brightness=strength, contrast=strength, saturation=strength, hue=min(0.5, strength / 4))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(drawn * 2**32))  # of the CPU alone
+        return jitter(pixels)
 
 
 def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
