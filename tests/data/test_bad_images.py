@@ -85,11 +85,7 @@ def test_thirty_kinds_and_more_were_tried():
 
 def test_none_of_them_takes_much_memory(tmp_path):
     """In an interpreter of its own, whose peak is that of these images."""
-    files = [
-        _write(tmp_path / f"{n}", BAD[kind][0], BAD[kind][1])
-        for n, kind in enumerate(BAD)
-        if not _mkdir(tmp_path / f"{n}")
-    ]
+    files = [_write(tmp_path, f"{number}{suffix}", write) for number, (suffix, write) in enumerate(BAD.values())]
     run = subprocess.run(
         [sys.executable, "-m", "tests.data.test_bad_images", *map(str, files)], cwd=ROOT, capture_output=True, text=True
     )
@@ -97,10 +93,6 @@ def test_none_of_them_takes_much_memory(tmp_path):
     grown = json.loads(run.stdout)
     print(f"{grown / 1e6:.0f} MB for {len(files)} images")
     assert grown < MOST_MEMORY
-
-
-def _mkdir(folder: Path) -> None:
-    folder.mkdir()
 
 
 def test_channels_are_what_is_asked_for(tmp_path):

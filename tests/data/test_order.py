@@ -140,6 +140,7 @@ def test_a_missing_or_empty_folder_is_refused_by_key_and_name(tmp_path, name):
         ({"crop_scale": [0.9, 0.1]}, "data.crop_scale"),
         ({"root": None}, "data.root is not set"),
         ({"source": "photos"}, "data.root="),
+        ({"split": "test"}, "data.split='test' with data.source='folder'"),
     ],
 )
 def test_impossible_data_configurations_are_refused_by_key(change, key):

@@ -1,6 +1,7 @@
 """Images that cannot be read: never replaced, listed and excluded, and the status says so."""
 
 import csv
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,3 +72,13 @@ def test_small_images_are_measured_enlarged_unless_min_side_leaves_them_out(conf
     assert "small.png" in rows(evaluate(config))
     filtered = replace(config, name="filtered", allow_left_out=True, data=replace(config.data, min_side=32))
     assert "small.png" not in rows(evaluate(filtered))
+
+
+def test_a_name_that_is_no_text_is_measured_and_written(config, tmp_path):
+    odd = os.fsencode(str(config.data.root)) + b"/caf\xe9.png"
+    Path(os.fsdecode(odd)).write_bytes((Path(str(config.data.root)) / "1.png").read_bytes())
+    folder = evaluate(config)
+    assert b"caf\xe9.png" in (folder / "images.csv").read_bytes()
+    damage(config, os.fsdecode(b"caf\xe9.png"))
+    with pytest.raises(Stopped, match=r"caf\\udce9\.png"):
+        evaluate(replace(config, name="damaged"))

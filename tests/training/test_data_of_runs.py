@@ -1,6 +1,8 @@
 """Whole runs on data as they are: of forty sizes, partly corrupt, grey, with alpha, of many channels, of 16 bits."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,3 +170,19 @@ def test_a_source_of_ones_own_trains_and_resumes_by_its_names(tmp_path):
     assert train(replace(config, updates=9), sources) == folder
     with pytest.raises(InputError, match="added, removed or renamed"):
         train(replace(config, updates=12), (Drawn(["x", *sources[0].names]), sources[1]))
+
+
+def test_a_disk_that_fails_stops_the_run_and_costs_no_image(tmp_path, of_forty_sizes, monkeypatch):
+    original = Path.read_bytes
+
+    def failing(path: Path) -> bytes:
+        if path.name == "7.png":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return original(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    with pytest.raises(InputError, match=r"7\.png: Input/output error; see to the machine"):
+        train(replace(on(small_run(tmp_path), of_forty_sizes), updates=40))
+    assert not (tmp_path / "run" / "skipped.jsonl").exists()
+    monkeypatch.undo()
+    train(replace(on(small_run(tmp_path), of_forty_sizes), updates=40))

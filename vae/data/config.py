@@ -62,7 +62,7 @@ class DataConfig:
 
     def of_folder(self, root: str) -> "DataConfig":
         """The same with every image of a folder, to validate on."""
-        nowhere = {"validation_split": None, "column": None, "streaming": False}
+        nowhere = {"split": "train", "validation_split": None, "column": None, "streaming": False}
         return replace(self, source="folder", root=root, validation_root=root, **nowhere)
 
     def _check_source(self) -> None:
@@ -74,6 +74,7 @@ class DataConfig:
         else:
             require(self.root is not None, "data.root is not set", f"{WANTED[self.source]}, e.g. data.root=photos")
         require(hub or not self.streaming, f"data.streaming=true {given}", "it with data=huggingface only")
+        require(hub or self.split == "train", f"data.split={self.split!r} {given}", "it with data=huggingface only")
         require(hub or self.validation_split is None, f"data.validation_split {given}", "data.validation_root")
         require(not hub or self.validation_root is None, f"data.validation_root {given}", "data.validation_split")
         has_columns = hub or self.source == "list"

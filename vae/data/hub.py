@@ -1,7 +1,6 @@
 """Data sets of Hugging Face `datasets`: by hub name, or folders of images, parquet and arrow on disk."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import pyarrow.compute as pc
 import xxhash
 
 from vae.data.images import Encoded
-from vae.data.names import Names
+from vae.data.names import Computed, Names
 from vae.data.sources import Source
 from vae.errors import InputError
 
@@ -33,7 +32,11 @@ class Rows(Source):
         except (pa.ArrowException, TypeError, ValueError) as error:
             kind = type(dataset.features[self._column]).__name__
             raise InputError(f"data.column={self._column!r}: no images ({kind}); name a column of images") from error
-        self._split, self.names = split, Numbered(split, len(dataset))
+        self._split, self.names = split, Computed(len(dataset), self.name)
+
+    def name(self, index: int) -> str:
+        """ "split/00000000", and so on"""
+        return f"{self._split}/{index:08d}"
 
     def read(self, index: int) -> Encoded:
         value = self._rows[index][self._column] or {}
@@ -49,21 +52,6 @@ class Rows(Source):
         digest = xxhash.xxh3_128(f"{self._split} {len(self)} {_relative(paths).fingerprint()}".encode())
         digest.update(pc.fill_null(lengths, -1).cast(pa.int64()).to_numpy())
         return digest.hexdigest()
-
-
-class Numbered(Sequence[str]):
-    """ "split/00000000", and so on"""
-
-    def __init__(self, prefix: str, length: int) -> None:
-        self._prefix, self._length = prefix, length
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if not 0 <= index < self._length:
-            raise IndexError(index)
-        return f"{self._prefix}/{index:08d}"
 
 
 def hub_source(root: str, split: str, column: str | None, key: str = "data.root") -> Rows:

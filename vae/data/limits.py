@@ -1,6 +1,9 @@
 """What is accepted as an image, before anything of it is decoded, and the one error for what is not."""
 
+import errno
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from vae.errors import InputError
@@ -9,6 +12,7 @@ MAX_PIXELS = 100_000_000
 MAX_CHANNELS = 4  # of an image of so many pixels; smaller ones may have more
 MAX_BYTES = 200_000_000
 MIN_SIDE, MAX_ASPECT = 8, 20
+OF_THE_FILE = {None, errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 
 class ImageError(InputError):
@@ -16,8 +20,29 @@ class ImageError(InputError):
 
 
 def refusal(label: str, reason: str, remedy: str = "replace or remove it") -> ImageError:
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in label)
-    return ImageError(f"{shown}: {reason}; {remedy}")
+    return ImageError(f"{printable(label)}: {reason}; {remedy}")
+
+
+def printable(name: str) -> str:
+    """File names may hold what moves the cursor, and bytes that are no text."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
+
+
+@contextmanager
+def machine_apart(name: str) -> Iterator[None]:
+    """An ImageError where the image is at fault, which will be so again; any other error where the machine is.
+
+    A file system that went away, or memory that ran out, must not cost images that are whole.
+    """
+    try:
+        yield
+    except (ImageError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, ImageError) else error
+        failed = isinstance(cause, OSError) and cause.errno not in OF_THE_FILE
+        if failed or isinstance(cause, MemoryError) or not isinstance(error, ImageError):
+            reason = getattr(cause, "strerror", None) or type(cause).__name__
+            raise InputError(f"{printable(name)}: {reason}; see to the machine and give the command again") from error
+        raise
 
 
 def check_status(path: Path, label: str) -> None:

@@ -1,7 +1,7 @@
 """Names of images by the million, and choices among them that depend on a name alone."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -59,6 +59,19 @@ class Names(Sequence[str]):
             digest.update(np.diff(ends).tobytes())
             digest.update(memoryview(data)[ends[0] : ends[-1]])
         return digest.hexdigest()
+
+
+class Computed(Sequence[str]):
+    """`name_of(number)` for numbers from 0 to below `length`, as they are asked for."""
+
+    def __init__(self, length: int, name_of: Callable[[int], str]) -> None:
+        self._length, self._name_of = length, name_of
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._name_of(range(self._length)[index])
 
 
 def split_by_hash(names: Names, fraction: float) -> tuple[np.ndarray, np.ndarray]:

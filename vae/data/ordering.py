@@ -25,7 +25,7 @@ def order_of(  # noqa: PLR0917
     """`group` images make an update; sides of buckets are multiples of `multiple`; `track` shows how far sizes are."""
     square = (config.resolution, config.resolution)
     if config.bucket_resolutions:
-        sizes = np.array(list(track(_sizes(source), len(source))), dtype=np.int64)
+        sizes = np.fromiter(track(_sizes(source), len(source)), np.dtype((np.int64, 2)), len(source))
         shapes = [bucket_shapes(side, config.bucket_loss, multiple) for side in config.bucket_resolutions]
         order = BucketOrder(sizes, shapes, config.bucket_loss, group, seed)
         if not len(order.placed):

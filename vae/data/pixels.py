@@ -52,7 +52,7 @@ def with_clear(pixels: Tensor, key: Any) -> Tensor:
 
 
 def as_channels(pixels: Tensor, channels: int) -> Tensor:
-    """Grey to RGB and back, alpha composited on white, made opaque, or kept."""
+    """Grey to RGB and back, alpha composited on white, made opaque, or kept. Two channels are grey and alpha."""
     given = len(pixels)
     if given == channels:
         return pixels

@@ -12,6 +12,7 @@ import xxhash
 
 from vae.data.images import Encoded
 from vae.data.limits import check_length
+from vae.data.names import Computed
 from vae.data.sources import Source
 from vae.data.store import SCHEME, AbsentError, Store, base_name, from_remote
 from vae.data.tables import rows_in, table_to_tar
@@ -65,11 +66,8 @@ class Shards(Source):
         self.urls, self.counts = [url for url, _ in kept], [count for _, count in kept]
         self.shards = self.counts
         self.archives = archives
-        self.names = _Named(self)
         self._ends = np.cumsum(self.counts, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        self.names = Computed(sum(self.counts), self.name)
 
     def place(self, index: int) -> tuple[int, int]:
         """(number of the shard, number within it)"""
@@ -143,21 +141,6 @@ class _Archive:
 
     def read(self, index: int) -> bytes:
         return os.pread(self.number, self.length(index), int(self.members.offsets[index]))
-
-
-class _Named(Sequence[str]):
-    """The names of all, from the shards as they are asked for."""
-
-    def __init__(self, shards: Shards) -> None:
-        self._shards = shards
-
-    def __len__(self) -> int:
-        return len(self._shards)
-
-    def __getitem__(self, index: int) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return self._shards.name(index)
 
 
 def _counted(urls: Sequence[str], archives: Archives, note: Callable[[str], None]) -> list[int]:

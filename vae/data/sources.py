@@ -12,7 +12,8 @@ import xxhash
 from torch import Tensor
 
 from vae.data.images import EXTENSIONS, Encoded, image_size, open_image
-from vae.data.names import Names
+from vae.data.limits import machine_apart
+from vae.data.names import Computed, Names
 from vae.errors import InputError
 
 TRAINING_PHOTOS = (
@@ -53,12 +54,14 @@ class Source(ABC):
         return self.names[index]
 
     def open(self, index: int, channels: int = 3, bits: int = 8) -> Tensor:
-        """Pixels (C, H, W), as `open_image` makes them."""
-        return open_image(self.read(index), channels, bits, self.label(index))
+        """Pixels (C, H, W), as `open_image` makes them; ImageError where the image is at fault."""
+        with machine_apart(self.label(index)):
+            return open_image(self.read(index), channels, bits, self.label(index))
 
     def size(self, index: int) -> tuple[int, int]:
         """(height, width) without decoding."""
-        return image_size(self.read(index), self.label(index))
+        with machine_apart(self.label(index)):
+            return image_size(self.read(index), self.label(index))
 
     def fingerprint(self) -> str:
         """Differs when images are added, removed, renamed or put into another order."""
@@ -98,7 +101,10 @@ class Part(Source):
 
     def __init__(self, whole: Source, indices: np.ndarray) -> None:
         self.whole, self.indices = whole, indices
-        self.names = _Chosen(whole.names, indices)
+        self.names = Computed(len(indices), self.name)
+
+    def name(self, index: int) -> str:
+        return self.whole.names[int(self.indices[index])]
 
     def read(self, index: int) -> Encoded:
         return self.whole.read(int(self.indices[index]))
@@ -108,17 +114,6 @@ class Part(Source):
 
     def fingerprint(self) -> str:
         return xxhash.xxh3_128(self.whole.fingerprint().encode() + self.indices.tobytes()).hexdigest()
-
-
-class _Chosen(Sequence[str]):
-    def __init__(self, names: Sequence[str], indices: np.ndarray) -> None:
-        self._names, self._indices = names, indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self._names[int(self._indices[index])]
 
 
 def folder_source(root: str | Path, key: str = "data.root") -> Files:

@@ -129,7 +129,10 @@ def _write(folder: Path, rows: list[Row], measured: list[str], result: dict[str,
         "library": library,
     } | result
     write_text(folder / "metrics.json", json.dumps(document, indent=2, allow_nan=False) + "\n")
-    with replacing(folder / "images.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
+    with (
+        replacing(folder / "images.csv") as partial,
+        partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         writer = csv.DictWriter(file, ["image", "model", *measured])
         writer.writeheader()
         writer.writerows(rows)

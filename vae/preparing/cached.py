@@ -1,7 +1,6 @@
 """The latents that `vae cache-latents` wrote, as a data set to train a diffusion model on."""
 
 import json
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch.utils.data import Dataset
 
 from vae.checkpoints.latentfile import SCALE_KEYS
 from vae.checkpoints.tensorfile import read_index
+from vae.data.names import Computed
 from vae.data.shards import INDEX
 from vae.errors import InputError
 from vae.latents import scale_latents, unscale_latents
@@ -46,7 +46,7 @@ class LatentShards(Dataset[Tensor]):
         self._check_there(sizes)
         self._ends = np.cumsum(self.counts, dtype=np.int64)
         self._mapped: dict[int, dict[str, Tensor]] = {}
-        self.names: Sequence[str] = _Names(self)
+        self.names = Computed(len(self), self.name)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self.counts else 0
@@ -67,6 +67,10 @@ class LatentShards(Dataset[Tensor]):
     def __getstate__(self) -> dict[str, Any]:
         """Workers that are not forked map the files themselves."""
         return self.__dict__ | {"_mapped": {}}
+
+    def name(self, number: int) -> str:
+        shard, row = self.place(number)
+        return _names_in(self.folder / self.shards[shard])[row]
 
     def place(self, number: int) -> tuple[int, int]:
         """(number of the shard, row in it)"""
@@ -91,20 +95,6 @@ class LatentShards(Dataset[Tensor]):
                 raise InputError(f"{file}: no such file; restore it, or make it again by vae cache-latents")
             if file.stat().st_size != size:
                 raise _damaged(file, f"{file.stat().st_size:,} bytes, expected {size:,}")
-
-
-class _Names(Sequence[str]):
-    """From the shards as they are asked for."""
-
-    def __init__(self, latents: LatentShards) -> None:
-        self._latents = latents
-
-    def __len__(self) -> int:
-        return len(self._latents)
-
-    def __getitem__(self, number: int) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
-        shard, row = self._latents.place(number)
-        return _names_in(self._latents.folder / self._latents.shards[shard])[row]
 
 
 @lru_cache(maxsize=LISTS)

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from vae.data.images import EXTENSIONS, image_size, open_image
-from vae.data.limits import ImageError
+from vae.data.limits import ImageError, machine_apart
 from vae.data.pictures import to_picture
 from vae.data.sources import Source
 from vae.data.tables import add_member
@@ -21,7 +21,7 @@ from vae.data.transforms import BICUBIC
 from vae.errors import require
 from vae.preparing.jobs import Job, Json, Made, make
 from vae.preparing.processes import Advance, spread
-from vae.preparing.reading import Dropped, machine_apart, unreadable
+from vae.preparing.reading import Dropped, unreadable
 
 SUFFIX = ".tar"
 SMALL, LONG, RESIZED, KEPT = "too small", "too long", "made smaller", "kept as they are"

@@ -1,9 +1,6 @@
-"""Images read one by one, those that cannot be used set aside; whose fault it is that one cannot be read."""
+"""Images read one by one, those that cannot be used set aside."""
 
-import errno
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -11,13 +8,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vae.data.images import open_image
-from vae.data.limits import ImageError
+from vae.data.limits import ImageError, machine_apart
 from vae.data.sources import Source
 from vae.data.transforms import center_crop
 from vae.errors import InputError
 
 UNREADABLE = "unreadable"
-OF_THE_FILE = {None, errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 ADDRESS = re.compile(r" object at 0x[0-9a-f]+")  # of Pillow's messages: another one each time
 
 
@@ -28,23 +24,6 @@ class Dropped(NamedTuple):
     name: str
     why: str
     message: str
-
-
-@contextmanager
-def machine_apart(name: str) -> Iterator[None]:
-    """An ImageError where the image is at fault, which will be so again; any other error where the machine is.
-
-    A file system that went away, or memory that ran out, must not cost images that are whole.
-    """
-    try:
-        yield
-    except (ImageError, OSError) as error:
-        cause = error.__cause__ if isinstance(error, ImageError) else error
-        failed = isinstance(cause, OSError) and cause.errno not in OF_THE_FILE
-        if failed or isinstance(cause, MemoryError) or not isinstance(error, ImageError):
-            reason = getattr(cause, "strerror", None) or type(cause).__name__
-            raise InputError(f"{name}: {reason}; see to the machine and give the command again") from error
-        raise
 
 
 def unreadable(source: Source, number: int, error: ImageError) -> Dropped:

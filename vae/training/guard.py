@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vae.data.limits import printable
 from vae.data.loading import Batch
 from vae.errors import NOT_FINITE, InputError, Stopped, require
 from vae.training.console import warn
@@ -162,4 +163,4 @@ def _loss_scale(training: "Training") -> float | None:
 
 def _some(names: list[str]) -> str:
     rest = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {rest} more" if rest > 0 else "")
+    return ", ".join(map(printable, names[:NAMED])) + (f" and {rest} more" if rest > 0 else "")

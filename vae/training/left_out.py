@@ -9,6 +9,7 @@ import lightning
 from lightning.pytorch import Callback
 
 from vae.checkpoints.safe import write_text
+from vae.data.limits import printable
 from vae.data.loading import LeftOut
 from vae.training.console import warn
 from vae.training.stopping import StopRequests
@@ -60,7 +61,8 @@ class LeftOutImages(Callback):
         if not new:
             return
         if not self._known:
-            warn(f"warning: some images are left out; they are listed in {self._file}. The first: {next(iter(new))}")
+            first = printable(next(iter(new)))
+            warn(f"warning: some images are left out; they are listed in {self._file}. The first: {first}")
         self._known |= new.keys()
         if of == "training":
             self._corrupt |= {one.name for one in new.values() if one.is_corrupt}

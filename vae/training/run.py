@@ -100,7 +100,8 @@ def _loaders(
     """Training batches from update `done` on, and this process's share of the validation images."""
     images, held_out = sources
     together, factor = images_per_update(config, trainer), config.model.downsample_factor
-    order = order_of(images, config.data, config.seed, together, factor, measuring)
+    show = measuring if trainer.is_global_zero else lambda sizes, _: sizes
+    order = order_of(images, config.data, config.seed, together, factor, show)
     if trainer.is_global_zero and isinstance(order, BucketOrder):
         left_out.add(without_bucket(images, order), "training", done)
     sampler = EndlessSampler(order, done * together, trainer.global_rank, trainer.world_size)
