@@ -7,6 +7,7 @@ from typing import cast
 
 import pytest
 import torch
+from PIL import Image
 
 from evaluate import main as evaluate_main
 from tests.presets import CONFIGS
@@ -147,8 +148,11 @@ def test_a_corrupt_image_met_by_a_data_worker_is_one_line(command, capsys, tmp_p
     folder.mkdir()
     for number in range(3):
         (folder / f"{number}.png").write_text("not an image")
+    (tmp_path / "others").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "others" / "whole.png")
     overrides = ["model=tiny", "data=folder", f"data.root={folder}", "data.resolution=32", "loss=plain"]
     small = [
+        f"data.validation_root={tmp_path}/others",
         "data.workers=1",
         "loss.weights.perceptual=0",
         "trainer.accelerator=cpu",

@@ -116,6 +116,8 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         named = bool(self.models) and all(isinstance(model, str) for model in self.models)
         require(named, f"model={self.model!r}", "a path or a list of paths, e.g. model=runs/first")
+        whole = not self.data.bucket_resolutions
+        require(whole, f"data.bucket_resolutions={self.data.bucket_resolutions}", "none: squares are measured")
         known = bool(self.metrics) and set(self.metrics) <= set(PAIRED_METRICS)
         require(known, f"metrics={self.metrics}", f"some of {list(PAIRED_METRICS)}")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vae.data.buckets import MAX_ASPECT, BucketOrder, bucket_shapes, lost_area
-from vae.data.order import EndlessSampler
+from vae.data.order import NEAR, EndlessSampler
 
 GROUP = 6
 
@@ -39,13 +39,23 @@ def test_every_image_up_to_three_to_one_has_a_bucket_that_costs_no_more_than_sta
     assert all(0.75 < h * w / resolution**2 < 1.3 for h, w in shapes)
 
 
-def test_an_epoch_shows_every_image_and_repeats_fewer_than_a_group_of_each_bucket(sizes):
+def test_every_bucket_shows_all_its_images_before_any_again_and_none_more_often(sizes):
     order = _order(sizes)
-    for epoch in range(3):
-        shown = Counter(int(index) for index, _ in order._planned(epoch))
-        assert set(shown) == set(order.placed)
-        assert order.epoch_length(epoch) % GROUP == 0
-        assert sum(shown.values()) - len(shown) < GROUP * len(order.shapes)
+    picks = [order.pick(position) for position in range(GROUP * 500)]
+    for shape, members in zip(order.shapes, order.members, strict=True):
+        shown = [pick.number for pick in picks if pick.size == shape]
+        for start in range(0, len(shown) - len(members), len(members)):
+            assert set(shown[start : start + len(members)]) == set(members)
+    seen = Counter(pick.number for pick in picks)
+    expected = len(picks) / len(order.placed)
+    assert all(abs(seen[number] - expected) <= 4 for number in order.placed.tolist())
+
+
+def test_a_bucket_with_fewer_images_than_an_update_is_not_shown_more_often_than_others():
+    sizes = np.array([[200, 200]] * 60 + [[200, 90]] * 2)
+    order = BucketOrder(sizes, [bucket_shapes(64, 0.1, 8)], 0.1, group=16, seed=0)
+    seen = Counter(order.index_at(position) for position in range(16 * 2000))
+    assert max(seen.values()) / min(seen.values()) < 1.1
 
 
 def test_every_group_has_one_shape_that_none_of_its_images_is_enlarged_for(sizes):
@@ -79,9 +89,8 @@ def test_ranks_share_each_group_of_the_order(sizes):
 def test_an_image_is_seen_at_every_resolution_that_it_is_large_enough_for(sizes):
     order = _order(sizes, (64, 128, 2048))
     large = int(np.argmax(sizes.min(axis=1)))
-    seen = {
-        order.shapes[shape] for epoch in range(40) for index, shape in order._planned(epoch).tolist() if index == large
-    }
+    picks = [order.pick(position) for position in range(300 * 40)]
+    seen = {pick.size for pick in picks if pick.number == large}
     areas = sorted(round((h * w) ** 0.5 / 64) for h, w in seen)
     assert areas == [1, 2]
 
@@ -95,8 +104,9 @@ def test_another_image_in_the_place_of_one_has_the_same_shape(sizes):
     order = _order(sizes, (96, 128))
     for position in range(50):
         pick = order.pick(position)
-        for attempt in range(5):
+        for attempt in range(40):
             other = order.instead(pick, attempt)
             assert (other.position, other.size) == (pick.position, pick.size)
             assert (sizes[other.number] >= pick.size).all()
+            assert attempt >= NEAR or lost_area(sizes[other.number][None], pick.size)[0] <= 0.1
     assert torch.initial_seed() == 0

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from vae.data.config import DataConfig
 from vae.data.loading import Batch, shut_down, training_loader
 from vae.data.opening import open_sources
-from vae.data.order import EndlessSampler, Order, ShardedOrder
+from vae.data.order import NEAR, EndlessSampler, Order, ShardedOrder
 from vae.data.ordering import order_of
 from vae.data.sources import Source
 from vae.data.tables import add_member
@@ -82,12 +82,15 @@ def test_a_start_anywhere_goes_on_in_the_same_order(lengths):
     assert [order.index_at(position) for position in (400, 7, 599, 0)] == [whole[at] for at in (400, 7, 599, 0)]
 
 
-def test_an_image_that_cannot_be_used_is_replaced_from_its_own_shard():
+def test_an_image_that_cannot_be_used_is_replaced_from_its_own_shard_and_at_last_from_any():
     order, ends = _order(LENGTHS, 4), np.cumsum(LENGTHS)
     for position in range(40):
         pick = order.pick(position)
-        others = {order.instead(pick, attempt).number for attempt in range(50)}
-        assert len({int(np.searchsorted(ends, number, side="right")) for number in {pick.number, *others}}) == 1
+        near, far = (
+            {order.instead(pick, attempt).number for attempt in some} for some in (range(NEAR), range(NEAR, 99))
+        )
+        assert len({int(np.searchsorted(ends, number, side="right")) for number in {pick.number, *near}}) == 1
+        assert len({int(np.searchsorted(ends, number, side="right")) for number in far}) > 1
 
 
 @pytest.mark.parametrize("lanes", [2, 4, 6])

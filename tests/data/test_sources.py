@@ -107,7 +107,7 @@ def test_a_fingerprint_tells_of_images_added_removed_and_renamed(form, tmp_path)
     first = sorted(several.glob("train*.t*" if form in {"txt", "tars"} else "*.png"))[0]
     if form == "txt":
         lines = first.read_text().split()
-        changes = [[*lines, "val/12.png"], lines[:-1], ["./" + lines[0], *lines[1:]], lines[::-1]]
+        changes = [[*lines, "val/new.png"], lines[:-1], ["./" + lines[0], *lines[1:]], lines[::-1]]
         for changed in changes:
             first.write_text("\n".join(changed))
             seen.append(_fingerprint(tmp_path, given))

@@ -109,12 +109,12 @@ WRONG: dict[str, tuple[Form, str]] = {  # how it comes to be, what is said of it
     "validation inside": (_inside, r"data\.validation_root='.*val' and data\.root=.*one in the other.*; name folders"),
     "no data set": (_named("{root}/none", **HUB), r"data\.root='.*/none': not to be had as a data set .*; name one of"),
     "empty data set": (_and(_folder_of("a"), **HUB), r"data\.root=.*: not to be had as a data set .*; name one of"),
-    "no rows": (_no_rows, r"data\.root='.*': no rows in its split 'train'; name another by data\.split"),
+    "no rows": (_no_rows, r"data\.root='.*': no rows in data\.split='train'; name another split"),
     "no rows to stream": (
         lambda root: _no_rows(root) | {"root": str(root / "a.parquet"), "streaming": True},
         r"a\.parquet: no image in it or in any other of 1 shards; name others",
     ),
-    "no split": (_and(parquet, split="test"), r"data\.root=.*Unknown split.*data\.split names the split"),
+    "no split": (_and(parquet, split="test"), r"data\.root=.*Unknown split.*data\.split='test' names the split"),
     "no split to stream": (
         _and(parquet, split="test", streaming=True),
         r"data\.split='test': .* has train, validation; name one",

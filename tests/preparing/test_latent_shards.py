@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 import vae
@@ -63,7 +64,7 @@ def test_posteriors_are_drawn_from_anew_in_every_epoch_and_by_the_seed(cached):
 def test_draws_have_the_mean_and_the_spread_of_the_posterior(cached):
     latents = vae.LatentShards(cached("--dtype", "float32"), scaled=False)
     draws = torch.stack([latents[0] for _ in range(4000)])
-    stored = latents._tensors(0)
+    stored = load_file(latents.folder / latents.shards[0])
     std = (stored["logvar"][0] / 2).exp()
     assert ((draws.mean(dim=0) - stored["mean"][0]) / std).abs().max() < 5 / 4000**0.5
     torch.testing.assert_close(draws.std(dim=0), std, rtol=0.06, atol=0)
@@ -71,7 +72,9 @@ def test_draws_have_the_mean_and_the_spread_of_the_posterior(cached):
 
 def test_half_of_the_accesses_give_the_mirrored_image(cached):
     latents = vae.LatentShards(cached("--sample", 0, "--flip"))
-    plain, mirrored = (latents._tensors(0)[name][0].float() for name in ("latents", "latents_flipped"))
+    plain, mirrored = (
+        load_file(latents.folder / latents.shards[0])[name][0].float() for name in ("latents", "latents_flipped")
+    )
     drawn = [vae.unscale_latents(latents[0][None], latents.config)[0] for _ in range(200)]
     flips = [torch.allclose(one, mirrored, atol=1e-5) for one in drawn]
     assert all(flip != torch.allclose(one, plain, atol=1e-5) for flip, one in zip(flips, drawn, strict=True))

@@ -1,8 +1,5 @@
 """Whole runs on data as they are: of forty sizes, partly corrupt, grey, with alpha, of many channels, of 16 bits."""
 
-import errno
-import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,32 +9,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tests.conftest import read_json, without_adversary
+from tests.conftest import read_json
 from tests.training.harness import small_run
+from tests.training.images import noise, on, save, with_corrupt_ones
 from tests.training.test_processes import of_processes, outcome, run
-from vae.config import TrainConfig
 from vae.data.buckets import bucket_shapes, lost_area
-from vae.data.config import DataConfig
 from vae.data.images import image_size
 from vae.data.sources import Source
-from vae.errors import InputError, Stopped
-from vae.training.manifest import newest_whole
+from vae.errors import InputError
 from vae.training.run import train
-
-
-def noise(height: int, width: int, seed: int, channels: int = 3) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
-
-
-def save(folder: Path, name: str, values: np.ndarray) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(values).save(folder / name)
-
-
-def on(config: TrainConfig, root: Path, **data: object) -> TrainConfig:
-    """`config` on a folder, validated on what lies in its `val`."""
-    chosen = DataConfig(source="folder", root=str(root), resolution=32, batch_size=2, workers=0)
-    return replace(config, data=replace(chosen, **data))
 
 
 @pytest.fixture
@@ -75,65 +55,6 @@ def test_compiling_and_buckets_are_refused_together(of_forty_sizes, tmp_path):
         replace(on(small_run(tmp_path), of_forty_sizes, bucket_resolutions=[32]), compile=True)
 
 
-def _with_corrupt_ones(folder: Path, whole: int, corrupt: int) -> set[str]:
-    for number in range(whole):
-        save(folder / "train", f"{number:03}.png", noise(40, 44, number))
-    save(folder / "val", "a.png", noise(40, 40, 999))
-    damaged = {f"{number:03}.png" for number in np.random.default_rng(3).choice(whole, corrupt, replace=False)}
-    for name in damaged:
-        data = (folder / "train" / name).read_bytes()
-        (folder / "train" / name).write_bytes(data[: len(data) // 2])
-    return damaged
-
-
-def listed(folder: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
-
-
-def test_five_in_a_hundred_corrupt_images_of_four_hundred_are_replaced_and_listed_exactly(tmp_path):
-    damaged = _with_corrupt_ones(tmp_path / "images", 400, 20)
-    config = on(small_run(tmp_path / "runs"), tmp_path / "images", batch_size=40)
-    config = without_adversary(replace(config, updates=20, validate_every=10))  # two epochs
-    folder = train(config)
-    assert {row["image"] for row in listed(folder)} == damaged
-    assert len(listed(folder)) == 20
-    assert all(row["corrupt"] and str(row["image"]) in str(row["reason"]) for row in listed(folder))
-    again = train(replace(config, output=str(tmp_path / "again"), data=replace(config.data, workers=2)))
-    losses = [(path / "metrics.csv").read_text() for path in (folder, again)]
-    assert losses[0] == losses[1]
-
-
-def test_more_corrupt_images_than_allowed_stop_the_run_with_status_3_and_a_checkpoint(tmp_path):
-    _with_corrupt_ones(tmp_path / "images", 40, 20)
-    config = on(small_run(tmp_path / "runs"), tmp_path / "images", batch_size=8, max_corrupt=0.3)
-    with pytest.raises(Stopped, match=r"data\.max_corrupt") as stop:
-        train(replace(config, updates=100, validate_every=100))
-    assert stop.value.code == 3
-    folder = tmp_path / "runs" / "run"
-    newest_whole(folder / "checkpoints")
-    assert 12 < len(listed(folder)) <= 20
-    before = {row["image"] for row in listed(folder)}
-    train(replace(config, updates=12, validate_every=6, data=replace(config.data, max_corrupt=0.6)))
-    assert len(listed(folder)) == len({row["image"] for row in listed(folder)}) >= len(before)
-
-
-def test_nothing_but_corrupt_images_is_an_error_at_once(tmp_path):
-    _with_corrupt_ones(tmp_path / "images", 12, 12)
-    with pytest.raises(InputError, match=r"100 images in a row cannot be used, the last: .*png"):
-        train(on(small_run(tmp_path / "runs"), tmp_path / "images"))
-
-
-def test_images_too_small_are_left_out_of_training_unless_they_may_be_enlarged(tmp_path):
-    for number in range(12):
-        save(tmp_path / "images" / "train", f"{number}.png", noise(20 + 4 * number, 70, number))
-    save(tmp_path / "images" / "val", "a.png", noise(16, 20, 99))
-    folder = train(on(small_run(tmp_path / "runs"), tmp_path / "images"))
-    assert {row["image"] for row in listed(folder)} == {"0.png", "1.png", "2.png"}
-    assert not any(row["corrupt"] for row in listed(folder))
-    enlarged = train(on(small_run(tmp_path / "enlarged"), tmp_path / "images", min_side=1))
-    assert not (enlarged / "skipped.jsonl").exists()
-
-
 @pytest.mark.parametrize(("channels", "bits"), [(1, 8), (4, 8), (6, 8), (3, 16), (1, 16)])
 def test_images_of_other_channels_and_depths_train_and_are_pictured(tmp_path, channels, bits):
     depth = {8: np.uint8, 16: np.uint16}[bits]
@@ -168,21 +89,35 @@ def test_a_source_of_ones_own_trains_and_resumes_by_its_names(tmp_path):
     sources = Drawn([f"{number}" for number in range(9)]), Drawn(["a", "b"])
     folder = train(config, sources)
     assert train(replace(config, updates=9), sources) == folder
-    with pytest.raises(InputError, match="added, removed or renamed"):
+    with pytest.raises(InputError, match="added, removed, renamed or changed"):
         train(replace(config, updates=12), (Drawn(["x", *sources[0].names]), sources[1]))
 
 
-def test_a_disk_that_fails_stops_the_run_and_costs_no_image(tmp_path, of_forty_sizes, monkeypatch):
-    original = Path.read_bytes
+def test_training_and_validation_on_the_same_images_is_refused(tmp_path):
+    with_corrupt_ones(tmp_path / "images", 20, 0)
+    root = tmp_path / "images" / "train"
+    with pytest.raises(InputError, match="training and validation, expected different images"):
+        train(on(small_run(tmp_path / "runs"), root, validation_root=str(root)))
 
-    def failing(path: Path) -> bytes:
-        if path.name == "7.png":
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return original(path)
 
-    monkeypatch.setattr(Path, "read_bytes", failing)
-    with pytest.raises(InputError, match=r"7\.png: Input/output error; see to the machine"):
-        train(replace(on(small_run(tmp_path), of_forty_sizes), updates=40))
-    assert not (tmp_path / "run" / "skipped.jsonl").exists()
-    monkeypatch.undo()
-    train(replace(on(small_run(tmp_path), of_forty_sizes), updates=40))
+def test_images_of_other_sizes_are_noticed_when_a_run_in_buckets_goes_on(tmp_path, of_forty_sizes):
+    config = on(small_run(tmp_path / "runs"), of_forty_sizes, bucket_resolutions=[32], bucket_loss=0.15)
+    train(replace(config, updates=3))
+    save(of_forty_sizes / "train", "7.png", noise(99, 41, 5))
+    with pytest.raises(InputError, match="added, removed, renamed or changed"):
+        train(replace(config, updates=6))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([1, 2], "Drawn.names has 1, expected strings"),
+        (["a", "a"], "twice"),
+        ("abc", "sequence"),
+        ([], "one name or more"),
+    ],
+)
+def test_a_source_without_distinct_names_is_refused(tmp_path, names, message):
+    with pytest.raises(InputError, match=message):
+        train(small_run(tmp_path), (Drawn(names), Drawn(["a"])))
+    assert not (tmp_path / "run").exists()

@@ -58,27 +58,25 @@ class Index:
 
     def read(self, name: str) -> Tensor:
         entry = self.entries[name]
-        if entry.dtype not in DTYPES:
-            raise WeightsError(f"{self.path}: {name} is stored as {entry.dtype}, expected one of {list(DTYPES)}")
-        if not entry.size:
-            return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-        data = bytearray(entry.size)
-        with self.path.open("rb") as file:
-            file.seek(entry.start)
-            self._check_whole(name, file.readinto(data), entry.size)
-        return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).reshape(entry.shape)
+        return self._values(name, entry.start, entry.size, entry.shape)
 
-    def mapped(self, name: str) -> Tensor:
-        """The tensor over the file's own pages: read when they are touched, and shared between processes.
-
-        The file must not shrink as long as the tensor lives.
-        """
+    def row(self, name: str, number: int) -> Tensor:
+        """One of the tensor's first axis."""
         entry = self.entries[name]
-        if entry.dtype not in DTYPES:
-            raise WeightsError(f"{self.path}: {name} is stored as {entry.dtype}, expected one of {list(DTYPES)}")
-        end = entry.start + entry.size
-        pages = torch.from_file(str(self.path), shared=False, size=end, dtype=torch.uint8)
-        return pages[entry.start :].view(DTYPES[entry.dtype]).reshape(entry.shape)
+        size = entry.size // entry.shape[0]
+        return self._values(name, entry.start + number * size, size, entry.shape[1:])
+
+    def _values(self, name: str, start: int, size: int, shape: tuple[int, ...]) -> Tensor:
+        dtype = self.entries[name].dtype
+        if dtype not in DTYPES:
+            raise WeightsError(f"{self.path}: {name} is stored as {dtype}, expected one of {list(DTYPES)}")
+        if not size:
+            return torch.empty(shape, dtype=DTYPES[dtype])
+        data = bytearray(size)
+        with self.path.open("rb") as file:
+            file.seek(start)
+            self._check_whole(name, file.readinto(data), size)
+        return torch.frombuffer(data, dtype=DTYPES[dtype]).reshape(shape)
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """The tensor's bytes, a piece at a time."""

@@ -94,6 +94,26 @@ def image_files(given: Sequence[Path], suffixes: Sequence[str] = ()) -> dict[str
     return found
 
 
+def opened(files: "dict[str, Path]", channels: int) -> "Iterator[tuple[str, Path, torch.Tensor]]":
+    """(name, file, pixels) of each; those that cannot be read are left out with a warning."""
+    from vae.data.images import open_image
+    from vae.data.limits import ImageError
+
+    read, first = 0, None
+    for name, path in files.items():
+        try:
+            pixels = open_image(path, channels)
+        except ImageError as error:
+            first = first or error
+            if len(files) == 1:
+                raise
+            warn(f"left out: {error}")
+            continue
+        read += 1
+        yield name, path, pixels
+    require(read > 0, f"none of {len(files)} images can be read ({first})", "one or more")
+
+
 def audit_images(source: Path, config: "AutoencoderConfig", resolution: int) -> "list[torch.Tensor]":
     """A few central squares (1, C, H, W) in [-1, 1] of a file, a folder, or of the embedded photographs."""
     from vae.data.images import open_image

@@ -7,7 +7,19 @@ from zlib import crc32
 
 import typer
 
-from vae.cli.common import Device, Dtype, Images, Model, Resolution, dtype_named, image_files, progress, read, say
+from vae.cli.common import (
+    Device,
+    Dtype,
+    Images,
+    Model,
+    Resolution,
+    dtype_named,
+    image_files,
+    opened,
+    progress,
+    read,
+    say,
+)
 from vae.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,7 +49,6 @@ def encode(
     import torch
 
     from vae.checkpoints.latentfile import SUFFIX, write_latents
-    from vae.data.images import open_image
     from vae.data.order import seed_for
     from vae.data.transforms import center_crop, crop_to_multiple, to_model_range
     from vae.latents import scale_latents
@@ -45,10 +56,9 @@ def encode(
     precision, autoencoder = dtype_named(dtype), _load(model, device)
     config = autoencoder.config
     drawn = "mean" if sample is None else f"sample, seed {sample}"
-    files = image_files(images)
+    files, made = image_files(images), 0
     with progress("Encoding", len(files)) as advance, torch.no_grad():
-        for name, path in files.items():
-            image = open_image(path, config.in_channels)
+        for name, path, image in opened(files, config.in_channels):
             factor = config.downsample_factor
             pixels = center_crop(image, resolution) if resolution else crop_to_multiple(image, factor, path)
             posterior = autoencoder.encode(to_model_range(pixels)[None].to(_place(autoencoder)))
@@ -57,9 +67,10 @@ def encode(
             latents = posterior.mode() if sample is None else posterior.sample(generator)
             latents = scale_latents(latents, config) if scaled else latents
             target = output / f"{name}{SUFFIX}"
+            made += 1
             write_latents(target, latents.to(precision), config, scaled=scaled, drawn=drawn)
             advance(1)
-    say(f"{len(files)} latents in {output}, {'scaled' if scaled else 'raw'}, {drawn}")
+    say(f"{made} latents in {output}, {'scaled' if scaled else 'raw'}, {drawn}")
 
 
 def decode(
@@ -105,20 +116,20 @@ def reconstruct(
     """
     import torch
 
-    from vae.data.images import open_image
     from vae.data.pictures import reconstruction_sheet
     from vae.data.transforms import center_crop, to_model_range, to_uint8
 
     autoencoder = _load(model, device)
-    files = image_files(images)
+    files, made = image_files(images), 0
     with progress("Reconstructing", len(files)) as advance, torch.no_grad():
-        for name, path in files.items():
-            image = center_crop(open_image(path, autoencoder.config.in_channels), resolution)[None]
+        for name, _, pixels in opened(files, autoencoder.config.in_channels):
+            image = center_crop(pixels, resolution)[None]
             posterior = autoencoder.encode(to_model_range(image).to(_place(autoencoder)))
             reconstruction = to_uint8(autoencoder.decode(posterior.mode())).cpu()
+            made += 1
             _save(reconstruction_sheet(image, {"reconstruction": reconstruction}), output / f"{name}.png")
             advance(1)
-    say(f"{len(files)} pictures in {output}")
+    say(f"{made} pictures in {output}")
 
 
 def measure(
@@ -136,7 +147,6 @@ def measure(
     Example: vae measure runs/first photos/ --write
     """
     from vae.cli.measuring import check_writable, print_statistics, write_factors
-    from vae.data.images import open_image
     from vae.data.transforms import center_crop, to_model_range
     from vae.latents import measure_latents
 
@@ -146,17 +156,20 @@ def measure(
         check_writable(model)
     autoencoder, files = _load(model, device), image_files(images)
     channels, place = autoencoder.config.in_channels, _place(autoencoder)
+    measured = 0
     with progress("Measuring", len(files)) as advance:
 
         def batches() -> "Iterator[Tensor]":
-            for path in files.values():
-                yield to_model_range(center_crop(open_image(path, channels), resolution))[None].to(place)
+            nonlocal measured
+            for _, _, pixels in opened(files, channels):
+                measured += 1
+                yield to_model_range(center_crop(pixels, resolution))[None].to(place)
                 advance(1)
 
         statistics = measure_latents(autoencoder, batches())
-    print_statistics(statistics, len(files), resolution)
+    print_statistics(statistics, measured, resolution)
     if write:
-        write_factors(model, statistics, len(files), per_channel=per_channel)
+        write_factors(model, statistics, measured, per_channel=per_channel)
 
 
 def _load(model: Path, device: str) -> "AutoencoderKL":

@@ -60,6 +60,9 @@ def prepare(
     from vae.preparing.opening import Named, open_whole
     from vae.preparing.processes import cores
 
+    source_folder, target = Path(src).expanduser().resolve(), dst.expanduser().resolve()
+    if source_folder.is_dir() and (target == source_folder or source_folder in target.parents):
+        raise InputError(f"DST={str(dst)!r}: within SRC, so that the shards would lie among the images; name another")
     treatment = Treatment(resolution, min_side, max_aspect, format, quality, keep)
     images = open_whole(Named(src, warn, source, split, column, streaming))
     job = Job(dst.expanduser(), SUFFIX, images, treatment.described, shard_images, max_corrupt)
@@ -172,7 +175,8 @@ def _print_training(job: "Job", index: "Json") -> None:
         share = f"training holds out whole shards, at least 1 of these {filled} ({1 / filled:.0%} of the images)"
         held_out = "a single shard cannot be divided into training and validation" if filled == 1 else share
         finer = max(1, len(job.source) // (2 * FEW_SHARDS))
-        say(f"{held_out}: name other images by data.validation_root, or make finer shards, --shard-images {finer}")
+        other = f"make finer shards in another folder, --shard-images {finer}"
+        say(f"{held_out}: name other images by data.validation_root, or {other}")
 
 
 def _own_device(name: str) -> "torch.device":

@@ -4,15 +4,16 @@ A bucket is a shape (height, width) of about `resolution` squared pixels. Each i
 resolution that costs it least of its area, if that is little enough and nothing is enlarged.
 """
 
-import math
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
+import xxhash
 
 from vae.data.order import Order, Pick, permutation, seed_for
 
 MAX_ASPECT = 3.0
-RESOLUTION = 4  # what a seed is for
+PHASES, GROUPS, MEMBERS = 4, 5, 6  # what a seed is for
 NOWHERE = -1
 
 
@@ -57,65 +58,81 @@ def lost_area(sizes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 class BucketOrder(Order):
     """Groups of `group` images (of one update, over all processes) share a bucket; groups come in any order.
 
-    An epoch shows every image that has a bucket, at a resolution drawn among those it is large enough for. What a
-    bucket lacks of its last group is filled with images of that bucket that were already shown. `sizes` is (N, 2):
-    height and width, 0 where unknown.
+    Each bucket shows all its images, permuted, before any of them again, and gets groups in proportion to how many
+    images it has: an image that fits several resolutions counts for a part in each. `sizes` is (N, 2): height and
+    width, 0 where unknown. An epoch is as many groups as there are images for, on average.
     """
 
     def __init__(
         self, sizes: np.ndarray, shapes: Sequence[Sequence[tuple[int, int]]], loss: float, group: int, seed: int
     ) -> None:
         super().__init__(seed, (0, 0))
+        self.sizes, self.group = sizes, group
         self.shapes = [shape for of_resolution in shapes for shape in of_resolution]
-        self.group = group
-        self._table = _assign(sizes, shapes, loss)
-        self.placed = np.flatnonzero((self._table != NOWHERE).any(axis=1))
-        self._epoch, self._start, self._plan = -1, 0, np.empty((0, 2), np.int64)
+        table = _assign(sizes, shapes, loss)
+        parts = (table != NOWHERE).sum(axis=1)
+        self.placed = np.flatnonzero(parts)
+        self.members = [np.flatnonzero((table == shape).any(axis=1)) for shape in range(len(self.shapes))]
+        shares = [float((1.0 / parts[members]).sum()) for members in self.members]
+        self._groups = np.array(shares) / group  # of each bucket in an epoch
+        self._phases = np.random.default_rng(seed_for(seed, PHASES)).random(len(self.shapes))
+        self._epoch, self._plan = -1, np.empty((0, 2), np.int64)
+        self._rounds: dict[int, tuple[int, np.ndarray]] = {}
+
+    def fingerprint(self) -> str:
+        return xxhash.xxh3_128(self.sizes.astype(np.int64).tobytes()).hexdigest()
 
     def pick(self, position: int) -> Pick:
-        index, shape = self._at(position)
-        return Pick(position, index, self.shapes[shape])
+        bucket, turn = self._at(position // self.group)
+        place = turn * self.group + position % self.group  # in the bucket's own order, which has no end
+        members = self.members[bucket]
+        number = self._permuted(bucket, place // len(members))[place % len(members)]
+        return Pick(position, int(number), self.shapes[bucket])
 
     def index_at(self, position: int) -> int:
-        return self._at(position)[0]
+        return self.pick(position).number
 
     def alike(self, pick: Pick) -> Sequence[int]:
-        shape = self.shapes.index(pick.size)
-        return np.flatnonzero((self._table == shape).any(axis=1)).tolist()
+        return cast(Sequence[int], self.members[self.shapes.index(pick.size)])
 
-    def epoch_length(self, epoch: int) -> int:
-        return len(self._planned(epoch))
+    def fitting(self, pick: Pick) -> Sequence[int]:
+        """All that are large enough, at whatever loss of area."""
+        return cast(Sequence[int], np.flatnonzero((self.sizes >= pick.size).all(axis=1)))
 
-    def _at(self, position: int) -> tuple[int, int]:
-        if position < self._start:
-            self._epoch, self._start, self._plan = -1, 0, np.empty((0, 2), np.int64)
-        while position >= self._start + len(self._plan):
-            self._start += len(self._plan)
-            self._epoch += 1
-            self._plan = self._planned(self._epoch)
-        index, shape = self._plan[position - self._start]
-        return int(index), int(shape)
+    def _at(self, group: int) -> tuple[int, int]:
+        """(bucket of a group, the how-manieth it is of that bucket)"""
+        epoch = max(0, self._epoch)
+        while epoch and self._before(epoch).sum() > group:
+            epoch -= 1
+        while self._before(epoch + 1).sum() <= group:
+            epoch += 1
+        if epoch != self._epoch:
+            self._epoch, self._plan = epoch, self._planned(epoch)
+        bucket, turn = self._plan[group - self._before(epoch).sum()]
+        return int(bucket), int(turn)
+
+    def _before(self, epoch: int) -> np.ndarray:
+        """How many groups each bucket has had before an epoch."""
+        return np.floor(epoch * self._groups + self._phases).astype(np.int64)
 
     def _planned(self, epoch: int) -> np.ndarray:
-        """(images of the epoch and what fills the groups, 2): index and bucket, in order."""
-        shape_of = self._drawn(epoch)
-        order = self.placed[permutation(len(self.placed), self.seed, epoch).numpy()]
-        groups = []
-        for shape in np.unique(shape_of[order]):
-            members = order[shape_of[order] == shape]
-            full = math.ceil(len(members) / self.group) * self.group
-            groups += list(np.resize(members, full).reshape(-1, self.group))
-        chosen = [groups[turn] for turn in permutation(len(groups), self.seed, epoch, RESOLUTION).tolist()]
-        indices = np.concatenate(chosen)
-        return np.stack([indices, shape_of[indices]], axis=1)
+        """The groups of an epoch in their order, (groups, 2): bucket, the how-manieth of it."""
+        turns = self._before(epoch)
+        buckets = np.repeat(np.arange(len(turns)), self._before(epoch + 1) - turns)
+        buckets = buckets[permutation(len(buckets), self.seed, epoch, GROUPS).numpy()]
+        plan = np.empty((len(buckets), 2), np.int64)
+        for row, bucket in enumerate(buckets):
+            plan[row] = bucket, turns[bucket]
+            turns[bucket] += 1
+        return plan
 
-    def _drawn(self, epoch: int) -> np.ndarray:
-        """The bucket of every image in an epoch, NOWHERE where it has none."""
-        draws = np.random.default_rng(seed_for(self.seed, epoch, RESOLUTION)).random(len(self._table))
-        fitting = self._table != NOWHERE
-        wanted = np.floor(draws * fitting.sum(axis=1)).astype(np.int64)  # the how-manieth of those that fit
-        column = np.argmax(np.cumsum(fitting, axis=1) > wanted[:, None], axis=1)
-        return self._table[np.arange(len(self._table)), column]
+    def _permuted(self, bucket: int, turn: int) -> np.ndarray:
+        """The bucket's images as they are shown for the how-manieth time."""
+        if self._rounds.get(bucket, (-1,))[0] != turn:
+            members = self.members[bucket]
+            order = permutation(len(members), self.seed, turn, bucket, MEMBERS).numpy()
+            self._rounds[bucket] = turn, members[order]
+        return self._rounds[bucket][1]
 
 
 def _assign(sizes: np.ndarray, shapes: Sequence[Sequence[tuple[int, int]]], loss: float) -> np.ndarray:

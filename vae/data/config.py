@@ -14,7 +14,8 @@ class DataConfig:
     `validation_root` (`validation_split`), or on a share of `root`. `min_side` leaves smaller images out (null: in
     training those that would have to be enlarged). `crop_scale` is a random crop's share of the largest possible, null
     for [0.5, 1]. `bucket_resolutions` makes batches of one shape each that lose `bucket_loss` of an image's area at
-    most. A run stops when more than `max_corrupt` of the images, and ten, cannot be read.
+    most. A run stops when more than `max_corrupt` of the images, and ten, cannot be read. `workers` decode; null: as
+    many as there are cores, at most four.
     """
 
     source: str = "folder"
@@ -40,7 +41,7 @@ class DataConfig:
     bucket_loss: float = 0.1
     batch_size: int = 4
     validation_batch_size: int = 8
-    workers: int = 4
+    workers: int | None = None
     max_corrupt: float = 0.1
 
     def __post_init__(self) -> None:
@@ -50,7 +51,7 @@ class DataConfig:
             require(getattr(self, name) >= 1, f"data.{name}={getattr(self, name)}", "1 or more")
         limit = self.validation_images
         require(limit is None or limit >= 1, f"data.validation_images={limit}", "1 or more, or null for all")
-        require(self.workers >= 0, f"data.workers={self.workers}", "0 or more")
+        require(self.workers is None or self.workers >= 0, f"data.workers={self.workers}", "0 or more, or null")
         require(self.min_side is None or self.min_side >= 1, f"data.min_side={self.min_side}", "1 or more, or null")
         require(self.bits in (8, 16), f"data.bits={self.bits}", "8 or 16")
         require(self.cache_gigabytes > 0, f"data.cache_gigabytes={self.cache_gigabytes}", "above 0")
@@ -79,6 +80,9 @@ class DataConfig:
         require(not hub or self.validation_root is None, f"data.validation_root {given}", "data.validation_split")
         has_columns = hub or self.source == "list"
         require(has_columns or self.column is None, f"data.column {given}", "it with huggingface or list only")
+        in_shards = self.source == "webdataset" or self.streaming
+        unset = in_shards or self.open_shards == DataConfig.open_shards
+        require(unset, f"data.open_shards {given}", "it with webdataset or data.streaming=true only")
 
     def _check_augmentation(self) -> None:
         scale = self.crop_scale
@@ -90,7 +94,11 @@ class DataConfig:
     def _check_buckets(self) -> None:
         sides, loss = self.bucket_resolutions, self.bucket_loss
         require(0.02 <= loss <= 0.5, f"data.bucket_loss={loss}", "a share of the area from 0.02 to 0.5")
-        require(all(side >= 16 for side in sides), f"data.bucket_resolutions={sides}", "16 or more each")
+        plain = all(side >= 16 for side in sides) and len(set(sides)) == len(sides)
+        require(plain, f"data.bucket_resolutions={sides}", "16 or more each, and each once")
+        require(bool(sides) or loss == DataConfig.bucket_loss, f"data.bucket_loss={loss}", "data.bucket_resolutions")
+        small = self.min_side is None or not sides
+        require(small, f"data.min_side={self.min_side}", "null with data.bucket_resolutions, which never enlarge")
         cut = self.crop_scale is not None
         require(not (sides and cut), f"data.crop_scale={self.crop_scale}", "null with data.bucket_resolutions")
         require(not (sides and self.rotation), f"data.rotation={self.rotation}", "0 with data.bucket_resolutions")

@@ -54,11 +54,16 @@ class Rows(Source):
         return digest.hexdigest()
 
 
-def hub_source(root: str, split: str, column: str | None, key: str = "data.root") -> Rows:
+def hub_source(
+    root: str, split: str, column: str | None, key: str = "data.root", split_key: str = "data.split"
+) -> Rows:
     """One split of a data set, fetched as a whole (a local one is mapped into memory)."""
-    dataset = _loaded(root, split, key)
+    try:
+        dataset = _loaded(root, split)
+    except Exception as error:
+        raise _refusal(root, key, error, f"{split_key}={split!r}") from error
     if not len(dataset):
-        raise InputError(f"{key}={root!r}: no rows in its split {split!r}; name another by data.split")
+        raise InputError(f"{key}={root!r}: no rows in {split_key}={split!r}; name another split")
     return Rows(dataset, split, column)
 
 
@@ -83,28 +88,25 @@ def hub_shards(root: str, split: str, key: str = "data.root") -> list[str]:
     return urls
 
 
-def _loaded(root: str, split: str, key: str) -> "Dataset":
+def _loaded(root: str, split: str) -> "Dataset":
     import datasets
 
     folder = Path(root).expanduser()
-    try:
-        if folder.is_file() and folder.suffix == ".arrow":
-            return datasets.Dataset.from_file(str(folder))
-        if any((folder / name).is_file() for name in SAVED):
-            loaded = datasets.load_from_disk(str(folder))
-            return loaded if isinstance(loaded, datasets.Dataset) else loaded[split]
-        if folder.is_file() and folder.suffix == ".parquet":
-            return datasets.load_dataset("parquet", data_files={split: str(folder)}, split=split)  # pyright: ignore
-        return datasets.load_dataset(str(folder) if folder.exists() else root, split=split)  # pyright: ignore
-    except Exception as error:
-        raise _refusal(root, key, error) from error
+    if folder.is_file() and folder.suffix == ".arrow":
+        return datasets.Dataset.from_file(str(folder))
+    if any((folder / name).is_file() for name in SAVED):
+        loaded = datasets.load_from_disk(str(folder))
+        return loaded if isinstance(loaded, datasets.Dataset) else loaded[split]
+    if folder.is_file() and folder.suffix == ".parquet":
+        return datasets.load_dataset("parquet", data_files={split: str(folder)}, split=split)  # pyright: ignore
+    return datasets.load_dataset(str(folder) if folder.exists() else root, split=split)  # pyright: ignore
 
 
-def _refusal(root: str, key: str, error: Exception) -> InputError:
+def _refusal(root: str, key: str, error: Exception, split: str = "data.split") -> InputError:
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return InputError(
         f"{key}={root!r}: not to be had as a data set ({reason}); name one of the hub, a folder of images, "
-        "parquet or arrow files, or what save_to_disk wrote; data.split names the split"
+        f"parquet or arrow files, or what save_to_disk wrote; {split} names the split"
     )
 
 

@@ -14,7 +14,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from vae.data.arrays import LONGEST_SIGNATURE, ORIENTATION, kind_of, npy_shape, read_npy, read_tiff, tiff_page
 from vae.data.deep import is_deep, read_deep
-from vae.data.limits import ImageError, check_length, check_size, check_status, refusal
+from vae.data.limits import MAX_CHANNELS, ImageError, check_length, check_size, check_status, refusal
 from vae.data.pixels import MAXIMUM, as_channels, as_depth, from_array, upright
 from vae.errors import InputError, require
 
@@ -73,10 +73,13 @@ def _pixels_of(file: str | Encoded, channels: int, label: str) -> Tensor:
     if isinstance(file, bytes):
         check_length(len(file), label)
         return _decoded(file, channels, label)
-    if not isinstance(file, Tensor):
+    if isinstance(file, str | Path):
         check_status(Path(file), label)
         return _decoded(Path(file).read_bytes(), channels, label)
-    if file.ndim != 3 or file.dtype not in MAXIMUM:
+    if not isinstance(file, Tensor):
+        raise refusal(label, f"read as {type(file).__name__}", "give a path, the bytes of a file or a tensor (C, H, W)")
+    is_last = file.ndim == 3 and file.shape[2] <= MAX_CHANNELS < file.shape[0]
+    if file.ndim != 3 or file.dtype not in MAXIMUM or is_last:
         raise refusal(label, f"a {file.dtype} tensor of shape {tuple(file.shape)}", "give uint8 or uint16 (C, H, W)")
     check_size(file.shape[2], file.shape[1], label)
     return file

@@ -1,7 +1,9 @@
 """From a source to batches of pixels: decoded, cut and collated by worker processes."""
 
+import os
 import signal
 from collections.abc import Sequence
+from itertools import islice
 from typing import NamedTuple, cast
 
 import torch
@@ -10,13 +12,14 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from vae.data.config import DataConfig
-from vae.data.images import ImageError
+from vae.data.limits import ImageError, printable
 from vae.data.order import EndlessSampler, Order, Pick, seed_for
 from vae.data.sources import Source
 from vae.data.transforms import Augmentation, center_crop, random_crop
-from vae.errors import InputError
+from vae.errors import InputError, require
 
 ATTEMPTS = 100  # to find an image that can be used, for one place in a batch
+MOST_WORKERS = 4  # unless data.workers asks for another number
 
 
 class LeftOut(NamedTuple):
@@ -58,7 +61,7 @@ class TrainingImages(Dataset[Sample]):
 
     def __getitem__(self, pick: Pick) -> Sample:
         left_out: list[LeftOut] = []
-        reason = "all of them are listed in skipped.jsonl"
+        reason = "named before"
         for attempt in range(ATTEMPTS):
             try:
                 if pick.number not in self._unusable:
@@ -73,8 +76,8 @@ class TrainingImages(Dataset[Sample]):
 
     def _cut(self, pick: Pick) -> Tensor:
         pixels = self.source.open(pick.number, self.channels, self.config.bits)
-        smallest = self.config.min_side or min(pick.size)
-        _check_side(pixels, smallest, self.source, pick.number, "lower data.resolution, or allow it by data.min_side")
+        smallest = (side, side) if (side := self.config.min_side) else pick.size
+        _check_sides(pixels, smallest, self.source.label(pick.number), "lower data.resolution, or set data.min_side")
         draw = torch.Generator().manual_seed(seed_for(self.seed, pick.position))
         return random_crop(pixels, pick.size, self.augmentation, draw)
 
@@ -92,7 +95,8 @@ class HeldOutImages(Dataset[Sample]):
         name = self.source.names[index]
         try:
             pixels = self.source.open(index, self.channels, self.config.bits)
-            _check_side(pixels, self.config.min_side or 1, self.source, index, "lower data.min_side")
+            smallest = self.config.min_side or 1
+            _check_sides(pixels, (smallest, smallest), self.source.label(index), "lower data.min_side")
         except ImageError as error:
             return Sample(None, index, name, [LeftOut(name, str(error), not isinstance(error, TooSmallError))])
         return Sample(center_crop(pixels, self.config.resolution), index, name, [])
@@ -118,18 +122,20 @@ def validation_loader(
     return _loader(share, config, config.validation_batch_size, sampler=None)
 
 
-def first_images(loader: DataLoader[Batch]) -> Tensor:
-    """The images of the first batch that has any."""
-    for batch in loader:
-        if len(batch.images):
-            return batch.images
-    raise InputError("none of the validation images can be read; replace them")
+def first_images(source: Source, config: DataConfig, channels: int) -> Tensor:
+    """A validation batch of the first images that can be read."""
+    samples = map(HeldOutImages(source, config, channels).__getitem__, range(len(source)))
+    readable = (sample.pixels for sample in samples if sample.pixels is not None)
+    found = list(islice(readable, config.validation_batch_size))
+    require(bool(found), "none of the validation images can be read", "some; replace them")
+    return torch.stack(found)
 
 
-def _check_side(pixels: Tensor, smallest: int, source: Source, index: int, remedy: str) -> None:
+def _check_sides(pixels: Tensor, smallest: tuple[int, int], label: str, remedy: str) -> None:
     height, width = pixels.shape[1:]
-    if min(height, width) < smallest:
-        raise TooSmallError(f"{source.label(index)}: {width}x{height} pixels, expected {smallest} or more; {remedy}")
+    if height < smallest[0] or width < smallest[1]:
+        expected = f"{smallest[1]}x{smallest[0]} or more"
+        raise TooSmallError(f"{printable(label)}: {width}x{height} pixels, expected {expected}; {remedy}")
 
 
 def _collate(samples: Sequence[Sample]) -> Batch:
@@ -156,17 +162,22 @@ def _outlive_signals(_: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _loader(
     dataset: Dataset[Sample], config: DataConfig, batch_size: int, sampler: EndlessSampler | None
 ) -> DataLoader[Batch]:
+    workers = min(MOST_WORKERS, _cores()) if config.workers is None else config.workers
     return DataLoader(
         cast(Dataset[Batch], dataset),  # what collate makes of its samples
         batch_size=batch_size,
         sampler=sampler,
-        num_workers=config.workers,
+        num_workers=workers,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
-        persistent_workers=config.workers > 0,
+        persistent_workers=workers > 0,
         generator=torch.Generator(),  # else every iteration draws from the global one
         worker_init_fn=_outlive_signals,
     )

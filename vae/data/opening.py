@@ -12,13 +12,14 @@ from vae.data.lists import list_source
 from vae.data.names import Names, fewest_by_hash, split_by_hash
 from vae.data.shards import Shards, open_shards
 from vae.data.sources import TRAINING_PHOTOS, VALIDATION_PHOTOS, Files, Part, Photos, Source, folder_source
-from vae.data.store import Store, base_name, expand
+from vae.data.store import Store, expand
 from vae.errors import InputError
 
 if TYPE_CHECKING:
     from vae.data.config import DataConfig
 
 Pair = tuple[Source, Source]  # training, validation
+MOST_OPEN = 512  # shards
 SIDES = ("train", ("val", "valid", "validation"))  # subfolders that are taken at their word
 
 
@@ -58,8 +59,19 @@ def _list(config: "DataConfig") -> Pair:
     assert config.root is not None
     training = list_source(config.root, config.column)
     if config.validation_root is not None:
-        return training, list_source(config.validation_root, config.column, key="data.validation_root")
+        validation = list_source(config.validation_root, config.column, key="data.validation_root")
+        return _apart(training, validation, config)
     return _divided(training, config)
+
+
+def _apart(training: Files, validation: Files, config: "DataConfig") -> Pair:
+    """Unless one image is in both lists of a folder. The same list twice is an evaluation's: training refuses it."""
+    shared = np.isin(_names(validation).hashes(), _names(training).hashes())
+    if training.root.resolve() == validation.root.resolve() and shared.any() and not shared.all():
+        first = validation.names[int(np.argmax(shared))]
+        wrong = f"{shared.sum()} images of data.validation_root={config.validation_root!r} are in data.root too"
+        raise InputError(f"{wrong}, the first: {first!a}; take them out of one of the lists")
+    return training, validation
 
 
 def _huggingface(config: "DataConfig") -> Pair:
@@ -71,7 +83,9 @@ def _huggingface(config: "DataConfig") -> Pair:
         return training, _opened(config, hub_shards(config.root, config.validation_split))
     training = hub_source(config.root, config.split, config.column)
     if config.validation_split is not None:
-        return training, hub_source(config.root, config.validation_split, config.column)
+        return training, hub_source(
+            config.root, config.validation_split, config.column, split_key="data.validation_split"
+        )
     return _divided(training, config)
 
 
@@ -100,7 +114,8 @@ WANTED = {  # what data.root is to each
 
 def _opened(config: "DataConfig", urls: list[str]) -> Shards:
     store = Store(Path(config.cache) / "shards", config.cache_gigabytes)
-    return open_shards(urls, store, _warn, config.column, config.open_shards)
+    at_once = MOST_OPEN if config.bucket_resolutions else config.open_shards  # buckets read them in any order
+    return open_shards(urls, store, _warn, config.column, at_once)
 
 
 def _warn(line: str) -> None:
@@ -114,7 +129,7 @@ def _divided(source: Source, config: "DataConfig") -> Pair:
 
 def _sharded(source: Shards, config: "DataConfig") -> Pair:
     """By whole shards: what is held out is never among what is read."""
-    training, validation = split_by_hash(Names(map(base_name, source.urls)), config.validation_fraction)
+    training, validation = split_by_hash(Names([shard.title for shard in source.found]), config.validation_fraction)
     if not len(training) and config.validation_fraction < 1:
         other = "data.validation_split" if config.streaming else "data.validation_root"
         raise InputError(f"data.root={config.root!r}: a single shard cannot be divided; name another by {other}")

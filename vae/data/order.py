@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Sampler
 
 INSTEAD, SHARDS, LANE = 1, 2, 3  # what a seed is for, besides the permutation of an epoch
+NEAR = 20  # attempts among those alike
 
 
 class Pick(NamedTuple):
@@ -41,16 +42,24 @@ class Order(ABC):
         return Pick(position, self.index_at(position), self.size)
 
     def instead(self, pick: Pick, attempt: int) -> Pick:
-        """Another image for the same place, where the one at hand cannot be used."""
-        alike = self.alike(pick)
-        return pick._replace(number=alike[seed_for(self.seed, pick.position, attempt, INSTEAD) % len(alike)])
+        """Another image for the same place, where the one at hand cannot be used: one alike, at last any that fits."""
+        others = self.alike(pick) if attempt < NEAR else self.fitting(pick)
+        return pick._replace(number=int(others[seed_for(self.seed, pick.position, attempt, INSTEAD) % len(others)]))
 
     @abstractmethod
     def index_at(self, position: int) -> int: ...
 
+    def fingerprint(self) -> str:
+        """Of what it depends on besides the seed and the number of images."""
+        return ""
+
     @abstractmethod
     def alike(self, pick: Pick) -> Sequence[int]:
-        """The images that could stand in its place."""
+        """The images that stand in its place best, itself among them: of the same bucket, of the same shard."""
+
+    @abstractmethod
+    def fitting(self, pick: Pick) -> Sequence[int]:
+        """All that could stand there."""
 
 
 class Shuffled(Order):
@@ -68,6 +77,9 @@ class Shuffled(Order):
         return int(self._order[position % self.length])
 
     def alike(self, pick: Pick) -> Sequence[int]:
+        return range(self.length)
+
+    def fitting(self, pick: Pick) -> Sequence[int]:
         return range(self.length)
 
 
@@ -105,6 +117,9 @@ class ShardedOrder(Order):
     def alike(self, pick: Pick) -> Sequence[int]:
         shard = int(np.searchsorted(self.starts, pick.number, side="right")) - 1
         return range(int(self.starts[shard]), int(self.starts[shard] + self.lengths[shard]))
+
+    def fitting(self, pick: Pick) -> Sequence[int]:
+        return range(int(self.lengths.sum()))
 
     def _deal(self, epoch: int, lane: int) -> tuple[np.ndarray, np.ndarray]:
         """(shards of a lane in an epoch, how many images there are up to the end of each)"""

@@ -10,6 +10,7 @@ from vae.data.config import DataConfig
 from vae.data.images import ImageError
 from vae.data.loading import LeftOut
 from vae.data.order import Order, ShardedOrder, Shuffled
+from vae.data.shards import Shards
 from vae.data.sources import Source
 from vae.errors import InputError
 
@@ -25,12 +26,15 @@ def order_of(  # noqa: PLR0917
     """`group` images make an update; sides of buckets are multiples of `multiple`; `track` shows how far sizes are."""
     square = (config.resolution, config.resolution)
     if config.bucket_resolutions:
+        if isinstance(source, Shards) and not source.is_local:
+            given = f"data.root={config.root!r} with data.bucket_resolutions"
+            raise InputError(f"{given}: buckets read shards in any order, which are elsewhere; copy them here first")
         sizes = np.fromiter(track(_sizes(source), len(source)), np.dtype((np.int64, 2)), len(source))
         shapes = [bucket_shapes(side, config.bucket_loss, multiple) for side in config.bucket_resolutions]
         order = BucketOrder(sizes, shapes, config.bucket_loss, group, seed)
         if not len(order.placed):
             wrong = f"data.bucket_resolutions={config.bucket_resolutions}: none of {len(source)} images fits a bucket"
-            raise InputError(f"{wrong}; lower them or raise data.bucket_loss")
+            raise InputError(f"{wrong}; ask for smaller resolutions, or raise data.bucket_loss")
         return order
     if source.shards is not None and len(source.shards) > 1:
         return ShardedOrder(source.shards, seed, square, config.open_shards)
@@ -38,9 +42,17 @@ def order_of(  # noqa: PLR0917
 
 
 def without_bucket(source: Source, order: BucketOrder) -> list[LeftOut]:
-    reason = "fits no bucket: unreadable, too small, or too long for data.bucket_loss"
-    nowhere = np.setdiff1d(np.arange(len(source)), order.placed)
-    return [LeftOut(source.names[int(index)], reason, False) for index in nowhere]
+    """The images that are in no bucket, and why."""
+    return [_homeless(source, int(index)) for index in np.setdiff1d(np.arange(len(source)), order.placed)]
+
+
+def _homeless(source: Source, index: int) -> LeftOut:
+    try:
+        height, width = source.size(index)
+    except ImageError as error:
+        return LeftOut(source.names[index], str(error), is_corrupt=True)
+    reason = f"{width}x{height} pixels fit no bucket: too small for any, or too long for data.bucket_loss"
+    return LeftOut(source.names[index], f"{source.label(index)}: {reason}", is_corrupt=False)
 
 
 def _sizes(source: Source) -> Iterator[tuple[int, int]]:

@@ -4,66 +4,41 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
+from vae.data.archives import Archive, Archives, is_table
 from vae.data.images import Encoded
 from vae.data.limits import check_length
 from vae.data.names import Computed
 from vae.data.sources import Source
 from vae.data.store import SCHEME, AbsentError, Store, base_name, from_remote
-from vae.data.tables import rows_in, table_to_tar
-from vae.data.tars import scan
+from vae.data.tables import rows_in
 from vae.errors import InputError
 
 INDEX = "index.json"  # beside shards that `vae prepare` made: how many images each holds
-TABLE = ".parquet"
 OPEN_FILES = 16
 READERS = 8
-TRIES = 10  # to open a copy before another process removes it
 
 
-class Archives:
-    """Shards as local archives, the last `at_once` kept open; `column` is the one of images in tables."""
+class Counted(NamedTuple):
+    """A shard: where it is, what it is called, its images, and a mark that is another one when they are others."""
 
-    def __init__(self, store: Store, at_once: int, column: str | None = None) -> None:
-        self.store, self.at_once, self.column = store, at_once, column
-        self._opened = lru_cache(maxsize=at_once)(self._open)
-
-    def __reduce__(self) -> "tuple[type[Archives], tuple[Store, int, str | None]]":
-        """In another process none is open."""
-        return Archives, (self.store, self.at_once, self.column)
-
-    def at(self, url: str) -> "_Archive":
-        archive = self._opened(url)
-        self.store.touch(archive.path)
-        return archive
-
-    def _open(self, url: str) -> "_Archive":
-        for _ in range(TRIES):
-            try:
-                return _Archive(self._local(url), url)
-            except FileNotFoundError:
-                pass
-            except OSError as error:
-                raise InputError(f"{url}: cannot be read ({error.strerror or error}); restore it") from error
-        raise InputError(f"{url}: removed while it was read; restore it, or raise data.cache_gigabytes")
-
-    def _local(self, url: str) -> Path:
-        if not is_table(url):
-            return self.store.local(url)
-        return self.store.local(url, partial(table_to_tar, column=self.column), f"tar of {self.column}")
+    url: str
+    title: str
+    images: int
+    mark: str
 
 
 class Shards(Source):
-    """`urls` are archives (.tar) and tables (.parquet), `counts` the images in each; empty ones are left out."""
+    """The shards `found`: archives (.tar) and tables (.parquet). Empty ones are left out."""
 
-    def __init__(self, urls: Sequence[str], counts: Sequence[int], archives: Archives) -> None:
-        kept = [(url, int(count)) for url, count in zip(urls, counts, strict=True) if count]
-        self.urls, self.counts = [url for url, _ in kept], [count for _, count in kept]
+    def __init__(self, found: Sequence[Counted], archives: Archives) -> None:
+        self.found = [shard for shard in found if shard.images]
+        self.urls, self.counts = [shard.url for shard in self.found], [shard.images for shard in self.found]
         self.shards = self.counts
         self.archives = archives
         self._ends = np.cumsum(self.counts, dtype=np.int64)
@@ -87,18 +62,22 @@ class Shards(Source):
     def name(self, index: int) -> str:
         """ "shard/member" """
         shard, within = self.place(index)
-        return f"{base_name(self.urls[shard])}/{self._archive(shard).members.names[within]}"
+        return f"{self.found[shard].title}/{self._archive(shard).members.names[within]}"
 
     def fingerprint(self) -> str:
-        """Of the shards' names and how many images each has."""
-        listed = json.dumps([list(map(base_name, self.urls)), self.shards])
+        """Of the shards' names and of what each holds, wherever they lie."""
+        listed = json.dumps([[shard.title, shard.images, shard.mark] for shard in self.found])
         return xxhash.xxh3_128(listed.encode()).hexdigest()
 
     def part(self, chosen: Sequence[int]) -> "Shards":
         """These shards only."""
-        return Shards([self.urls[shard] for shard in chosen], [self.counts[shard] for shard in chosen], self.archives)
+        return Shards([self.found[shard] for shard in chosen], self.archives)
 
-    def _archive(self, shard: int) -> "_Archive":
+    @property
+    def is_local(self) -> bool:
+        return not any(SCHEME in url or is_table(url) for url in self.urls)
+
+    def _archive(self, shard: int) -> Archive:
         archive, expected = self.archives.at(self.urls[shard]), self.counts[shard]
         found = len(archive.members.names)
         if found != expected:
@@ -116,54 +95,43 @@ def open_shards(
     """
     archives = Archives(store, at_once, column)
     counts = _indexed(urls) or _counted(urls, archives, note)
-    if not any(counts):
+    if not any(images for images, _ in counts):
         raise InputError(f"{urls[0]}: no image in it or in any other of {len(urls)} shards; name others")
-    return Shards(urls, counts, archives)
+    found = [Counted(url, title, *count) for url, title, count in zip(urls, _titles(urls), counts, strict=True)]
+    return Shards(found, archives)
 
 
-def is_table(url: str) -> bool:
-    return base_name(url).endswith(TABLE)
+def _titles(urls: Sequence[str]) -> list[str]:
+    """File names, or, where two are the same, the paths below what all have in common."""
+    names = list(map(base_name, urls))
+    if len(set(names)) == len(names):
+        return names
+    common = os.path.commonprefix(list(urls)).rpartition("/")[0]  # noqa: RUF071  (of URLs too)
+    return [url.removeprefix(f"{common}/") for url in urls]
 
 
-class _Archive:
-    """Open, so that it can be read also when it is removed."""
-
-    def __init__(self, path: Path, url: str) -> None:
-        self.path, self.number = path, os.open(path, os.O_RDONLY)
-        self.members = scan(path, url)
-
-    def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
-
-    def length(self, index: int) -> int:
-        return int(self.members.lengths[index])
-
-    def read(self, index: int) -> bytes:
-        return os.pread(self.number, self.length(index), int(self.members.offsets[index]))
-
-
-def _counted(urls: Sequence[str], archives: Archives, note: Callable[[str], None]) -> list[int]:
+def _counted(urls: Sequence[str], archives: Archives, note: Callable[[str], None]) -> list[tuple[int, str]]:
     """Several at a time, since most of it is waiting where they are far."""
     readers = ThreadPoolExecutor(READERS)
     try:
         found = list(readers.map(lambda url: _count(url, archives), urls))
     finally:
         readers.shutdown(cancel_futures=True)
-    for _, problems in found:
+    for *_, problems in found:
         for problem in problems:
             note(problem)
-    return [count for count, _ in found]
+    return [(images, mark) for images, mark, _ in found]
 
 
-def _count(url: str, archives: Archives) -> tuple[int, list[str]]:
+def _count(url: str, archives: Archives) -> tuple[int, str, list[str]]:
     if is_table(url):
-        return rows_in(url), []
+        return *rows_in(url), []
     members = archives.at(url).members
-    return len(members.names), members.problems
+    mark = xxhash.xxh3_64_hexdigest(members.names.fingerprint().encode() + members.lengths.tobytes())
+    return len(members.names), mark, members.problems
 
 
-def _indexed(urls: Sequence[str]) -> list[int] | None:
+def _indexed(urls: Sequence[str]) -> list[tuple[int, str]] | None:
     """What the index beside the shards says, if there is one and it knows them all."""
     folders = {url.rpartition("/")[0] for url in urls}
     file = f"{folders.pop() or '.'}/{INDEX}"
@@ -171,7 +139,7 @@ def _indexed(urls: Sequence[str]) -> list[int] | None:
         return None
     try:
         entries = json.loads(from_remote(file, lambda stream: stream.read(), tries=1))["shards"]
-        counts = {entry["name"]: int(entry["images"]) for entry in entries}
+        counts = {entry["name"]: (int(entry["images"]), str(entry.get("sha256", ""))) for entry in entries}
     except AbsentError:
         return None
     except (ValueError, KeyError, TypeError) as error:

@@ -14,7 +14,7 @@ from torch import Tensor
 from vae.data.images import EXTENSIONS, Encoded, image_size, open_image
 from vae.data.limits import machine_apart
 from vae.data.names import Computed, Names
-from vae.errors import InputError
+from vae.errors import InputError, require
 
 TRAINING_PHOTOS = (
     "chelsea.png",
@@ -116,6 +116,16 @@ class Part(Source):
         return xxhash.xxh3_128(self.whole.fingerprint().encode() + self.indices.tobytes()).hexdigest()
 
 
+def checked(source: Source) -> Source:
+    """Refuse what is no source of distinct names, before it is trained on."""
+    names, given = source.names, type(source).__name__
+    require(len(names) > 0 and not isinstance(names, str), f"{given}.names", "a sequence of one name or more")
+    other = next((name for name in names if not isinstance(name, str)), None)
+    require(other is None, f"{given}.names has {other!r}", "strings")
+    require(len(set(names)) == len(names), f"{given}.names has some twice", "a name of its own for each image")
+    return source
+
+
 def folder_source(root: str | Path, key: str = "data.root") -> Files:
     """Every image in a folder and its subfolders; `key` is what an error calls the folder."""
     return Files(Path(root).expanduser(), folder_files(root, EXTENSIONS, f"{key}={str(root)!r}"))
@@ -128,7 +138,8 @@ def folder_files(root: str | Path, suffixes: Collection[str], given: str) -> lis
     """
     folder = Path(root).expanduser()
     if not folder.is_dir():
-        raise InputError(f"{given}: no such folder; name an existing one")
+        listed = "; data=list reads .txt, .csv and .jsonl files" if folder.is_file() else ""
+        raise InputError(f"{given}: no such folder; name an existing one{listed}")
 
     def refuse(error: OSError) -> None:
         raise InputError(f"{given}: {error.filename}: {error.strerror}; make it readable") from error

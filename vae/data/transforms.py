@@ -39,6 +39,8 @@ def random_crop(
     low, high = augmentation.scale
     fraction = low + (high - low) * _uniform(draw)
     angle = augmentation.rotation * (2.0 * _uniform(draw) - 1.0) if augmentation.rotation else 0.0
+    while angle and not _fits(size, angle, pixels):
+        angle = angle / 2.0 if abs(angle) > 0.1 else 0.0  # rather less turned than enlarged
     height, width = _spanned(size, angle)
     largest = min(pixels.shape[1] / height, pixels.shape[2] / width)
     unit = min(largest, max(1.0, fraction * largest))  # source pixels to one of the result
@@ -91,6 +93,11 @@ def _spanned(size: tuple[int, int], angle: float) -> tuple[float, float]:
     """The upright box around `size` turned by `angle` degrees: within it, no corner is left without pixels."""
     cosine, sine = abs(math.cos(math.radians(angle))), abs(math.sin(math.radians(angle)))
     return size[0] * cosine + size[1] * sine, size[0] * sine + size[1] * cosine
+
+
+def _fits(size: tuple[int, int], angle: float, pixels: Tensor) -> bool:
+    height, width = _spanned(size, angle)
+    return height <= pixels.shape[1] and width <= pixels.shape[2]
 
 
 def _window(pixels: Tensor, height: int, width: int, draw: torch.Generator | None) -> Tensor:

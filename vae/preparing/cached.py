@@ -1,6 +1,7 @@
 """The latents that `vae cache-latents` wrote, as a data set to train a diffusion model on."""
 
 import json
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vae.checkpoints.latentfile import SCALE_KEYS
-from vae.checkpoints.tensorfile import read_index
+from vae.checkpoints.tensorfile import Index, read_index
 from vae.data.names import Computed
 from vae.data.shards import INDEX
 from vae.errors import InputError
@@ -20,15 +21,15 @@ from vae.models.autoencoder import AutoencoderConfig
 from vae.models.posterior import DiagonalGaussian
 from vae.preparing.latents import FLIPPED, MOMENTS, NAMES
 
-LISTS = 16  # of names, kept of the shards last asked for
+INDICES, LISTS = 4096, 16  # of tensors and of names, kept of the shards last asked for
 
 
 class LatentShards(Dataset[Tensor]):
     """number -> latents (C, h, w) as float32, as a diffusion model is trained on, or raw ones with `scaled=False`.
 
     Where posteriors are stored each access draws anew, from torch's global generator; where mirrored images are, half
-    of the accesses give one. `config` is the autoencoder's, `names` are the images'. Shards are mapped into memory, not
-    read into it: forked workers share them.
+    of the accesses give one. `config` is the autoencoder's, `names` are the images'. An access reads its latents alone,
+    so that there may be any number of shards.
     """
 
     def __init__(self, folder: str | Path, *, scaled: bool = True) -> None:
@@ -45,7 +46,6 @@ class LatentShards(Dataset[Tensor]):
             raise InputError(f"{self.folder / INDEX}: not an index of vae cache-latents ({error!r})") from error
         self._check_there(sizes)
         self._ends = np.cumsum(self.counts, dtype=np.int64)
-        self._mapped: dict[int, dict[str, Tensor]] = {}
         self.names = Computed(len(self), self.name)
 
     def __len__(self) -> int:
@@ -53,20 +53,16 @@ class LatentShards(Dataset[Tensor]):
 
     def __getitem__(self, number: int) -> Tensor:
         shard, row = self.place(number)
-        tensors = self._tensors(shard)
+        index = self._index(shard)
         suffix = FLIPPED if any(FLIPPED in name for name in self.stored) and torch.rand(()).item() < 0.5 else ""
-        if f"{MOMENTS[0]}{suffix}" in tensors:
-            mean, logvar = (tensors[f"{name}{suffix}"][row : row + 1] for name in MOMENTS)
+        if f"{MOMENTS[0]}{suffix}" in self.stored:
+            mean, logvar = (index.row(f"{name}{suffix}", row)[None] for name in MOMENTS)
             latents = DiagonalGaussian(mean, logvar).sample()
         else:
-            latents = tensors[f"latents{suffix}"][row : row + 1].to(torch.float32, copy=True)
+            latents = index.row(f"latents{suffix}", row)[None].float()
         if self.scaled != self._are_scaled:
             latents = (scale_latents if self.scaled else unscale_latents)(latents, self.config)
         return latents[0]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Workers that are not forked map the files themselves."""
-        return self.__dict__ | {"_mapped": {}}
 
     def name(self, number: int) -> str:
         shard, row = self.place(number)
@@ -78,15 +74,13 @@ class LatentShards(Dataset[Tensor]):
         shard = int(np.searchsorted(self._ends, number, side="right"))
         return shard, number - int(self._ends[shard]) + self.counts[shard]
 
-    def _tensors(self, shard: int) -> dict[str, Tensor]:
-        if shard not in self._mapped:
-            index = read_index(self.folder / self.shards[shard])
-            for name in self.stored:
-                shape = index.entries[name].shape if name in index.entries else ()
-                if len(shape) != 4 or shape[:2] != (self.counts[shard], self.config.latent_channels):
-                    raise _damaged(index.path, f"{name} is {shape}")
-            self._mapped[shard] = {name: index.mapped(name) for name in self.stored}
-        return self._mapped[shard]
+    def _index(self, shard: int) -> Index:
+        index = _index_of(self.folder / self.shards[shard])
+        for name in self.stored:
+            shape = index.entries[name].shape if name in index.entries else ()
+            if len(shape) != 4 or shape[:2] != (self.counts[shard], self.config.latent_channels):
+                raise _damaged(index.path, f"{name} is {shape}")
+        return index
 
     def _check_there(self, sizes: list[int]) -> None:
         for name, size in zip(self.shards, sizes, strict=True):
@@ -95,6 +89,11 @@ class LatentShards(Dataset[Tensor]):
                 raise InputError(f"{file}: no such file; restore it, or make it again by vae cache-latents")
             if file.stat().st_size != size:
                 raise _damaged(file, f"{file.stat().st_size:,} bytes, expected {size:,}")
+
+
+@lru_cache(maxsize=INDICES)
+def _index_of(file: Path) -> Index:
+    return replace(read_index(file), metadata={})  # the names are much longer than all the rest
 
 
 @lru_cache(maxsize=LISTS)

@@ -104,7 +104,7 @@ def export_checkpoint(
     statistics = measure_latents(model, whole)
     updates = read_progress(checkpoint).updates
     summary = describe(config, updates, "live" if live else "EMA")
-    judged = to_model_range(first_images(loader).to(device))
+    judged = to_model_range(first_images(held_out, data, channels).to(device))
     paths = publish(model, run, summary, statistics, judged)
     return paths, model.config
 

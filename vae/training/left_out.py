@@ -12,38 +12,48 @@ from vae.checkpoints.safe import write_text
 from vae.data.limits import printable
 from vae.data.loading import LeftOut
 from vae.training.console import warn
+from vae.training.module import Training
 from vae.training.stopping import StopRequests
 
 ALWAYS_ALLOWED = 10  # corrupt images, in however small a data set
+TOLD_EVERY = 8  # batches: processes tell each other of corrupt images
+TRAINING, VALIDATION = "training", "validation"
 
 
 class LeftOutImages(Callback):
     """Lists what each batch could not use. Process r > 0 has its own list, skipped_r.jsonl.
 
-    `limit` is the share of the training `images` that may be corrupt; any number may be only too small.
+    `limit` is the share of the training `images` that may be corrupt, over all processes; any number may be only too
+    small. What an interrupted run has listed is not listed again, but counts only if it is met again: it may have been
+    repaired.
     """
 
     def __init__(self, run: Path, limit: float, images: int, requests: StopRequests) -> None:
         self.run, self.requests = run, requests
         self.allowed = max(ALWAYS_ALLOWED, limit * images)
         self._file = run / "skipped.jsonl"
-        self._known: set[str] = set()
-        self._corrupt: set[str] = set()
+        self._known: set[tuple[str, str]] = set()  # (training or validation, name)
+        self._corrupt: set[str] = set()  # of all processes
+        self._untold: set[str] = set()  # of this one
 
-    def begin(self, rank: int) -> None:
-        """Go on with what an interrupted run has listed."""
+    def begin(self, rank: int, *, resumed: bool) -> None:
         if rank:
             self._file = self.run / f"skipped_{rank}.jsonl"
-        if self._file.is_file():
+        if not resumed:
+            self._file.unlink(missing_ok=True)  # of a run that has left nothing else
+        elif self._file.is_file():
             rows = list(_rows(self._file))
             write_text(self._file, "".join(f"{json.dumps(row)}\n" for row in rows))  # without a line that a kill cut
-            self._known = {row["image"] for row in rows}
-            self._corrupt = {row["image"] for row in rows if row["corrupt"] and row["of"] == "training"}
+            self._known = {(row["of"], row["image"]) for row in rows}
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.add(batch.left_out, "training", trainer.global_step)
+        assert isinstance(pl_module, Training)
+        self.add(batch.left_out, TRAINING, trainer.global_step)
+        if batch_idx % TOLD_EVERY == 0 and pl_module.council.highest(len(self._untold)):
+            self._corrupt = self._corrupt.union(*pl_module.council.all_of(self._untold))
+            self._untold = set()
         self.requests.has_bad_images = len(self._corrupt) > self.allowed
 
     def on_validation_batch_start(
@@ -54,18 +64,19 @@ class LeftOutImages(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self.add(batch.left_out, "validation", trainer.global_step)
+        self.add(batch.left_out, VALIDATION, trainer.global_step)
 
     def add(self, left_out: Iterable[LeftOut], of: str, updates: int) -> None:
-        new = {one.name: one for one in left_out if one.name not in self._known}
+        left_out = list(left_out)
+        if of == TRAINING:
+            self._untold |= {one.name for one in left_out if one.is_corrupt} - self._corrupt
+        new = {one.name: one for one in left_out if (of, one.name) not in self._known}
         if not new:
             return
         if not self._known:
             first = printable(next(iter(new)))
             warn(f"warning: some images are left out; they are listed in {self._file}. The first: {first}")
-        self._known |= new.keys()
-        if of == "training":
-            self._corrupt |= {one.name for one in new.values() if one.is_corrupt}
+        self._known |= {(of, name) for name in new}
         with self._file.open("a", encoding="utf-8") as file:
             for one in new.values():
                 row = {"image": one.name, "of": of, "corrupt": one.is_corrupt, "reason": one.reason, "updates": updates}

@@ -17,6 +17,7 @@ from vae.config import TrainConfig
 from vae.data.loading import Batch
 from vae.data.pixels import as_depth
 from vae.data.transforms import to_model_range, to_uint8
+from vae.errors import InputError
 from vae.losses.augment import DRAWS, diff_augment
 from vae.losses.objective import Objective
 from vae.metrics.paired import PairedMetrics
@@ -54,7 +55,7 @@ class Training(lightning.LightningModule):
         metrics = PairedMetrics(("psnr", "ssim", *lpips), shared=self.objective.lpips)
         self.validation = Validation(metrics, config.model.latent_channels)
         self.validated_at = -1
-        self.images_digest = ""  # of the names of all images
+        self.images_digest = ""  # of all images, and of what their order depends on
         self.council = ranks.Council()
         self.guard = Guard(self, config.guard)
         self.is_stepping = False  # weights are being changed: no state to save
@@ -94,6 +95,8 @@ class Training(lightning.LightningModule):
     def on_fit_start(self) -> None:
         self.objective.to(self.device)
         self.council.convene(timedelta(minutes=self.config.timeout_minutes))
+        if len(set(self.council.all_of(self.images_digest))) > 1:
+            raise InputError("the processes see different images: all must read the same files, of the same names")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         autoencode = partial(self.autoencode, batch.positions)

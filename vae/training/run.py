@@ -14,15 +14,15 @@ from vae.config import TrainConfig
 from vae.data.buckets import BucketOrder
 from vae.data.loading import Batch, first_images, shut_down, training_loader, validation_loader
 from vae.data.opening import open_sources
-from vae.data.order import EndlessSampler
+from vae.data.order import EndlessSampler, Order
 from vae.data.ordering import order_of, without_bucket
-from vae.data.sources import Source
+from vae.data.sources import Source, checked
 from vae.data.transforms import to_model_range
 from vae.errors import InputError, require
 from vae.training.export import export
 from vae.training.failures import told
 from vae.training.folder import AUTO, RUN_NAME, TIME, folder_of, locked, open_folder, read_progress
-from vae.training.left_out import LeftOutImages
+from vae.training.left_out import TRAINING, LeftOutImages
 from vae.training.metrics_file import MetricsFile
 from vae.training.module import Training, images_per_update
 from vae.training.stopping import StopRequests
@@ -42,7 +42,12 @@ def train(config: TrainConfig, sources: Sources | None = None) -> Path:
     loss of a process. What it had learned is in a checkpoint then.
     """
     with StopRequests(config.max_minutes) as requests:
-        images, held_out = sources or open_sources(config.data)
+        if sources is None:
+            images, held_out = open_sources(config.data)
+            apart = images.fingerprint() != held_out.fingerprint()
+            require(apart, f"data.root={config.data.root!r}: training and validation", "different images")
+        else:
+            images, held_out = map(checked, sources)
         folder = folder_of(config)
         left_out = LeftOutImages(folder, config.data.max_corrupt, len(images), requests)
         trainer = build_trainer(config, folder, requests, left_out)
@@ -60,16 +65,22 @@ def _run(
     config: TrainConfig, trainer: lightning.Trainer, folder: Path, sources: Sources, left_out: LeftOutImages
 ) -> None:
     started = time.monotonic()
+    images, held_out = sources
+    together, factor = images_per_update(config, trainer), config.model.downsample_factor
+    show = measuring if trainer.is_global_zero else lambda sizes, _: sizes
+    order = order_of(images, config.data, config.seed, together, factor, show)
+    digest = " ".join((images.fingerprint(), held_out.fingerprint(), order.fingerprint()))
     checkpoint, notes = open_folder(config, folder, is_first=trainer.is_global_zero)
-    digest = " ".join(source.fingerprint() for source in sources)
     done = _check_progress(config, trainer, checkpoint, digest) if checkpoint else 0
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     module = _build_module(config)
     module.images_digest = digest
-    left_out.begin(trainer.global_rank)
-    batches, validation = _loaders(config, trainer, sources, left_out, done)
+    left_out.begin(trainer.global_rank, resumed=checkpoint is not None)
+    if trainer.is_global_zero and isinstance(order, BucketOrder):
+        left_out.add(without_bucket(images, order), TRAINING, done)
+    batches, validation = _loaders(config, trainer, sources, order, done)
     if trainer.is_global_zero:
-        announce(config, module, folder, (len(sources[0]), len(sources[1])), done, notes)
+        announce(config, module, folder, (len(images), len(held_out)), done, notes)
     for logger in trainer.loggers:
         if checkpoint and isinstance(logger, MetricsFile):
             logger.resume_at(done)
@@ -87,25 +98,20 @@ def _run(
         shut_down(batches)
     if trainer.is_global_zero:
         after = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
-        judged = to_model_range(first_images(validation).to(trainer.strategy.root_device))
         shut_down(validation)
-        exports = export(module, folder, judged)
+        judged = to_model_range(first_images(held_out, config.data, config.model.in_channels))
+        exports = export(module, folder, judged.to(trainer.strategy.root_device))
         minutes, updates = (time.monotonic() - started) / 60, trainer.global_step - done
         conclude(config, exports, (before, after), f"{updates} updates in {minutes:.1f} minutes, start-up included")
 
 
 def _loaders(
-    config: TrainConfig, trainer: lightning.Trainer, sources: Sources, left_out: LeftOutImages, done: int
+    config: TrainConfig, trainer: lightning.Trainer, sources: Sources, order: Order, done: int
 ) -> tuple[DataLoader[Batch], DataLoader[Batch]]:
     """Training batches from update `done` on, and this process's share of the validation images."""
     images, held_out = sources
-    together, factor = images_per_update(config, trainer), config.model.downsample_factor
-    show = measuring if trainer.is_global_zero else lambda sizes, _: sizes
-    order = order_of(images, config.data, config.seed, together, factor, show)
-    if trainer.is_global_zero and isinstance(order, BucketOrder):
-        left_out.add(without_bucket(images, order), "training", done)
-    sampler = EndlessSampler(order, done * together, trainer.global_rank, trainer.world_size)
-    channels = config.model.in_channels
+    start, channels = done * images_per_update(config, trainer), config.model.in_channels
+    sampler = EndlessSampler(order, start, trainer.global_rank, trainer.world_size)
     batches = training_loader(images, config.data, channels, config.seed, sampler)
     return batches, validation_loader(held_out, config.data, channels, trainer.global_rank, trainer.world_size)
 
@@ -123,7 +129,7 @@ def _check_progress(config: TrainConfig, trainer: lightning.Trainer, checkpoint:
     require(config.updates >= progress.updates, f"updates={config.updates}", more)
     if images != progress.images:
         raise InputError(
-            f"data.root={config.data.root!r}: images were added, removed or renamed since the run began; "
+            f"data.root={config.data.root!r}: images were added, removed, renamed or changed since the run began; "
             "restore them or start a new run"
         )
     return progress.updates

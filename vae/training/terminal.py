@@ -1,5 +1,6 @@
 """What a run says on the terminal: where it stands, how far it is, what it made."""
 
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -12,8 +13,11 @@ from rich.table import Table
 from vae.checkpoints.clients import warnings_about
 from vae.checkpoints.diffusers import CONFIG_FILE, read_config
 from vae.config import TrainConfig
+from vae.data.config import DataConfig
 from vae.training.console import say
 from vae.training.module import Training
+
+FEW_IMAGES = 5
 
 
 class Progress(RichProgressBar):
@@ -42,10 +46,14 @@ def announce(  # noqa: PLR0917
     notes: Sequence[str],
 ) -> None:
     parameters = sum(parameter.numel() for parameter in training.autoencoder.parameters())
+    sides = config.data.bucket_resolutions
+    shape = f", trained in buckets of about {' and '.join(map(str, sides))} px squared" if sides else ""
     say(
         f"Autoencoder of {parameters:,} parameters, {images[0]} training and {images[1]} validation images at "
-        f"{config.data.resolution} px, updates {done} to {config.updates}; everything goes to {folder}"
+        f"{config.data.resolution} px{shape}, updates {done} to {config.updates}; everything goes to {folder}"
     )
+    if images[1] < FEW_IMAGES:
+        say(f"note: {images[1]} validation images say little: raise data.validation_fraction, or name others")
     if config.loss.weights.adversarial and config.loss.adversarial_start >= config.updates:
         say(
             f"The adversarial term starts at update {config.loss.adversarial_start}, after this run ends: "
@@ -59,6 +67,19 @@ def announce(  # noqa: PLR0917
         )
     for note in notes:
         say(f"note: {note}")
+
+
+def _same_images(data: DataConfig) -> str:
+    """Overrides by which an evaluation measures the images that training was validated on, and as many more."""
+    chosen = {"data": data.source, "data.resolution": data.resolution}
+    if data.source != "photos":
+        other = data.validation_split if data.source == "huggingface" else data.validation_root
+        chosen |= {"data.root": data.validation_root or data.root}
+        chosen |= {"data.validation_fraction": data.validation_fraction} if other is None else {}
+        chosen |= {"data.split": other or data.split} if data.source == "huggingface" else {}
+        chosen |= {"data.column": data.column} if data.column else {}
+        chosen |= {"data.streaming": "true"} if data.streaming else {}
+    return " ".join(f"{key}={shlex.quote(str(value))}" for key, value in chosen.items())
 
 
 def measuring(sizes: Iterator[tuple[int, int]], total: int) -> Iterable[tuple[int, int]]:
@@ -80,7 +101,7 @@ def conclude(
         "metrics": run / "metrics.csv",
         "diffusers": exports[0],
         "web UIs": exports[1],
-        "measure": f"python evaluate.py model={run} data.resolution={config.data.resolution}",
+        "measure": f"python evaluate.py model={shlex.quote(str(run))} {_same_images(config.data)}",
     }
     for label, text in left.items():
         say(f"{label:>10}  {text}")

@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vae.errors import require
 from vae.latents import LatentStatistics
 from vae.metrics.paired import PairedMetrics
 from vae.models.posterior import DiagonalGaussian
@@ -38,6 +39,7 @@ class Validation:
         self.latents = LatentStatistics(self.latent_channels)
         for _, _, latents in shares:
             self.latents.merge(latents)
+        require(self.latents.count > 0, "none of the validation images can be read", "some: skipped.jsonl lists them")
         measured: dict[str, float] = {}
         for name in self.metrics.names:
             count = sum(counts[name] for _, counts, _ in shares)
