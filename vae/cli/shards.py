@@ -55,10 +55,10 @@ def prepare(
 
     Example: vae prepare photos/ shards/ --resolution 512 --min-side 256
     """
+    from vae.data.loading import cores
     from vae.preparing.images import SUFFIX, Treatment, prepare_shards
     from vae.preparing.jobs import Job
     from vae.preparing.opening import Named, open_whole
-    from vae.preparing.processes import cores
 
     source_folder, target = Path(src).expanduser().resolve(), dst.expanduser().resolve()
     if source_folder.is_dir() and (target == source_folder or source_folder in target.parents):
@@ -87,7 +87,7 @@ def cache_latents(
     flip: Annotated[bool, typer.Option("--flip", help="store those of the mirrored images too")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="images encoded at once")] = 16,
     shard_images: ShardImages = 1000,
-    workers: Annotated[int, typer.Option(min=0, help="processes that decode images")] = 4,
+    workers: Annotated[int | None, typer.Option(min=0, help="processes that decode; the cores, at most 4")] = None,
     family: Family = None,
     device: Device = "auto",
     max_corrupt: MaxCorrupt = 0.1,
@@ -103,6 +103,7 @@ def cache_latents(
     Example: vae cache-latents runs/first photos/ latents/ --resolution 256 --flip
     """
     from vae.checkpoints.families import families_of
+    from vae.data.loading import workers_for
     from vae.preparing import latents
     from vae.preparing.jobs import Job
     from vae.preparing.opening import Named, open_whole
@@ -118,7 +119,7 @@ def cache_latents(
     autoencoder.to(_own_device(device))
 
     def work(shards: Sequence[int], advance: "Advance") -> None:
-        latents.encode_shards(job, encoding, autoencoder, shards, workers=workers, advance=advance)
+        latents.encode_shards(job, encoding, autoencoder, shards, workers=workers_for(workers), advance=advance)
 
     index = _run(job, "Encoding", work)
     if index is not None:

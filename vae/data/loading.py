@@ -162,14 +162,22 @@ def _outlive_signals(_: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def workers_for(wanted: int | None) -> int:
+    """As many as are wanted, else as there are cores, at most `MOST_WORKERS`."""
+    return min(MOST_WORKERS, cores()) if wanted is None else wanted
+
+
+def cores() -> int:
+    """That this process may use, its share where torchrun started several on the machine."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    beside = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, allowed // (int(beside) if beside.isdecimal() else 1))
 
 
 def _loader(
     dataset: Dataset[Sample], config: DataConfig, batch_size: int, sampler: EndlessSampler | None
 ) -> DataLoader[Batch]:
-    workers = min(MOST_WORKERS, _cores()) if config.workers is None else config.workers
+    workers = workers_for(config.workers)
     return DataLoader(
         cast(Dataset[Batch], dataset),  # what collate makes of its samples
         batch_size=batch_size,

@@ -34,8 +34,9 @@ def contact_sheet(rows: dict[str, Tensor]) -> Image.Image:
 
 def reconstruction_sheet(images: Tensor, reconstructions: dict[str, Tensor]) -> Image.Image:
     """Inputs, then every labelled reconstruction of them with its absolute error; all uint8 (N, C, H, W)."""
+    images = _shown(images)
     rows = {"input": images}
-    for label, pictures in reconstructions.items():
+    for label, pictures in ((label, _shown(pictures)) for label, pictures in reconstructions.items()):
         error = (images.int() - pictures.int()).abs().mul(ERROR_GAIN).clamp(max=255).to(torch.uint8)
         rows |= {label: pictures, f"{label}: error x{ERROR_GAIN}": error}
     return contact_sheet(rows)

@@ -36,13 +36,6 @@ def place() -> Place:
     return Place()
 
 
-def cores() -> int:
-    """That this process may use, its share where torchrun started several on the machine."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    beside = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, allowed // (int(beside) if beside.isdecimal() else 1))
-
-
 def spread(work: Work, shards: Sequence[int], workers: int, advance: Advance) -> None:
     """`work` on every shard, by as many forked workers; the first that fails ends all."""
     workers = min(workers, len(shards))
