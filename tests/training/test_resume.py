@@ -116,7 +116,7 @@ def test_changed_images_and_fewer_updates_than_are_done_are_refused(tmp_path, mo
     with pytest.raises(InputError, match=r"updates=3, expected at least the 5 that are done"):
         train(replace(config, updates=3))
     monkeypatch.setattr("vae.data.opening.TRAINING_PHOTOS", TRAINING_PHOTOS[1:])
-    with pytest.raises(InputError, match="images were added, removed or renamed since the run began"):
+    with pytest.raises(InputError, match="images were added, removed, renamed or changed since the run began"):
         train(config)
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -211,8 +212,11 @@ def test_a_corrupt_image_is_named_also_by_a_worker(tiny_run, tmp_path):
     for number in range(4):
         (tmp_path / f"{number}.png").write_text("not an image")
     data = DataConfig(source="folder", root=str(tmp_path), resolution=32, batch_size=2, workers=1)
-    with pytest.raises(InputError, match=r"\d\.png: no image in a format that is read"):
+    with pytest.raises(InputError, match=r"none of the validation images can be read, expected some: skipped\.jsonl"):
         train(replace(tiny_run, data=data))
+    listed = [json.loads(line) for line in (Path(tiny_run.output) / tiny_run.name / "skipped.jsonl").open()]
+    assert listed
+    assert all(re.search(r"\d\.png: no image in a format that is read", row["reason"]) for row in listed)
 
 
 def test_a_run_that_died_before_its_first_checkpoint_can_be_started_again(tiny_run, monkeypatch):
