@@ -70,21 +70,28 @@ def table(titles: list[str], rows: list[list[str]]) -> str:
 
 def setting() -> str:
     """The machine, the versions and the commit, as markdown."""
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True).stdout
-    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "../vae"], cwd=here).returncode
     versions = f"python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}"
     facts = {
         "date": time.strftime("%Y-%m-%d"),
         "CPU": f"{_cpu_model()}, {os.cpu_count()} cores, torch uses {torch.backends.cpu.get_cpu_capability()}",
         "versions": f"{versions}, pillow {PIL.__version__}, {sys.platform}",
-        "commit": commit.strip() + (" with changes in vae/" if changed else ""),
+        "commit": os.environ.get("COMMIT") or _commit(),  # named where the tree was copied without its history
     }
     return "\n".join(f"* {name}: {fact}" for name, fact in facts.items())
 
 
 def load_average() -> str:
     return " ".join(f"{value:.1f}" for value in os.getloadavg())
+
+
+def _commit() -> str:
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+        changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "../vae"], cwd=here, capture_output=True)
+    except FileNotFoundError:
+        return "unknown, git is not there"
+    return (found.stdout.strip() or "unknown") + (" with changes in vae/" if changed.returncode else "")
 
 
 def _cpu_model() -> str:

@@ -7,14 +7,17 @@ from typing import Any
 from vae.data.buckets import bucket_shapes
 from vae.data.config import DataConfig
 from vae.errors import require
+from vae.evaluation.protocol import DEFAULT_V1, PROTOCOLS
 from vae.losses.objective import LossConfig
-from vae.metrics.paired import PAIRED_METRICS
+from vae.metrics.registry import METRICS
 from vae.models.autoencoder import AutoencoderConfig
 from vae.training.guard import GuardConfig
 from vae.training.optim import OptimConfig
 
+AUTO = "auto"
 CONFIG_FILE = "config.json"  # of a run, in its directory
 LOGGERS = ("csv", "wandb", "tensorboard")
+VALIDATED_SETS = ("rfid", "kid")  # of RGB images, where Inception's weights are
 SMALLEST_PERCEPTUAL_IMAGE = 32  # AlexNet's last feature map vanishes below
 
 
@@ -25,7 +28,9 @@ class TrainConfig:
     `name` may hold `{time}`, when the run begins. `resume` names the directory of a run to go on with, or is "auto":
     the newest run of that name and this configuration, a new one where there is none. A checkpoint is written at every
     validation and every `checkpoint_minutes`; after `max_minutes` the run saves and ends. `timeout_minutes` is how long
-    processes wait for one of them. `trainer` holds further keyword arguments of lightning.Trainer.
+    processes wait for one of them. `keep_best` is the validation's metric by which `exports/best` is chosen, null for
+    none; auto is LPIPS where the perceptual loss brings it, else PSNR. `inception` names the weights of rFID and KID;
+    null looks for them in torch hub's folder. `trainer` holds further keyword arguments of lightning.Trainer.
     """
 
     name: str = "{time}"
@@ -33,6 +38,8 @@ class TrainConfig:
     seed: int = 0
     updates: int = 100_000
     validate_every: int = 5_000
+    keep_best: str | None = AUTO
+    inception: str | None = None
     logger: str = "csv"
     resume: str | None = None
     checkpoint_minutes: float = 30.0
@@ -58,7 +65,31 @@ class TrainConfig:
         for key in ("checkpoint_minutes", "max_minutes", "timeout_minutes"):
             minutes = getattr(self, key)
             require(minutes is None or 0 < minutes < math.inf, f"{key}={minutes}", "a positive number of minutes")
+        self._check_validation()
         self._check_images()
+
+    @property
+    def paired_metrics(self) -> tuple[str, ...]:
+        """That a validation measures of every image, the most telling last.
+
+        While an adversary sharpens textures PSNR falls and LPIPS goes on improving, so PSNR would keep the weights that
+        it had just before.
+        """
+        lpips = (f"lpips_{self.loss.perceptual_net}",) if self.loss.weights.perceptual else ()
+        return ("ssim", "psnr", *lpips)
+
+    @property
+    def best_metric(self) -> str | None:
+        """What `keep_best` means."""
+        return self.paired_metrics[-1] if self.keep_best == AUTO else self.keep_best
+
+    def _check_validation(self) -> None:
+        is_rgb = self.model.out_channels == 3
+        known = (*self.paired_metrics, *(VALIDATED_SETS if is_rgb else ()))
+        of_these = f"auto, null or one of {list(known)}"
+        require(self.keep_best in {None, AUTO, *known}, f"keep_best={self.keep_best!r}", of_these)
+        given = f"inception={self.inception!r} with model.out_channels={self.model.out_channels}"
+        require(is_rgb or self.inception is None, given, "null: Inception sees RGB")
 
     def _check_images(self) -> None:
         resolution, factor = self.data.resolution, self.model.downsample_factor
@@ -102,15 +133,28 @@ class TrainConfig:
 class EvaluateConfig:
     """`model`: one autoencoder or a list of several, each an export, a weights file or a run's directory.
 
-    Images that cannot be read are left out and listed, and the status is 3 unless `allow_left_out`.
+    `datasets` are values of `data.root` in place of the one, `cross` measures each encoder with the decoders of the
+    others too. With another number of the CPU's `threads` sums end in other bits. The first `probe_images` images are
+    for the tests of robustness and precision. `gates` fail with status 4: {psnr: 28, lpips_alex: 0.1}. Images that
+    cannot be read or reconstructed are left out and listed, and the status is 3 unless `allow_left_out`. `inception`
+    names the weights of rFID and KID; `download` may fetch what is missing.
     """
 
     model: Any = None  # str | list[str]; OmegaConf has no such union
     name: str = "evaluation"
     output: str = "evaluations"
     device: str = "auto"
-    metrics: list[str] = field(default_factory=lambda: list(PAIRED_METRICS))
+    seed: int = 0
+    threads: int = 1
+    protocol: str = DEFAULT_V1.name
+    metrics: list[str] = field(default_factory=lambda: list(METRICS))
+    datasets: list[str] = field(default_factory=list)
+    cross: bool = False
+    probe_images: int = 2
+    gates: dict[str, float] = field(default_factory=dict)
     allow_left_out: bool = False
+    inception: str | None = None
+    download: bool = False
     data: DataConfig = field(default_factory=lambda: DataConfig(source="photos"))
 
     def __post_init__(self) -> None:
@@ -118,8 +162,17 @@ class EvaluateConfig:
         require(named, f"model={self.model!r}", "a path or a list of paths, e.g. model=runs/first")
         whole = not self.data.bucket_resolutions
         require(whole, f"data.bucket_resolutions={self.data.bucket_resolutions}", "none: squares are measured")
-        known = bool(self.metrics) and set(self.metrics) <= set(PAIRED_METRICS)
-        require(known, f"metrics={self.metrics}", f"some of {list(PAIRED_METRICS)}")
+        known = bool(self.metrics) and set(self.metrics) <= set(METRICS)
+        require(known, f"metrics={self.metrics}", f"some of {list(METRICS)}")
+        require(self.protocol in PROTOCOLS, f"protocol={self.protocol!r}", f"one of {list(PROTOCOLS)}")
+        require(self.probe_images >= 0, f"probe_images={self.probe_images}", "0 (none) or more")
+        require(0 <= self.seed < 2**32, f"seed={self.seed}", "from 0 to 2**32 - 1")
+        require(self.threads >= 1, f"threads={self.threads}", "1 or more")
+        require(set(self.gates) <= set(self.metrics), f"gates={self.gates}", f"limits of measured ones: {self.metrics}")
+        has_root = self.data.source != "photos"
+        require(has_root or not self.datasets, f"datasets={self.datasets} with data=photos", "data=folder or another")
+        one = not self.cross or len(self.models) > 1
+        require(one, "cross=true with one model", "two or more: model=[runs/base,runs/tuned]")
 
     @property
     def models(self) -> list[str]:

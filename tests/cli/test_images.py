@@ -28,6 +28,7 @@ COMMANDS = (
     "reconstruct",
     "prepare",
     "cache-latents",
+    "compare",
 )
 
 

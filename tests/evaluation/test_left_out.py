@@ -31,7 +31,7 @@ def config(tmp_path, tiny) -> EvaluateConfig:
         root=str(tmp_path / "images"), resolution=32, workers=0, validation_fraction=1.0, validation_batch_size=2
     )
     return EvaluateConfig(
-        model=str(tmp_path / "model"), name="whole", output=str(tmp_path), metrics=["psnr"], data=data
+        model=str(tmp_path / "model"), name="whole", output=str(tmp_path), metrics=["psnr"], probe_images=0, data=data
     )
 
 
@@ -54,14 +54,15 @@ def test_an_image_that_cannot_be_read_is_excluded_and_named_and_changes_no_other
     readable = {name: value for name, value in whole.items() if name not in ("2.png", "3.png")}
     assert rows(tmp_path / "damaged") == readable
     document = read_json(tmp_path / "damaged" / "metrics.json")
-    assert document["images"] == 3
-    assert [one["image"] for one in document["left_out"]] == ["2.png", "3.png"]
+    about = document["datasets"]["images"]
+    assert about["images"] == 3
+    assert [one["image"] for one in about["left_out"]] == ["2.png", "3.png"]
     assert evaluate(replace(config, name="allowed", allow_left_out=True)) == tmp_path / "allowed"
 
 
 def test_with_no_image_that_can_be_read_nothing_is_written(config, tmp_path):
     damage(config, *(f"{number}.png" for number in range(5)))
-    with pytest.raises(InputError, match=r"none of 5 images can be read, the first: .*0\.png"):
+    with pytest.raises(InputError, match=r"none of 5 images of images can be read, the first: .*0\.png"):
         evaluate(config)
     assert not (tmp_path / "whole" / "metrics.json").exists()
 

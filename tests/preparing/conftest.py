@@ -6,7 +6,7 @@ from PIL import Image
 
 from tests.cli.conftest import call as call
 from tests.cli.conftest import model as model
-from vae.preparing.processes import WORLDS
+from vae.data.processes import WORLDS
 
 SIZES = {
     "a.png": (40, 30),

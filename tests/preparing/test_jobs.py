@@ -10,9 +10,10 @@ import pytest
 from tests.preparing.conftest import contents
 from vae.data import images
 from vae.data.limits import ImageError
+from vae.data.processes import place
 from vae.data.sources import Files
 from vae.errors import InputError
-from vae.preparing.processes import place, spread
+from vae.preparing.processes import spread
 from vae.preparing.reading import unreadable
 
 

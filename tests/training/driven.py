@@ -1,6 +1,7 @@
-"""One process of several, started by Lightning or torchrun: `driven.py CONFIG.json [double] [unreduced] [poisoned]`.
+"""One process of several, started by Lightning or torchrun: `driven.py CONFIG.json SWITCH...`.
 
-Writes the hash of what every process ends with beside the run. In float64, rounding does not hide what is not equal.
+The switches are double, unreduced, poisoned, features. Writes the hash of what every process ends with beside the run.
+In float64, rounding does not hide what is not equal.
 """
 
 import hashlib
@@ -25,6 +26,7 @@ from vae.training import run, trainer
 from vae.training.guard import GuardConfig
 from vae.training.module import Training
 from vae.training.optim import OptimConfig
+from vae.training.set_metrics import SetMetrics
 
 reductions: list[list[int]] = []  # (update, bucket)
 shapes: list[list[int]] = []  # of every batch
@@ -97,6 +99,23 @@ def remember_batches() -> None:
     Training.training_step = training_step
 
 
+class Corners(torch.nn.Module):
+    """In place of Inception, whose weights are on no test's machine: means of an image's quarters, (B, 12)."""
+
+    def features(self, images: torch.Tensor, convention: str) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
+
+
+def with_features(switches: list[str]) -> None:
+    inception: Any = Corners()
+
+    def of(config: TrainConfig) -> SetMetrics:
+        return SetMetrics(inception if config.model.out_channels == 3 else None)
+
+    if "features" in switches:
+        SetMetrics.of = of
+
+
 def poisoned(switches: list[str]) -> None:
     """An image of the second process is not finite at the ninth update."""
     original = Training._images
@@ -110,6 +129,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     in_double(sys.argv[2:])
     poisoned(sys.argv[2:])
+    with_features(sys.argv[2:])
     remember_batches()
     Training.on_train_start = count_reductions
     Training.on_train_end = write_what_came_out

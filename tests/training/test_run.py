@@ -205,7 +205,7 @@ def test_a_finished_run_can_be_made_longer(finished, tiny_run):
     updates = _columns(longer)["updates"]
     assert updates == sorted(set(updates))
     assert updates[-1] == 10
-    assert {path.name for path in (longer / "exports").iterdir()} == {"step_0000008", "step_0000010"}
+    assert {path.name for path in (longer / "exports").iterdir()} == {"best", "step_0000008", "step_0000010"}
 
 
 def test_a_corrupt_image_is_named_also_by_a_worker(tiny_run, tmp_path):
@@ -214,7 +214,8 @@ def test_a_corrupt_image_is_named_also_by_a_worker(tiny_run, tmp_path):
     data = DataConfig(source="folder", root=str(tmp_path), resolution=32, batch_size=2, workers=1)
     with pytest.raises(InputError, match=r"none of the validation images can be read, expected some: skipped\.jsonl"):
         train(replace(tiny_run, data=data))
-    listed = [json.loads(line) for line in (Path(tiny_run.output) / tiny_run.name / "skipped.jsonl").open()]
+    lines = (Path(tiny_run.output) / tiny_run.name / "skipped.jsonl").read_text().splitlines()
+    listed = [json.loads(line) for line in lines]
     assert listed
     assert all(re.search(r"\d\.png: no image in a format that is read", row["reason"]) for row in listed)
 

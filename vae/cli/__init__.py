@@ -5,13 +5,14 @@ import warnings
 
 import typer
 
-from vae.cli import images, shards, weights
+from vae.cli import comparing, images, shards, weights
 from vae.cli.common import warn
 from vae.errors import InputError
 
 app = typer.Typer(
     help="Look into, convert and use KL autoencoders. Training is train.py, measuring is evaluate.py.",
-    epilog="Exit status: 0 done, 2 something given cannot be used (one line on stderr says what, and what to do).",
+    epilog="Exit status: 0 done, 2 something given cannot be used (one line on stderr says what, and what to do), "
+    "4 compare shows a loss.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -28,6 +29,7 @@ for command in (
     images.reconstruct,
     shards.prepare,
     shards.cache_latents,
+    comparing.compare,
 ):
     app.command()(command)
 

@@ -55,7 +55,7 @@ def prepare(
 
     Example: vae prepare photos/ shards/ --resolution 512 --min-side 256
     """
-    from vae.data.loading import cores
+    from vae.data.processes import cores
     from vae.preparing.images import SUFFIX, Treatment, prepare_shards
     from vae.preparing.jobs import Job
     from vae.preparing.opening import Named, open_whole
@@ -103,7 +103,7 @@ def cache_latents(
     Example: vae cache-latents runs/first photos/ latents/ --resolution 256 --flip
     """
     from vae.checkpoints.families import families_of
-    from vae.data.loading import workers_for
+    from vae.data.processes import workers_for
     from vae.preparing import latents
     from vae.preparing.jobs import Job
     from vae.preparing.opening import Named, open_whole
@@ -133,8 +133,8 @@ def cache_latents(
 
 def _run(job: "Job", label: str, work: "Callable[[Sequence[int], Advance], None]") -> "Json | None":
     """This process's part of a job; the index where that was the last."""
+    from vae.data.processes import place
     from vae.preparing.jobs import begin, conclude, unfinished
-    from vae.preparing.processes import place
 
     begin(job)
     here = place()

@@ -1,8 +1,7 @@
 """From a source to batches of pixels: decoded, cut and collated by worker processes."""
 
-import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import NamedTuple, cast
 
@@ -14,12 +13,12 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from vae.data.config import DataConfig
 from vae.data.limits import ImageError, printable
 from vae.data.order import EndlessSampler, Order, Pick, seed_for
+from vae.data.processes import workers_for
 from vae.data.sources import Source
 from vae.data.transforms import Augmentation, center_crop, random_crop
 from vae.errors import InputError, require
 
 ATTEMPTS = 100  # to find an image that can be used, for one place in a batch
-MOST_WORKERS = 4  # unless data.workers asks for another number
 
 
 class LeftOut(NamedTuple):
@@ -35,19 +34,24 @@ class Sample(NamedTuple):
     position: int
     name: str
     left_out: list[LeftOut]
+    is_enlarged: bool = False
 
 
 class Batch(NamedTuple):
-    """`images` uint8 or uint16 (B, C, H, W); `positions`: sample positions in training, indices in validation.
+    """`images` uint8 or uint16 (B, C, H, W), or what another cut makes of them; `positions`: sample positions in
+    training, indices in validation.
 
     Positions are plain integers, so that reading them never waits for a GPU. `left_out` are the images that could not
-    be used: replaced in training, missing in validation, where B may so be 0.
+    be used: replaced in training, missing in validation, where B may so be 0; `missing` has their indices then.
+    `enlarged` are the names of those that had fewer pixels than are shown.
     """
 
     images: Tensor
     positions: list[int]
     names: list[str]
     left_out: list[LeftOut]
+    enlarged: Sequence[str] = ()
+    missing: Sequence[int] = ()
 
 
 class TrainingImages(Dataset[Sample]):
@@ -82,11 +86,14 @@ class TrainingImages(Dataset[Sample]):
         return random_crop(pixels, pick.size, self.augmentation, draw)
 
 
-class HeldOutImages(Dataset[Sample]):
-    """index -> the image's central square."""
+Cut = Callable[[Tensor, int], Tensor]  # (pixels (C, H, W), side) -> (C, side, side)
 
-    def __init__(self, source: Source, config: DataConfig, channels: int) -> None:
-        self.source, self.config, self.channels = source, config, channels
+
+class HeldOutImages(Dataset[Sample]):
+    """index -> the image's central square, as `cut` makes it."""
+
+    def __init__(self, source: Source, config: DataConfig, channels: int, cut: Cut = center_crop) -> None:
+        self.source, self.config, self.channels, self.cut = source, config, channels, cut
 
     def __len__(self) -> int:
         return len(self.source)
@@ -99,7 +106,8 @@ class HeldOutImages(Dataset[Sample]):
             _check_sides(pixels, (smallest, smallest), self.source.label(index), "lower data.min_side")
         except ImageError as error:
             return Sample(None, index, name, [LeftOut(name, str(error), not isinstance(error, TooSmallError))])
-        return Sample(center_crop(pixels, self.config.resolution), index, name, [])
+        side = self.config.resolution
+        return Sample(self.cut(pixels, side), index, name, [], is_enlarged=min(pixels.shape[1:]) < side)
 
 
 class TooSmallError(ImageError):
@@ -118,8 +126,12 @@ def validation_loader(
     source: Source, config: DataConfig, channels: int, rank: int, world_size: int
 ) -> DataLoader[Batch]:
     """This rank's share, in order and without padding: no image is ever counted twice."""
-    share = Subset(HeldOutImages(source, config, channels), range(rank, len(source), world_size))
-    return _loader(share, config, config.validation_batch_size, sampler=None)
+    return indexed_loader(HeldOutImages(source, config, channels), range(rank, len(source), world_size))
+
+
+def indexed_loader(images: HeldOutImages, indices: Sequence[int]) -> DataLoader[Batch]:
+    """Those of `images`, in the order of `indices`."""
+    return _loader(Subset(images, indices), images.config, images.config.validation_batch_size, sampler=None)
 
 
 def first_images(source: Source, config: DataConfig, channels: int) -> Tensor:
@@ -142,7 +154,10 @@ def _collate(samples: Sequence[Sample]) -> Batch:
     usable = [(sample.pixels, sample) for sample in samples if sample.pixels is not None]
     images = torch.stack([pixels for pixels, _ in usable]) if usable else torch.empty(0, dtype=torch.uint8)
     left_out = [one for sample in samples for one in sample.left_out]
-    return Batch(images, [one.position for _, one in usable], [one.name for _, one in usable], left_out)
+    enlarged = [one.name for _, one in usable if one.is_enlarged]
+    missing = [sample.position for sample in samples if sample.pixels is None]
+    positions, names = [one.position for _, one in usable], [one.name for _, one in usable]
+    return Batch(images, positions, names, left_out, enlarged, missing)
 
 
 def shut_down(loader: DataLoader[Batch]) -> None:
@@ -160,18 +175,6 @@ def _outlive_signals(_: int) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
-
-
-def workers_for(wanted: int | None) -> int:
-    """As many as are wanted, else as there are cores, at most `MOST_WORKERS`."""
-    return min(MOST_WORKERS, cores()) if wanted is None else wanted
-
-
-def cores() -> int:
-    """That this process may use, its share where torchrun started several on the machine."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    beside = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, allowed // (int(beside) if beside.isdecimal() else 1))
 
 
 def _loader(

@@ -76,7 +76,9 @@ def crop_to_multiple(pixels: Tensor, factor: int, path: str | Path) -> Tensor:
 
 
 def to_model_range(images: Tensor) -> Tensor:
-    """uint8 [0, 255] or uint16 [0, 65535] -> float32 [-1, 1]."""
+    """uint8 [0, 255] or uint16 [0, 65535] -> float32 [-1, 1]; floats are there already."""
+    if images.is_floating_point():
+        return images
     return images.float().div_(MAXIMUM[images.dtype] / 2).sub_(1.0)
 
 

@@ -1,6 +1,10 @@
 """From what a user names to a model: an export, a weights file or the directory of a run."""
 
+import hashlib
+from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,14 +13,27 @@ from vae.errors import InputError
 from vae.models.autoencoder import AutoencoderKL
 
 
+@dataclass(frozen=True)
+class Codec:
+    """What is measured: the encoder of one model with the decoder of the same or, named "A > B", of another."""
+
+    name: str
+    encoder: str
+    decoder: str
+
+    @property
+    def is_crossed(self) -> bool:
+        return self.encoder != self.decoder
+
+
 def find_export(path: str | Path) -> Path:
-    """The weights meant by `path`: for a run's directory its newest export, for an export its diffusers folder."""
+    """The weights meant by `path`: for a run's directory its newest export, else its best; for an export the folder."""
     path = Path(path).expanduser()
     if not path.exists():
         raise InputError(f"model={str(path)!r}: no such file or folder; name an export, a weights file or a run")
-    steps = sorted((path / "exports").glob("step_*"))
-    if steps:
-        path = steps[-1]
+    exports = [*(path / "exports").glob("best"), *sorted((path / "exports").glob("step_*"))]
+    if exports:
+        path = exports[-1]
     if (path / "checkpoints").is_dir():
         raise InputError(f"model={str(path)!r}: a run without an export; vae export {path} makes one of its checkpoint")
     return path / "diffusers" if (path / "diffusers").is_dir() else path
@@ -25,7 +42,44 @@ def find_export(path: str | Path) -> Path:
 def load_models(paths: list[str]) -> dict[str, AutoencoderKL]:
     """{short distinct name: model}, in the order given."""
     found = [find_export(path) for path in paths]
-    return {name: load_autoencoder(path) for name, path in zip(_short_names(paths), found, strict=True)}
+    names = short_names(paths, "model")
+    return {name: load_autoencoder(path) for name, path in zip(names, found, strict=True)}
+
+
+def codecs_of(models: dict[str, AutoencoderKL], *, cross: bool) -> list[Codec]:
+    """Each model, and with `cross` each encoder with every other decoder of latents of the same shape."""
+    whole = [Codec(name, name, name) for name in models]
+    if not cross:
+        return whole
+    pairs = [(a, b) for a, b in permutations(models, 2) if _latents_of(models[a]) == _latents_of(models[b])]
+    if not pairs:
+        raise InputError("cross=true: no two of the models have latents of the same channels and size; leave it out")
+    return whole + [Codec(f"{a} > {b}", a, b) for a, b in pairs]
+
+
+def described(codec: Codec, models: dict[str, AutoencoderKL], paths: dict[str, str]) -> dict[str, Any]:
+    """What a document says of a codec."""
+    encoder, decoder = models[codec.encoder], models[codec.decoder]
+    used = [*encoder.encoder.parameters(), *encoder.quant_conv.parameters()]
+    used += [*decoder.decoder.parameters(), *decoder.post_quant_conv.parameters()]
+    channels, factor = _latents_of(encoder)
+    return {
+        "encoder": paths[codec.encoder],
+        "decoder": paths[codec.decoder],
+        "sha256": weights_sha256(encoder) if not codec.is_crossed else None,
+        "parameters": sum(parameter.numel() for parameter in used),
+        "latent_channels": channels,
+        "downsample_factor": factor,
+    }
+
+
+def weights_sha256(model: AutoencoderKL) -> str:
+    """Of the tensors' names and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def find_device(name: str) -> torch.device:
@@ -38,10 +92,14 @@ def find_device(name: str) -> torch.device:
         raise InputError(f"device={name!r} is not to be had ({first}); choose 'auto' or 'cpu'") from error
 
 
-def _short_names(paths: list[str]) -> list[str]:
+def short_names(paths: list[str], key: str) -> list[str]:
     """As many trailing parts of each path as make it unlike the others."""
     for depth in range(1, max(len(Path(path).parts) for path in paths) + 1):
         names = ["/".join(Path(path).parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):
             return names
-    raise InputError(f"model={paths}: the same model twice; name each once")
+    raise InputError(f"{key}={paths}: the same {key} twice; name each once")
+
+
+def _latents_of(model: AutoencoderKL) -> tuple[int, int]:
+    return model.config.latent_channels, model.config.downsample_factor

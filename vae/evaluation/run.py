@@ -1,173 +1,101 @@
-"""`evaluate`: one or several autoencoders on the same images, image by image."""
+"""`evaluate`: one or several autoencoders on one or several sets of images, image by image."""
 
-import csv
 import json
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Column, Table
 
-import vae
-from vae.checkpoints.safe import WeightsError, replacing, write_text
+from vae.checkpoints.lock import locked
+from vae.checkpoints.safe import write_text
 from vae.config import EvaluateConfig
-from vae.data.loading import Batch, LeftOut, validation_loader
-from vae.data.opening import open_sources
-from vae.data.pixels import as_depth
-from vae.data.transforms import to_model_range, to_uint8
-from vae.errors import BAD_IMAGES, InputError, Stopped
-from vae.evaluation.models import find_device, load_models
-from vae.evaluation.protocol import DEFAULT_V1
-from vae.metrics.paired import HIGHER_IS_BETTER, PairedMetrics
-from vae.models.autoencoder import AutoencoderKL
+from vae.data.config import DataConfig
+from vae.data.loading import Batch, HeldOutImages, indexed_loader
+from vae.data.sources import Source
+from vae.errors import InputError
+from vae.evaluation.finishing import finish
+from vae.evaluation.measuring import Bench, exact_arithmetic
+from vae.evaluation.recorded import DOCUMENT_FILE
+from vae.evaluation.rows import Rows
+from vae.evaluation.setting import Setting, prepare
+from vae.evaluation.team import Team, gathered
 
-Row = dict[str, Any]  # image, model and one number per metric
+PLAN_FILE = "plan.json"
 
 
 def evaluate(config: EvaluateConfig) -> Path:
-    """Measure `config.models` by protocol default-v1, print the table, write JSON and CSV; returns their folder."""
-    folder = Path(config.output) / config.name
-    images = open_sources(config.data)[1]
-    device = find_device(config.device)
-    models = {name: model.to(device) for name, model in load_models(config.models).items()}
-    channels = _check_sizes(models, config.data.resolution)
-    metrics = PairedMetrics(tuple(config.metrics)).to(device)
-    measured = [name for name in config.metrics if name not in metrics.missing]
-    if not measured:
-        raise InputError(f"metrics={config.metrics}: {next(iter(metrics.missing.values()))}")
-    _check_writable(folder, config.output)
-    batches = validation_loader(images, config.data, channels, rank=0, world_size=1)
-    left_out: list[LeftOut] = []
-    total = math.ceil(len(images) / config.data.validation_batch_size)
-    with _exact_arithmetic():
-        shown = track(batches, "Measuring", total, console=Console(stderr=True))
-        rows = list(_measure(models, shown, metrics, device, left_out))
-    if not rows:
-        raise InputError(f"none of {len(images)} images can be read, the first: {left_out[0].reason}")
-    summary = {model: _summarise([row for row in rows if row["model"] == model], measured) for model in models}
-    counted = len(images) - len(left_out)
-    _print(summary, measured, metrics.missing, counted, config.data.resolution)
-    excluded = [{"image": one.name, "reason": one.reason} for one in left_out]
-    result = {"images": counted, "left_out": excluded, "metrics": summary, "missing": metrics.missing}
-    _write(folder, rows, measured, result, config)
-    Console().print(f"written  {folder}/metrics.json and {folder}/images.csv", highlight=False, soft_wrap=True)
-    if left_out:
-        listed = f"{len(left_out)} of {len(images)} images are left out, listed in {folder}/metrics.json; the first: "
-        if not config.allow_left_out:
-            raise Stopped(BAD_IMAGES, f"{listed}{left_out[0].reason}")
-        Console().print(f"{listed}{left_out[0].reason}", highlight=False, markup=False, soft_wrap=True)
+    """Measure `config.models`, print tables, write JSON, CSV and the report; returns their folder.
+
+    The processes of torchrun share the images. What is measured is kept as it comes: the same call goes on where an
+    earlier one was interrupted. Raises `Stopped` where images are left out or not finite, and where a gate fails.
+    """
+    with gathered() as team, ExitStack() as held, exact_arithmetic(config.threads):
+        folder = Path(config.output) / team.of_first(config.name)
+        setting = prepare(config, team)
+        prints = {name: source.fingerprint() for name, (_, source) in setting.datasets.items()}
+        decisive = _decisive(config.data, setting.bench)
+        plan = json.dumps({"header": setting.header, "images": prints, "data": decisive}, indent=2)
+        team.agree(plan, "models or images")
+        refusal = team.of_first(_begin(folder, plan, held) if team.leads else "")
+        if refusal:
+            raise InputError(refusal)
+        rows = Rows(folder, team.rank)
+        _measure(setting, rows, team)
+        if team.leads:
+            finish(config, folder, setting, rows)
     return folder
 
 
-@torch.no_grad()
-def _measure(
-    models: dict[str, AutoencoderKL],
-    batches: Iterable[Batch],
-    metrics: PairedMetrics,
-    device: torch.device,
-    left_out: list[LeftOut],
-) -> Iterator[Row]:
-    """Rows of every image; what cannot be read is never replaced, and goes to `left_out`."""
-    for batch in batches:
-        left_out += batch.left_out
-        if not len(batch.images):
-            continue
-        images = batch.images.to(device)
-        for name, model in models.items():
-            reconstructions = to_uint8(model.decode(model.encode(to_model_range(images)).mode()))
-            columns = metrics(as_depth(images, 8), reconstructions)
-            values = {metric: column.tolist() for metric, column in columns.items()}
-            for row, image in enumerate(batch.names):
-                yield {"image": image, "model": name} | {metric: column[row] for metric, column in values.items()}
+def _measure(setting: Setting, rows: Rows, team: Team) -> None:
+    """This process's share of what is not yet known."""
+    bench, datasets = setting.bench, setting.datasets
+    known = rows.known()
+    team.wait()  # nobody writes before everybody has read
+    rows.begin()
+    images = {name: _missing(name, source, known)[team.rank :: team.world] for name, (_, source) in datasets.items()}
+    total = sum(math.ceil(len(part) / datasets[name][0].validation_batch_size) for name, part in images.items())
+    batches = _batches(setting, images)
+    shown = track(batches, "Measuring", total, console=Console(stderr=True)) if team.leads else batches
+    for name, batch in shown:
+        for line in bench.measure(name, batch):
+            rows.add(line)
+    rows.end()
+    team.wait()
 
 
-def _summarise(rows: list[Row], measured: list[str]) -> dict[str, dict[str, float | int | None]]:
-    """Per metric: mean, standard deviation and count of the finite values, and how many were not."""
-    summary: dict[str, dict[str, float | int | None]] = {}
-    for name in measured:
-        values = torch.tensor([row[name] for row in rows], dtype=torch.float64)
-        finite = values[torch.isfinite(values)]
-        summary[name] = {
-            "mean": finite.mean().item() if len(finite) else None,
-            "std": finite.std().item() if len(finite) > 1 else None,
-            "images": len(finite),
-            "identical": int(torch.isposinf(values).sum()),
-        }
-    return summary
+def _batches(setting: Setting, images: dict[str, list[int]]) -> Iterator[tuple[str, Batch]]:
+    bench = setting.bench
+    channels = next(iter(bench.models.values())).config.in_channels
+    for name, indices in images.items():
+        data, source = setting.datasets[name]
+        for batch in indexed_loader(HeldOutImages(source, data, channels, bench.protocol.cut), indices):
+            yield name, batch
 
 
-def _print(
-    summary: dict[str, dict[str, Any]], measured: list[str], missing: dict[str, str], images: int, resolution: int
-) -> None:
-    console = Console()
-    console.print(f"{DEFAULT_V1}\n{images} images at {resolution}x{resolution}\n", highlight=False, soft_wrap=True)
-    arrows = {name: "higher" if HIGHER_IS_BETTER[name] else "lower" for name in measured}
-    table = Table(Column("model", overflow="fold"), *(f"{name}\n({arrows[name]} is better)" for name in measured))
-    for model, by_name in summary.items():
-        cells = [by_name[name] for name in measured]
-        table.add_row(model, *("-" if cell["mean"] is None else f"{cell['mean']:.4f}" for cell in cells))
-    console.print(table)
-    for model, by_name in summary.items():
-        if by_name.get("psnr", {}).get("identical"):
-            console.print(f"{model}: {by_name['psnr']['identical']} identical images left out of the mean PSNR")
-    for name, reason in missing.items():
-        console.print(f"{name}: not measured. {reason}", highlight=False, soft_wrap=True)
+def _missing(name: str, source: Source, known: set[tuple[str, int]]) -> list[int]:
+    return [index for index in range(len(source)) if (name, index) not in known]
 
 
-def _write(folder: Path, rows: list[Row], measured: list[str], result: dict[str, Any], config: EvaluateConfig) -> None:
-    protocol = {"name": DEFAULT_V1.name, "version": DEFAULT_V1.version, "sha256": DEFAULT_V1.sha256}
-    library = {"vae": vae.__version__, "torch": torch.__version__}
-    document = {
-        "protocol": protocol,
-        "resolution": config.data.resolution,
-        "models": config.models,
-        "library": library,
-    } | result
-    write_text(folder / "metrics.json", json.dumps(document, indent=2, allow_nan=False) + "\n")
-    with (
-        replacing(folder / "images.csv") as partial,
-        partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-    ):
-        writer = csv.DictWriter(file, ["image", "model", *measured])
-        writer.writeheader()
-        writer.writerows(rows)
+def _decisive(data: DataConfig, bench: Bench) -> dict[str, Any]:
+    """What else numbers depend on."""
+    batch = None if bench.at_once == 1 else data.validation_batch_size
+    return {"bits": data.bits, "min_side": data.min_side, "batch_size": batch}
 
 
-def _check_writable(folder: Path, output: str) -> None:
-    """Before the measuring, not after it."""
-    if (folder / "metrics.json").exists():
-        raise InputError(f"name={folder.name!r}: {folder} already holds an evaluation; choose another name")
+def _begin(folder: Path, plan: str, held: ExitStack) -> str:
+    """Take the folder and say in it what is measured; else say why not."""
     try:
-        with replacing(folder / "images.csv") as partial:
-            partial.touch()
-        (folder / "images.csv").unlink()
-    except WeightsError as error:
-        raise InputError(f"output={output!r}: cannot write there ({error}); choose another folder") from error
-
-
-def _check_sizes(models: dict[str, AutoencoderKL], resolution: int) -> int:
-    """The image channels that all models have."""
-    counts = {name: model.config.in_channels for name, model in models.items()}
-    if len(set(counts.values())) > 1:
-        raise InputError(f"models of different channels, {counts}: measure them one by one")
-    for name, model in models.items():
-        factor = model.config.downsample_factor
-        if resolution % factor:
-            raise InputError(f"data.resolution={resolution} is not a multiple of {factor}, the factor of {name}")
-    return next(iter(counts.values()))
-
-
-@contextmanager
-def _exact_arithmetic() -> Iterator[None]:
-    """No TF32 in matrix products and convolutions; the previous settings come back."""
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+        held.enter_context(locked(folder, "measuring"))
+        if (folder / DOCUMENT_FILE).exists():
+            return f"name={folder.name!r}: {folder} already holds an evaluation; choose another name"
+        if (folder / PLAN_FILE).exists() and (folder / PLAN_FILE).read_text(encoding="utf-8") != plan:
+            unlike = "an interrupted evaluation of other models, images or settings"
+            return f"name={folder.name!r}: {folder} holds {unlike}; choose another name, or delete it"
+        write_text(folder / PLAN_FILE, plan)
+    except InputError as error:
+        return str(error)
+    return ""

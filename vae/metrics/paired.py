@@ -1,30 +1,44 @@
 """The metrics of one image against its reconstruction, by name."""
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 
 from vae.errors import InputError
+from vae.metrics.appearance import appearance
+from vae.metrics.l1 import l1
+from vae.metrics.ms_ssim import LEAST_SIDE, ms_ssim
 from vae.metrics.psnr import psnr
-from vae.metrics.ssim import ssim
-from vae.models.backbones import BACKBONES
+from vae.metrics.registry import OF_SETS, PAIRED
+from vae.metrics.ssim import WINDOW, ssim
 from vae.models.features import MissingBackboneError
 from vae.models.lpips import LPIPS
 
-PAIRED_METRICS = ("psnr", "ssim", *(f"lpips_{net}" for net in sorted(BACKBONES)))
-HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips_alex": False, "lpips_vgg": False}
+OF_PIXELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim, "l1": l1}
+OF_COLOUR = {"colour_shift", "saturation"}
+OF_APPEARANCE = {*OF_COLOUR, "contrast", "sharpness", "high_frequency"}
+LEAST_SIDES = {
+    "ssim": WINDOW,
+    "ms_ssim": LEAST_SIDE,
+    "lpips_alex": 31,  # below, nothing is left of the last features
+    "lpips_vgg": 16,
+} | dict.fromkeys(OF_APPEARANCE, 5)
 
 
 class PairedMetrics:
-    """(images, reconstructions), uint8 (B, C, H, W) -> {name: (B,) float64}.
+    """(images, reconstructions), uint8 (B, C, H, W) -> {name: (B,) float64}; NaN is "not applicable" to this image.
 
-    A metric whose weights are missing is left out; `missing` says why and what to do. `shared` is an LPIPS network that
-    serves here too, for the metric of its net.
+    A metric whose weights are missing is left out; `missing` says why and what to do. So is one that is `unavailable`.
+    `shared` is an LPIPS network that serves here too, for the metric of its net.
     """
 
-    def __init__(self, names: tuple[str, ...] = PAIRED_METRICS, shared: LPIPS | None = None) -> None:
-        unknown = sorted(set(names) - set(PAIRED_METRICS))
+    def __init__(
+        self, names: tuple[str, ...] = tuple(PAIRED), shared: LPIPS | None = None, *, download: bool = True
+    ) -> None:
+        unknown = sorted(set(names) - set(PAIRED))
         if unknown:
-            raise InputError(f"unknown metrics {unknown}, expected some of {list(PAIRED_METRICS)}")
+            raise InputError(f"unknown metrics {unknown}, expected some of {list(PAIRED)}")
         self.names = names
         self.missing: dict[str, str] = {}
         self.lpips: dict[str, LPIPS] = {}
@@ -32,7 +46,8 @@ class PairedMetrics:
             if name.startswith("lpips_"):
                 net = name.removeprefix("lpips_")
                 try:
-                    self.lpips[name] = shared if shared is not None and shared.net == net else LPIPS(net)
+                    known = shared if shared is not None and shared.net == net else None
+                    self.lpips[name] = known or LPIPS(net, download=download)
                 except MissingBackboneError as error:
                     self.missing[name] = str(error)
 
@@ -44,14 +59,36 @@ class PairedMetrics:
     @torch.no_grad()
     def __call__(self, images: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
         assert images.dtype == reconstructions.dtype == torch.uint8
+        absent = self.missing | unavailable(self.names, images.shape[1], min(images.shape[-2:]))
+        names = [name for name in self.names if name not in absent]
+        looks = appearance(images, reconstructions) if OF_APPEARANCE & set(names) else {}
         rows: dict[str, Tensor] = {}
-        if "psnr" in self.names:
-            rows["psnr"] = psnr(images, reconstructions)
-        if "ssim" in self.names:
-            rows["ssim"] = ssim(images, reconstructions)
-        for name, net in self.lpips.items():
-            rows[name] = net(_to_signed(images), _to_signed(reconstructions)).double()
+        for name in names:
+            if name in OF_PIXELS:
+                rows[name] = OF_PIXELS[name](images, reconstructions)
+            elif name in self.lpips:
+                rows[name] = self.lpips[name](_to_signed(images), _to_signed(reconstructions)).double()
+            else:
+                rows[name] = looks[name]
         return rows
+
+
+def unavailable(names: Iterable[str], channels: int, resolution: int) -> dict[str, str]:
+    """{name: why} of the metrics, paired or of sets, that images of so many channels and pixels a side cannot have."""
+    reasons: dict[str, str] = {}
+    for name in names:
+        least = LEAST_SIDES.get(name, 1)
+        if resolution < least:
+            reasons[name] = f"needs images of {least} pixels a side or more; these have {resolution}"
+        if name.startswith("lpips_") and channels == 2:
+            reasons[name] = "ImageNet's networks see grey, RGB, RGBA, or three of more channels; these have 2"
+        if name in OF_SETS and channels != 3:
+            reasons[name] = f"Inception sees RGB images; these have {channels} channels"
+        if name in OF_APPEARANCE and channels not in (1, 3, 4):
+            reasons[name] = f"how an image looks is known of grey, RGB and RGBA; these have {channels} channels"
+        if name in OF_COLOUR and channels == 1:
+            reasons[name] = "grey images have no colour"
+    return reasons
 
 
 def _to_signed(images: Tensor) -> Tensor:

@@ -31,8 +31,11 @@ class MissingBackboneError(InputError):
     """The features of an LPIPS backbone are nowhere to be had."""
 
 
-def load_backbone(net: str, path: str | Path | None = None) -> Features:
-    """The convolution weights of `net` ("vgg" or "alex"), from `path` or the first source that has them."""
+def load_backbone(net: str, path: str | Path | None = None, *, download: bool = True) -> Features:
+    """The convolution weights of `net` ("vgg" or "alex"), from `path` or the first source that has them.
+
+    Without `download` no socket is opened.
+    """
     backbone = BACKBONES[net]
     if path is not None:
         return _from_user_file(backbone, Path(path))
@@ -41,7 +44,7 @@ def load_backbone(net: str, path: str | Path | None = None) -> Features:
         features = load_file(cached)
         if features_sha256(features, backbone) == backbone.sha256:
             return features
-    for source in (_from_torchvision_cache, _from_package, _from_download):
+    for source in (_from_torchvision_cache, _from_package, *([_from_download] if download else [])):
         features = source(backbone)
         if features is not None:
             _check(features, backbone, source)

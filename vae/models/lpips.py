@@ -27,18 +27,26 @@ class LPIPS(nn.Module):
     """Two batches of images (B, C, H, W) in [-1, 1] -> distances (B,), float32 or better.
 
     Frozen for good: no gradients of its own, and in eval mode whatever `train()` is asked of it. `as_rgb` says which
-    channels it sees. `path` names a features file in place of the sources of `load_backbone`.
+    channels it sees. `path` names a features file in place of the sources of `load_backbone`, the last of which is the
+    network, with `download`.
     """
 
     image_mean: Tensor
     image_std: Tensor
 
-    def __init__(self, net: str = "vgg", path: str | Path | None = None, channels: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        net: str = "vgg",
+        path: str | Path | None = None,
+        channels: Sequence[int] | None = None,
+        *,
+        download: bool = True,
+    ) -> None:
         super().__init__()
         if net not in BACKBONES:
             raise InputError(f"LPIPS net {net!r}, expected one of {sorted(BACKBONES)}")
         self.net, self.channels, backbone = net, channels, BACKBONES[net]
-        self.slices = _slices(backbone, load_backbone(net, path))
+        self.slices = _slices(backbone, load_backbone(net, path, download=download))
         self.heads = nn.ParameterList(_heads(net))
         self.register_buffer("image_mean", torch.tensor(IMAGE_MEAN).view(1, 3, 1, 1))
         self.register_buffer("image_std", torch.tensor(IMAGE_STD).view(1, 3, 1, 1))

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vae.checkpoints.safe import WeightsError, replacing, write_text
+from vae.data.processes import Place
 from vae.data.shards import INDEX
 from vae.data.sources import Source
 from vae.errors import InputError, require
-from vae.preparing.processes import Place
 from vae.preparing.reading import UNREADABLE, Dropped
 
 RECIPE, DROPPED = "recipe.json", "dropped.jsonl"

@@ -1,4 +1,4 @@
-"""One job by several processes: those that torchrun or SLURM started, and workers of each."""
+"""Workers of one process, and what becomes of them."""
 
 import os
 import signal
@@ -7,33 +7,12 @@ from collections.abc import Callable, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
-from typing import NamedTuple
 
-from vae.errors import InputError, require
+from vae.errors import InputError
 
 Advance = Callable[[int], object]
 Work = Callable[[int, Advance], object]  # (a shard's number, what is told of every image done)
 PATIENCE = 10.0  # seconds for a worker to leave in order
-WORLDS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
-
-
-class Place(NamedTuple):
-    """Which of how many processes this is, and which variable of the environment says so."""
-
-    rank: int = 0
-    world: int = 1
-    said_by: str = ""
-
-
-def place() -> Place:
-    """By the environment; processes need not know each other."""
-    for ranks, worlds in WORLDS:
-        rank, world = os.environ.get(ranks), os.environ.get(worlds)
-        if rank is not None and world is not None:
-            numbers = rank.isdecimal() and world.isdecimal() and int(rank) < int(world)
-            require(numbers, f"{ranks}={rank}, {worlds}={world} in the environment", "a number below the other")
-            return Place(int(rank), int(world), worlds)
-    return Place()
 
 
 def spread(work: Work, shards: Sequence[int], workers: int, advance: Advance) -> None:

@@ -27,28 +27,30 @@ from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from vae.training.folder import read_progress
 from vae.training.manifest import step_name
 from vae.training.module import Training
+from vae.training.validation import AUDITED
 
+EXPORTS = "exports"  # of a run, in its directory
 Part = TypeVar("Part")
-AUDITED = 2  # validation images that decide whether the export is safe in float16
 
 
-def export(training: Training, run: Path, images: Tensor) -> list[Path]:
-    """The averaged weights of `training`, judged on `images` (B, C, H, W) in [-1, 1], on the device they are on."""
+def export(training: Training, run: Path, name: str | None = None) -> list[Path]:
+    """The averaged weights of `training`, as its last validation found them: `exports/NAME`, else by their update."""
     config = training.config
     with torch.device("meta"):
         model = AutoencoderKL(config.model)
     model.load_state_dict(training.average.state_dict(), strict=True, assign=True)
     summary = describe(asdict(config), training.updates)
-    return publish(model.eval(), run, summary, training.validation.latents, images)
+    folder, validation = run / EXPORTS / (name or step_name(training.updates)), training.validation
+    return publish(model.eval(), folder, summary, validation.latents, validation.audited)
 
 
 def publish(
-    model: AutoencoderKL, run: Path, summary: dict[str, Any], statistics: LatentStatistics, images: Tensor
+    model: AutoencoderKL, folder: Path, summary: dict[str, Any], statistics: LatentStatistics, images: Tensor
 ) -> list[Path]:
-    """`model` as a diffusers folder and as one LDM file for `models/VAE`, below `exports/` of `run`.
+    """`model` as a diffusers folder and as one LDM file for `models/VAE`, in `folder`, one of a run's exports.
 
     The scaling factor is the measured one, 1 / std of the validation latents; so is the shift where the model has one.
-    `force_upcast` says whether float16 is unsafe, as found on `images`.
+    `force_upcast` says whether float16 is unsafe, as found on `images` (B, C, H, W) in [-1, 1], where they are.
     """
     model.config = replace(
         model.config,
@@ -59,11 +61,9 @@ def publish(
     audit = audit_precision(model.to(images.device), list(images[:AUDITED].split(1)))
     model.config = replace(model.config, force_upcast=not audit.is_safe)
     notes = Notes(latents=statistics.summary(), training=summary | {"precision": audit.verdict})
-    mark = "live_" if summary["weights"] == "live" else ""  # beside the averaged ones, and never taken for them
-    folder = run / "exports" / f"{mark}{step_name(summary['updates'])}"
     return [
         save_autoencoder(model, folder / "diffusers", format="diffusers", notes=notes),
-        save_autoencoder(model, folder / f"{run.name}.vae.safetensors", format="ldm", notes=notes),
+        save_autoencoder(model, folder / f"{folder.parents[1].name}.vae.safetensors", format="ldm", notes=notes),
     ]
 
 
@@ -105,7 +105,9 @@ def export_checkpoint(
     updates = read_progress(checkpoint).updates
     summary = describe(config, updates, "live" if live else "EMA")
     judged = to_model_range(first_images(held_out, data, channels).to(device))
-    paths = publish(model, run, summary, statistics, judged)
+    mark = "live_" if live else ""  # beside the averaged ones, and never taken for them
+    folder = run / EXPORTS / f"{mark}{step_name(updates)}"
+    paths = publish(model, folder, summary, statistics, judged)
     return paths, model.config
 
 

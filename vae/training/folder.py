@@ -1,14 +1,9 @@
 """The directory of a run: one process writes there, and goes on there only with the configuration it was made with."""
 
-import errno
-import fcntl
 import glob
 import json
 import os
-import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +11,11 @@ from typing import Any, NamedTuple
 import torch
 
 from vae.checkpoints.safe import write_text
-from vae.config import CONFIG_FILE, TrainConfig
+from vae.config import AUTO, CONFIG_FILE, TrainConfig
 from vae.errors import InputError, require
 from vae.training.manifest import checkpoints_in, newest_whole
 
-LOCK_FILE = ".lock"
-AUTO, TIME = "auto", "{time}"
+TIME = "{time}"
 RUN_NAME = "VAE_RUN_NAME"  # the processes that Lightning starts must find the name that the first one made
 MAY_CHANGE = (  # at resume, and is listed then: where it runs, how long, in which precision, what it writes
     "name",
@@ -29,6 +23,8 @@ MAY_CHANGE = (  # at resume, and is listed then: where it runs, how long, in whi
     "resume",
     "updates",
     "validate_every",
+    "keep_best",
+    "inception",
     "checkpoint_minutes",
     "max_minutes",
     "timeout_minutes",
@@ -91,34 +87,6 @@ def open_folder(config: TrainConfig, folder: Path, *, is_first: bool) -> tuple[P
             )
         write_text(folder / CONFIG_FILE, json.dumps(asdict(config), indent=2) + "\n")
     return None, []
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the directory for this process. The system lets go of it when the process ends, however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK_FILE).open("a+", encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"{folder}: cannot write there ({error.strerror}); choose another folder with output="
-        ) from error
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in {errno.EACCES, errno.EAGAIN}:
-                wrong = f"{folder}: its filesystem has no locks ({error.strerror}); choose another with output="
-                raise InputError(wrong) from error
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise InputError(
-                f"{folder}: {holder} is training there; wait for it, end it, or choose another name"
-            ) from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
 
 
 def read_progress(checkpoint: Path) -> Progress:

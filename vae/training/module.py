@@ -30,6 +30,7 @@ from vae.training.ema import average_weights
 from vae.training.guard import Guard, all_finite
 from vae.training.noise import normal_for, uniform_for
 from vae.training.optim import build_optimiser
+from vae.training.set_metrics import SetMetrics
 from vae.training.step import AdversarialGame, Augment, Logs, single_pass, unchanged
 from vae.training.validation import Validation
 
@@ -51,9 +52,8 @@ class Training(lightning.LightningModule):
             self.discriminator = PatchDiscriminator(config.loss.discriminator, config.model.out_channels)
             self.game = AdversarialGame(self.discriminator, config.loss, self.autoencoder.decoder.conv_out)
         self.objective = Objective(config.loss)
-        lpips = (f"lpips_{config.loss.perceptual_net}",) if config.loss.weights.perceptual else ()
-        metrics = PairedMetrics(("psnr", "ssim", *lpips), shared=self.objective.lpips)
-        self.validation = Validation(metrics, config.model.latent_channels)
+        metrics = PairedMetrics(config.paired_metrics, shared=self.objective.lpips)
+        self.validation = Validation(metrics, config.model.latent_channels, SetMetrics.of(config))
         self.validated_at = -1
         self.images_digest = ""  # of all images, and of what their order depends on
         self.council = ranks.Council()
@@ -153,8 +153,7 @@ class Training(lightning.LightningModule):
                 self.game.commit()
 
     def on_validation_epoch_start(self) -> None:
-        self.validation.metrics.to(self.device)
-        self.validation.start()
+        self.validation.to(self.device).start()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         """The averaged weights in float32, posterior mode, protocol default-v1; returns reconstructions as uint8."""
@@ -163,7 +162,7 @@ class Training(lightning.LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             posterior = self.average.encode(self._images(batch))
             reconstructions = to_uint8(self.average.decode(posterior.mode()))
-            self.validation.update(as_depth(batch.images, 8), reconstructions, posterior)
+            self.validation.update(batch.positions, as_depth(batch.images, 8), reconstructions, posterior)
         return reconstructions
 
     def on_validation_epoch_end(self) -> None:

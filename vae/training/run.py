@@ -10,18 +10,19 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from torch.utils.data import DataLoader
 
-from vae.config import TrainConfig
+from vae.checkpoints.lock import locked
+from vae.config import AUTO, TrainConfig
 from vae.data.buckets import BucketOrder
-from vae.data.loading import Batch, first_images, shut_down, training_loader, validation_loader
+from vae.data.loading import Batch, shut_down, training_loader, validation_loader
 from vae.data.opening import open_sources
 from vae.data.order import EndlessSampler, Order
 from vae.data.ordering import order_of, without_bucket
 from vae.data.sources import Source, checked
-from vae.data.transforms import to_model_range
 from vae.errors import InputError, require
+from vae.training.best import Best
 from vae.training.export import export
 from vae.training.failures import told
-from vae.training.folder import AUTO, RUN_NAME, TIME, folder_of, locked, open_folder, read_progress
+from vae.training.folder import RUN_NAME, TIME, folder_of, open_folder, read_progress
 from vae.training.left_out import TRAINING, LeftOutImages
 from vae.training.metrics_file import MetricsFile
 from vae.training.module import Training, images_per_update
@@ -50,22 +51,22 @@ def train(config: TrainConfig, sources: Sources | None = None) -> Path:
             images, held_out = map(checked, sources)
         folder = folder_of(config)
         left_out = LeftOutImages(folder, config.data.max_corrupt, len(images), requests)
-        trainer = build_trainer(config, folder, requests, left_out)
+        best = Best(folder, config.best_metric)
+        trainer = build_trainer(config, folder, requests, left_out, best)
         _check_named(config, trainer)
         _check_enough(config, images, held_out, trainer.world_size)
         with (
-            locked(folder) if trainer.is_global_zero else nullcontext(),
+            locked(folder, "training") if trainer.is_global_zero else nullcontext(),
             told(trainer, folder, config.timeout_minutes),
         ):
-            _run(config, trainer, folder, (images, held_out), left_out)
+            _run(config, trainer, (images, held_out), left_out, best)
     return folder
 
 
 def _run(
-    config: TrainConfig, trainer: lightning.Trainer, folder: Path, sources: Sources, left_out: LeftOutImages
+    config: TrainConfig, trainer: lightning.Trainer, sources: Sources, left_out: LeftOutImages, best: Best
 ) -> None:
-    started = time.monotonic()
-    images, held_out = sources
+    started, folder, (images, held_out) = time.monotonic(), best.run, sources
     together, factor = images_per_update(config, trainer), config.model.downsample_factor
     show = measuring if trainer.is_global_zero else lambda sizes, _: sizes
     order = order_of(images, config.data, config.seed, together, factor, show)
@@ -80,6 +81,7 @@ def _run(
         left_out.add(without_bucket(images, order), TRAINING, done)
     batches, validation = _loaders(config, trainer, sources, order, done)
     if trainer.is_global_zero:
+        best.begin(resumed=checkpoint is not None)
         announce(config, module, folder, (len(images), len(held_out)), done, notes)
     for logger in trainer.loggers:
         if checkpoint and isinstance(logger, MetricsFile):
@@ -99,10 +101,9 @@ def _run(
     if trainer.is_global_zero:
         after = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
         shut_down(validation)
-        judged = to_model_range(first_images(held_out, config.data, config.model.in_channels))
-        exports = export(module, folder, judged.to(trainer.strategy.root_device))
         minutes, updates = (time.monotonic() - started) / 60, trainer.global_step - done
-        conclude(config, exports, (before, after), f"{updates} updates in {minutes:.1f} minutes, start-up included")
+        pace = f"{updates} updates in {minutes:.1f} minutes, start-up included"
+        conclude(config, export(module, folder), (before, after), best, pace)
 
 
 def _loaders(

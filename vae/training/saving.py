@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vae.checkpoints.safe import check_space, replacing
 from vae.errors import NOT_FINITE, InputError, Stopped
+from vae.training.best import Best
 from vae.training.console import warn
 from vae.training.manifest import HashingFile, checkpoints_in, keep_newest, record, step_name
 from vae.training.module import Training
@@ -43,8 +44,9 @@ class Checkpoints(Callback):
     asked to stop, and when it fails. Never weights that are not finite.
     """
 
-    def __init__(self, folder: Path, every: int, minutes: float, requests: StopRequests) -> None:
-        self.folder, self.every, self.minutes, self.requests = folder, every, minutes, requests
+    def __init__(self, best: Best, every: int, minutes: float, requests: StopRequests) -> None:
+        self.best, self.every, self.minutes, self.requests = best, every, minutes, requests
+        self.folder = best.run / "checkpoints"
         self._saved, self._saved_at, self._shared_batches = 0, 0.0, 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -53,7 +55,8 @@ class Checkpoints(Callback):
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             there = sum(path.stat().st_size for path in checkpoints_in(self.folder))
-            check_space(self.folder, (KEPT + 1) * pl_module.checkpoint_bytes - there, self.folder)
+            needed = (KEPT + 1) * pl_module.checkpoint_bytes - there
+            check_space(self.folder, needed + self.best.bytes_still_needed(pl_module), self.folder)
         self.requests.is_training = True
 
     def on_train_batch_end(

@@ -14,8 +14,10 @@ from vae.checkpoints.clients import warnings_about
 from vae.checkpoints.diffusers import CONFIG_FILE, read_config
 from vae.config import TrainConfig
 from vae.data.config import DataConfig
+from vae.training.best import Best
 from vae.training.console import say
 from vae.training.module import Training
+from vae.training.set_metrics import ABSENT
 
 FEW_IMAGES = 5
 
@@ -54,6 +56,8 @@ def announce(  # noqa: PLR0917
     )
     if images[1] < FEW_IMAGES:
         say(f"note: {images[1]} validation images say little: raise data.validation_fraction, or name others")
+    if config.model.out_channels == 3 and training.validation.sets.inception is None:
+        say(f"note: {ABSENT}")
     if config.loss.weights.adversarial and config.loss.adversarial_start >= config.updates:
         say(
             f"The adversarial term starts at update {config.loss.adversarial_start}, after this run ends: "
@@ -88,7 +92,11 @@ def measuring(sizes: Iterator[tuple[int, int]], total: int) -> Iterable[tuple[in
 
 
 def conclude(
-    config: TrainConfig, exports: Sequence[Path], metrics: tuple[Mapping[str, float], Mapping[str, float]], pace: str
+    config: TrainConfig,
+    exports: Sequence[Path],
+    metrics: tuple[Mapping[str, float], Mapping[str, float]],
+    best: Best,
+    pace: str,
 ) -> None:
     before, after = metrics
     table = Table("validation (averaged weights)", "at the start", "at the end")
@@ -101,6 +109,7 @@ def conclude(
         "metrics": run / "metrics.csv",
         "diffusers": exports[0],
         "web UIs": exports[1],
+        **({} if best.kept is None else {"the best": f"{best.folder}: {best.kept}"}),
         "measure": f"python evaluate.py model={shlex.quote(str(run))} {_same_images(config.data)}",
     }
     for label, text in left.items():

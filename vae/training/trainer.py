@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from vae.config import TrainConfig
 from vae.errors import InputError, require
 from vae.training.advice import Advice
+from vae.training.best import Best
 from vae.training.left_out import LeftOutImages
 from vae.training.metrics_file import MetricsFile
 from vae.training.pictures import Pictures
@@ -56,7 +57,7 @@ OWNED = {  # arguments of lightning.Trainer that follow from our keys
 
 
 def build_trainer(
-    config: TrainConfig, folder: Path, requests: StopRequests, left_out: LeftOutImages
+    config: TrainConfig, folder: Path, requests: StopRequests, left_out: LeftOutImages, best: Best
 ) -> lightning.Trainer:
     """A Trainer that counts in updates, writes below `folder` and nowhere else, and leaves the data order alone."""
     arguments: dict[str, Any] = {"devices": 1, "log_every_n_steps": 10} | config.trainer
@@ -66,7 +67,7 @@ def build_trainer(
     accumulate = arguments.get("accumulate_grad_batches", 1)
     has_batch_norm = bool(config.loss.weights.adversarial) and config.loss.discriminator.norm == "batch"
     bar = [Progress()] if arguments.get("enable_progress_bar", True) else []
-    checkpoints = Checkpoints(folder / "checkpoints", config.validate_every, config.checkpoint_minutes, requests)
+    checkpoints = Checkpoints(best, config.validate_every, config.checkpoint_minutes, requests)
     try:
         trainer = lightning.Trainer(
             **arguments,
@@ -83,7 +84,7 @@ def build_trainer(
             inference_mode=False,  # metrics live on from one validation to the next; inference tensors could not
             sync_batchnorm=has_batch_norm,
             logger=_build_loggers(config, folder, lambda: trainer.global_step),
-            callbacks=[checkpoints, left_out, Pictures(folder), Advice(arguments["log_every_n_steps"]), *bar],
+            callbacks=[checkpoints, left_out, Pictures(folder), best, Advice(arguments["log_every_n_steps"]), *bar],
             plugins=[CheckedCheckpointIO()],
         )
     except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:

@@ -4,35 +4,60 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vae.data.transforms import to_model_range
 from vae.errors import require
 from vae.latents import LatentStatistics
 from vae.metrics.paired import PairedMetrics
 from vae.models.posterior import DiagonalGaussian
 from vae.training import ranks
+from vae.training.set_metrics import SetMetrics
+
+AUDITED = 2  # images that decide whether an export is safe in float16
 
 
 class Validation:
-    """Sums in float64, merged over the processes when all have seen their share."""
+    """Sums in float64, merged over the processes when all have seen their share.
 
-    def __init__(self, metrics: PairedMetrics, latent_channels: int) -> None:
-        self.metrics, self.latent_channels = metrics, latent_channels
+    `measured` is what the last one found, `latents` what lay between.
+    """
+
+    def __init__(self, metrics: PairedMetrics, latent_channels: int, sets: SetMetrics) -> None:
+        self.metrics, self.latent_channels, self.sets = metrics, latent_channels, sets
         self.start()
 
+    def to(self, device: torch.device) -> "Validation":
+        self.metrics.to(device)
+        self.sets.to(device)
+        return self
+
     def start(self) -> None:
+        self.measured: dict[str, float] = {}
+        self._first: list[Tensor] = []
+        self.sets.start()
         self.latents = LatentStatistics(self.latent_channels)
         self._sums = dict.fromkeys(self.metrics.names, 0.0)
         self._counts = dict.fromkeys(self.metrics.names, 0)
 
-    def update(self, images: Tensor, reconstructions: Tensor, posterior: DiagonalGaussian) -> None:
+    @property
+    def audited(self) -> Tensor:
+        """This process's first images, at most AUDITED, in [-1, 1]."""
+        return to_model_range(torch.stack(self._first))
+
+    def update(self, indices: list[int], images: Tensor, reconstructions: Tensor, posterior: DiagonalGaussian) -> None:
         """uint8 images (B, C, H, W), their reconstructions, and what lay between. Infinite values are not counted."""
+        self._first += images[: AUDITED - len(self._first)]
         self.latents.update(posterior)
+        self.sets.update(indices, images, reconstructions)
         for name, values in self.metrics(images, reconstructions).items():
             finite = values[torch.isfinite(values)].double()
             self._sums[name] += finite.sum().item()
             self._counts[name] += len(finite)
 
     def finish(self) -> dict[str, float]:
-        """Means by name, the latents' standard deviation, and what each of their channels carries."""
+        """Means by name, the latents' standard deviation, and what each of their channels carries.
+
+        What is measured of all images together the first process alone has.
+        """
         shares = [(self._sums, self._counts, self.latents)] * ranks.count()
         if ranks.count() > 1:
             dist.all_gather_object(shares, shares[0])
@@ -40,9 +65,11 @@ class Validation:
         for _, _, latents in shares:
             self.latents.merge(latents)
         require(self.latents.count > 0, "none of the validation images can be read", "some: skipped.jsonl lists them")
-        measured: dict[str, float] = {}
+        measured = self.sets.finish()
         for name in self.metrics.names:
             count = sum(counts[name] for _, counts, _ in shares)
             measured[name] = sum(sums[name] for sums, _, _ in shares) / count if count else float("nan")
         measured |= {"latent_std": self.latents.std, "active_channels": float(self.latents.channel_is_active.sum())}
-        return measured | {f"kl_{channel}": kl for channel, kl in enumerate(self.latents.channel_kl.tolist())}
+        measured |= {f"kl_{channel}": kl for channel, kl in enumerate(self.latents.channel_kl.tolist())}
+        self.measured = measured
+        return measured

@@ -1,0 +1,71 @@
+"""Our training step as `vae.train` does it, without Lightning around it and without the average of the weights."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vae.config import TrainConfig
+from vae.door import compose
+from vae.training.module import Training
+from vae.training.run import _build_module
+from vae.training.step import single_pass
+
+Autoencode = Callable[[Tensor], Any]
+
+
+class OurStep:
+    """One generator and one discriminator update."""
+
+    def __init__(self, module: Training, autocast: torch.dtype | None) -> None:
+        self.module, self.autocast = module, autocast
+        self.optimiser = module.configure_optimizers()["optimizer"]
+
+    def backward(self, images: Tensor, autoencode: Autoencode | None = None) -> dict[str, Tensor]:
+        """Leaves gradients; returns the terms."""
+        module = self.module
+        autoencode = autoencode or partial(module.autoencode, list(range(len(images))))
+        with torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            loss, logs = single_pass(images, autoencode, module.objective, module.game, 0)
+        loss.backward()
+        return logs
+
+    def __call__(self, images: Tensor) -> None:
+        values = list(self.backward(images).values())
+        for network in self.module.networks.values():
+            values.append(nn.utils.clip_grad_norm_(network.parameters(), self.module.config.optim.gradient_clip))
+        assert torch.stack([torch.isfinite(value).all() for value in values]).all()  # as its guard: one wait
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        assert self.module.game is not None
+        self.module.game.commit()
+
+
+def step_config(model: str, resolution: int, net: str, weights: str | None, *more: str) -> TrainConfig:
+    """Everything active from the first update on."""
+    return compose(
+        f"model={model}",
+        "loss.discriminator_start=0",
+        "loss.adversarial_start=0",
+        "loss.adversarial_ramp=0",
+        "loss.adaptive_smoothing=0",
+        f"loss.perceptual_net={net}",
+        f"loss.perceptual_weights={weights or 'null'}",
+        f"data.resolution={resolution}",
+        *more,
+    )
+
+
+def build(
+    config: TrainConfig, device: torch.device, state: dict[str, Tensor] | None = None, **options: bool
+) -> Training:
+    """The module as a run has it, `options` of the configuration changed, on the device."""
+    module = _build_module(replace(config, **options))
+    if state is not None:
+        module.load_state_dict(state)
+    module.to(device)
+    module.objective.to(device)
+    return module

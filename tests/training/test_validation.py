@@ -1,0 +1,108 @@
+"""rFID and KID of a validation: of all its images once, and nothing where there are no weights for them."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests.conftest import read_json
+from tests.training.driven import Corners
+from tests.training.harness import digest_of, small_run
+from tests.training.test_processes import of_processes, run
+from vae.errors import InputError
+from vae.metrics.frechet import frechet_distance
+from vae.metrics.kernel import kernel_distance
+from vae.models.inception import Inception
+from vae.training.run import train
+from vae.training.set_metrics import ABSENT, SetMetrics
+
+
+@pytest.fixture(autouse=True)
+def _no_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open() as file:
+        return [row for row in csv.DictReader(file) if row["val/psnr"]]
+
+
+def distances(images: Tensor, reconstructions: Tensor, batches: Sequence[list[int]]) -> dict[str, float]:
+    inception: Any = Corners()
+    sets = SetMetrics(inception)
+    for batch in batches:
+        sets.update(batch, images[batch], reconstructions[batch])
+    return sets.finish()
+
+
+def test_neither_batches_nor_their_order_decide_a_bit():
+    images, reconstructions = torch.randint(0, 256, (2, 10, 3, 8, 8), dtype=torch.uint8)
+    whole = distances(images, reconstructions, [list(range(10))])
+    features = [Corners().features(one, "legacy").numpy() for one in (images, reconstructions)]
+    assert whole == {"rfid": frechet_distance(*features), "kid": kernel_distance(*features)}
+    assert distances(images, reconstructions, [[7, 8, 9], [3], [4, 6], [0, 1, 2, 5]]) == whole
+    assert distances(images, images, [list(range(10))]) == {"rfid": 0.0, "kid": pytest.approx(0.0, abs=1e-9)}
+    assert distances(images, reconstructions, [[4]]) == {}
+
+
+def test_without_weights_one_line_says_so_and_nothing_else_changes(tmp_path, monkeypatch, capsys):
+    without = train(small_run(tmp_path / "without"))
+    said = capsys.readouterr().out
+    assert said.count(f"note: {ABSENT}") == 1
+    inception: Any = Corners()
+    monkeypatch.setattr(SetMetrics, "of", lambda _: SetMetrics(inception))
+    with_features = train(small_run(tmp_path / "with"))
+    assert "rFID" not in capsys.readouterr().out
+    assert digest_of(without) == digest_of(with_features)
+    plain, more = rows_of(without), rows_of(with_features)
+    assert [{name: row[name] for name in plain[0]} for row in more] == plain
+    assert more[0].keys() - plain[0].keys() == {"val/rfid", "val/kid"}
+    assert all(float(row["val/rfid"]) > 0 for row in more)
+
+
+@pytest.mark.parametrize("asked", [{"keep_best": "rfid"}, {"inception": "/nowhere.pth"}])
+def test_weights_that_are_asked_for_must_be_there(tmp_path, asked):
+    with pytest.raises(InputError, match=r"keep_best=.*(weights-inception-2015-12-05-6726825d\.pth)"):
+        train(replace(small_run(tmp_path), **asked))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_inception_is_refused_where_images_are_not_rgb(tmp_path):
+    config = small_run(tmp_path)
+    grey = replace(config.model, in_channels=1, out_channels=1)
+    with pytest.raises(InputError, match=r"inception='x\.pth' with model\.out_channels=1, expected null"):
+        replace(config, model=grey, inception="x.pth")
+
+
+def test_the_best_by_rfid_with_weights_of_ones_own(tmp_path):
+    """Random ones; as a frozen network is not state, they are in no checkpoint."""
+    path = tmp_path / "inception.safetensors"
+    save_file(Inception().state_dict(), path)
+    config = replace(small_run(tmp_path), updates=1, keep_best="rfid", inception=str(path))
+    config = replace(config, data=replace(config.data, validation_images=2))
+    folder = train(config)
+    record = read_json(folder / "exports" / "best" / "best.json")
+    assert (record["updates"], record["metric"]) == (1, "rfid")
+    assert record["value"] == pytest.approx(float(rows_of(folder)[-1]["val/rfid"]), rel=1e-6)
+    saved = torch.load(folder / "checkpoints" / "step_0000001.ckpt", weights_only=True)["state_dict"]
+    assert not [name for name in saved if "Mixed" in name or "inception" in name]
+
+
+def test_several_processes_measure_every_image_once_and_keep_one_best(tmp_path, monkeypatch):
+    """Before the first update their weights are the same bits as those of one, so the distances must be."""
+    inception: Any = Corners()
+    config = replace(small_run(tmp_path / "together", keep_best="rfid"), updates=3)
+    together = run(of_processes(config, 2), "features")
+    monkeypatch.setattr(SetMetrics, "of", lambda _: SetMetrics(inception))
+    alone = train(of_processes(replace(config, output=str(tmp_path / "alone"), updates=1), 1))
+    expected, (first, last) = rows_of(alone)[0], rows_of(together)
+    assert [first[name] for name in ("val/rfid", "val/kid")] == [expected[name] for name in ("val/rfid", "val/kid")]
+    record = read_json(together / "exports" / "best" / "best.json")
+    assert record["updates"] == 3
+    assert record["value"] == pytest.approx(float(last["val/rfid"]), rel=1e-6)

@@ -1,0 +1,173 @@
+"""What the numbers say, in sentences: first of all which model is better, and what a user would see."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from vae.evaluation.comparing import Comparison, percent
+from vae.evaluation.report.gallery import main_metrics
+from vae.evaluation.report.wording import counted, listed, short
+from vae.metrics.registry import PAIRED
+
+NEAR = {"contrast": 0.02, "saturation": 0.02, "sharpness": 0.1}  # how far from 1 before it is worth a word
+BELOW = {"contrast": "foggy", "saturation": "washed out", "sharpness": "blurred"}
+ABOVE = {"contrast": "harsh", "saturation": "oversaturated", "sharpness": "oversharpened"}
+VISIBLE = 2.3  # CIELAB's just noticeable difference: Mahy, Van Eycken, Oosterlinck (1994)
+RELIABLE = 10_000  # images below which an rFID is mostly the bias of few samples
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`kind` is "good", "bad" or "plain"."""
+
+    kind: str
+    headline: str
+    detail: str = ""
+
+
+def findings(document: dict[str, Any]) -> list[Finding]:
+    found = [finding for dataset in document["datasets"] for finding in _of_dataset(document, dataset)]
+    return found + list(_precision(document.get("precision") or {}))
+
+
+def winner(row: dict[str, Any]) -> str | None:
+    """The model that a comparison shows to be the better one."""
+    compared = _comparison(row)
+    if compared.difference is None or not compared.is_shown:
+        return None
+    return compared.second if compared.difference > 0 else compared.first
+
+
+def best(document: dict[str, Any], dataset: str, metric: str) -> str | None:
+    """The model that is shown to be better than each of the others."""
+    models = list(document["models"])
+    beaten: dict[str, int] = dict.fromkeys(models, 0)
+    for comparison in document["comparisons"].get(dataset, []):
+        if comparison["metric"] == metric and (better := winner(comparison)) is not None:
+            beaten[better] += 1
+    return next((model for model in models if len(models) > 1 and beaten[model] == len(models) - 1), None)
+
+
+def _of_dataset(document: dict[str, Any], dataset: str) -> Iterator[Finding]:
+    where = f" on {short(dataset)}" if len(document["datasets"]) > 1 else ""
+    if len(document["models"]) > 1:
+        yield _ranking(document, dataset, where)
+    for model in document["models"]:
+        yield from _appearance(document["metrics"].get(dataset, {}).get(model, {}), short(model), where)
+        latents = document.get("latents", {}).get(dataset, {}).get(model) or {}
+        yield from (Finding("bad", f"{short(model)}: {warning}.") for warning in latents.get("warnings") or ())
+    about = document["datasets"][dataset]
+    lost = len(about["left_out"]) + len(about["not_finite"])
+    if lost:
+        yield Finding("bad", f"{counted(lost, 'image')}{where} could not be measured.", "Named at the end.")
+
+
+def _ranking(document: dict[str, Any], dataset: str, where: str) -> Finding:
+    metrics = main_metrics(document)
+    shown = {metric: better for metric in metrics if (better := best(document, dataset, metric)) is not None}
+    open_ = [PAIRED[metric].title for metric in metrics if metric not in shown]
+    unclear = f"No difference shown in {listed(open_)}." if open_ else ""
+    if not shown:
+        count = document["datasets"][dataset]["images"]
+        detail = f"On {counted(count, 'image')} no model is shown to be better than all others in {listed(open_)}."
+        unbeaten = _unbeaten(document, dataset, metrics)
+        if 1 < len(unbeaten) < len(document["models"]):
+            detail += f" None is shown to be better than {' or '.join(unbeaten)}."
+        return Finding("plain", f"No best model is shown{where}.", detail)
+    if len(set(shown.values())) == 1:
+        first = next(iter(shown.values()))
+        titles = [PAIRED[metric].title for metric in shown]
+        sentences = [_margin(document, dataset, metric, first) for metric in shown]
+        return Finding(
+            "good", f"{short(first)} is the best in {listed(titles)}{where}.", " ".join([*sentences, unclear]).strip()
+        )
+    each = [
+        f"{short(model)} in {listed([PAIRED[m].title for m in shown if shown[m] == model])}"
+        for model in dict.fromkeys(shown.values())
+    ]
+    return Finding("plain", f"No model is best in everything{where}: {'; '.join(each)}.", unclear)
+
+
+def _unbeaten(document: dict[str, Any], dataset: str, metrics: list[str]) -> list[str]:
+    """Models that lose no comparison by one of `metrics`."""
+    rows = [row for row in document["comparisons"].get(dataset, []) if row["metric"] in metrics]
+    losers = {
+        row["first"] if better == row["second"] else row["second"]
+        for row in rows
+        if (better := winner(row)) is not None
+    }
+    return [short(model) for model in document["models"] if model not in losers]
+
+
+def _margin(document: dict[str, Any], dataset: str, metric: str, first: str) -> str:
+    """The closest of its wins, in the words of the comparison."""
+    rows = [row for row in document["comparisons"][dataset] if row["metric"] == metric]
+    wins = [_comparison(row) for row in rows if winner(row) == first]
+    closest = min(wins, key=lambda one: abs(one.difference or 0.0))
+    is_second = first == closest.second
+    other, share = (closest.first, closest.wins) if is_second else (closest.second, 1.0 - closest.wins)
+    about = PAIRED[metric]
+    gain = closest.gain(1 if is_second else -1)
+    return f"{about.title} {about.direction} by {gain} than {short(other)}, on {percent(share)} of images."
+
+
+def _comparison(row: dict[str, Any]) -> Comparison:
+    return Comparison(**{name: value for name, value in row.items() if name != "verdict"})
+
+
+def _appearance(metrics: dict[str, Any], model: str, where: str) -> Iterator[Finding]:
+    """Foggy, washed out, blurred? Said where the whole interval is off by more than one would overlook."""
+    known = {name: metrics[name] for name in NEAR if metrics.get(name) and metrics[name]["mean"] is not None}
+    wrong = []
+    for name, summary in known.items():
+        low, high = (summary[end] if summary[end] is not None else summary["mean"] for end in ("low", "high"))
+        word = BELOW[name] if high < 1 - NEAR[name] else ABOVE[name] if low > 1 + NEAR[name] else None
+        if word:
+            wrong.append((word, f"{PAIRED[name].title} {summary['mean']:.3f} [{low:.3f}, {high:.3f}] of the image's"))
+    shift = metrics.get("colour_shift")
+    if shift and shift["low"] is not None and shift["low"] > VISIBLE:
+        wrong.append(("off in colour", f"mean colour moved by {shift['mean']:.1f} ΔE, visible from {VISIBLE} on"))
+    if wrong:
+        detail = "; ".join(detail for _, detail in wrong)
+        yield Finding("bad", f"{model} comes out {listed([word for word, _ in wrong])}{where}.", _sentence(detail))
+    elif known:
+        detail = ", ".join(f"{PAIRED[name].title} {summary['mean']:.3f}" for name, summary in known.items())
+        yield Finding(
+            "good",
+            f"{model} keeps {listed([PAIRED[name].title for name in known])}{where}.",
+            _sentence(f"{detail} of the image's"),
+        )
+
+
+def _precision(verdicts: dict[str, Any]) -> Iterator[Finding]:
+    for is_safe, kind, words in ((True, "good", "safe"), (False, "bad", "not safe")):
+        known = {short(model): one["verdict"] for model, one in verdicts.items() if one["is_safe"] == is_safe}
+        if known:
+            verb = "is" if len(known) == 1 else "are"
+            reasons = [f"{model}: {verdict.partition('because ')[2] or verdict}." for model, verdict in known.items()]
+            yield Finding(kind, f"{listed(list(known))} {verb} {words} in float16.", " ".join(reasons))
+
+
+def cautions(document: dict[str, Any]) -> list[str]:
+    """What a reader should know before quoting a number."""
+    said = []
+    counts = [about["images"] for about in document["datasets"].values()]
+    sets = {
+        name
+        for by_model in document["metrics"].values()
+        for one in by_model.values()
+        for name in one
+        if one[name] and name.startswith("rfid")
+    }
+    if sets and min(counts) < RELIABLE:
+        said.append(
+            f"An rFID of fewer than {RELIABLE:,} images is mostly the bias of few samples: compare it only between "
+            "models on the same images, and prefer KID."
+        )
+    if sets:
+        said.append("rFID says little about how well a diffusion model trains on the latents.")
+    return said
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."

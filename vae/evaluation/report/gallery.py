@@ -1,0 +1,67 @@
+"""Which images a report shows: typical ones, and the worst and best of each metric."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from itertools import product, zip_longest
+from typing import Any
+
+from vae.metrics.registry import PAIRED
+
+Row = dict[str, Any]  # dataset, index, image, model, metrics {name: number or None}, flags
+Case = tuple[str, int]  # data set and index of an image
+Rankings = dict[tuple[str, str, str], list[Row]]
+
+MAIN = ("psnr", "ssim", "ms_ssim", "lpips_alex", "lpips_vgg")
+TYPICAL = (0.5, 0.25, 0.75)  # quantiles of the first metric; the median image is what a report opens with
+
+
+def choose(document: dict[str, Any], rows: Sequence[Row], most: int = 24) -> list[Case]:
+    """At most `most` images, the most telling first; data sets take turns."""
+    return telling(document, rows, rankings(document, rows))[:most]
+
+
+def telling(document: dict[str, Any], rows: Sequence[Row], ranks: Rankings) -> list[Case]:
+    """Typical images by the first model and metric, then both ends of each; any images where no value is finite."""
+    wanted = []
+    for dataset in document["datasets"]:
+        orders = [order for (of, _, _), order in ranks.items() if of == dataset and order]
+        typical = [orders[0][int(quantile * (len(orders[0]) - 1))] for quantile in TYPICAL if orders]
+        ends = [order[end] for end in (-1, 0) for order in orders]
+        any_of_them = [] if orders else [row for row in rows if row["dataset"] == dataset]
+        wanted.append(dict.fromkeys((dataset, row["index"]) for row in typical + ends + any_of_them))
+    return [case for turn in zip_longest(*wanted) for case in turn if case is not None]
+
+
+def rankings(document: dict[str, Any], rows: Sequence[Row]) -> Rankings:
+    """By data set, main metric and model: rows with a finite value, the best first, ties by index."""
+    keys = product(document["datasets"], main_metrics(document), document["models"])
+    ranks: Rankings = {key: [] for key in keys}
+    for (dataset, metric, model), order in ranks.items():
+        order += [
+            row
+            for row in rows
+            if row["model"] == model and row["dataset"] == dataset and is_finite(row["metrics"].get(metric))
+        ]
+        order.sort(key=partial(_place, metric))
+    return ranks
+
+
+def main_metrics(document: dict[str, Any]) -> list[str]:
+    """Those of MAIN that some model has a mean of; if it has none of them, all others of one image that do."""
+    found = {
+        name
+        for by_model in document["metrics"].values()
+        for by_metric in by_model.values()
+        for name, summary in by_metric.items()
+        if summary is not None and name in PAIRED
+    }
+    return [name for name in MAIN if name in found] or [name for name in PAIRED if name in found]
+
+
+def is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _place(metric: str, row: Row) -> tuple[float, int]:
+    return PAIRED[metric].badness(row["metrics"][metric]), row["index"]

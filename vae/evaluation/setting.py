@@ -1,0 +1,99 @@
+"""What an evaluation needs before the first image: networks that fit, metrics that can be had, and images."""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+import vae
+from vae.config import EvaluateConfig
+from vae.data.config import DataConfig
+from vae.data.opening import open_sources
+from vae.data.sources import Source
+from vae.errors import InputError
+from vae.evaluation.gates import parse_gates
+from vae.evaluation.measuring import Bench
+from vae.evaluation.models import codecs_of, described, find_device, load_models, short_names
+from vae.evaluation.protocol import PROTOCOLS
+from vae.evaluation.recorded import SCHEMA
+from vae.evaluation.team import Team
+from vae.metrics.paired import PairedMetrics, unavailable
+from vae.metrics.registry import OF_SETS, PAIRED
+from vae.models.features import MissingBackboneError
+from vae.models.inception import Inception, load_inception
+
+
+class Setting(NamedTuple):
+    """`header` is the part of the document that is known before anything is measured."""
+
+    header: dict[str, Any]
+    datasets: dict[str, tuple[DataConfig, Source]]  # {short name: (its configuration, its images)}
+    bench: Bench
+
+
+def prepare(config: EvaluateConfig, team: Team) -> Setting:
+    """Everything that can be refused is refused here."""
+    parse_gates(config.gates)
+    datasets = _open(config)
+    device = team.device(find_device(config.device))
+    models = {name: model.to(device) for name, model in load_models(config.models).items()}
+    channels, resolution = _channels(models), config.data.resolution
+    _check_resolution(models, resolution)
+    codecs, protocol = codecs_of(models, cross=config.cross), PROTOCOLS[config.protocol]
+    missing = unavailable(tuple(config.metrics), channels, resolution)
+    wanted = tuple(name for name in config.metrics if name in PAIRED and name not in missing)
+    protocol.check(channels, config.data.bits)
+    metrics = PairedMetrics(wanted, download=config.download).to(device)
+    missing |= {name: f"{reason}; or evaluate with download=true" for name, reason in metrics.missing.items()}
+    inception = _inception(config, missing)
+    if len(missing) == len(config.metrics):
+        raise InputError(f"metrics={config.metrics}: {next(iter(missing.values()))}")
+    bench = Bench(codecs, models, protocol, metrics, inception, device, config.data.validation_batch_size, config.seed)
+    paths = dict(zip(models, config.models, strict=True))
+    header = {
+        "schema": SCHEMA,
+        "protocol": protocol.described(),
+        "resolution": resolution,
+        "seed": config.seed,
+        "library": {"vae": vae.__version__, "torch": torch.__version__},
+        "device": {"type": device.type, "threads": config.threads},
+        "models": {codec.name: described(codec, models, paths) for codec in codecs},
+        "measured": [name for name in config.metrics if name not in missing],
+        "missing": missing,
+    }
+    return Setting(header, datasets, bench)
+
+
+def _open(config: EvaluateConfig) -> dict[str, tuple[DataConfig, Source]]:
+    if not config.datasets:
+        name = short_names([config.data.root], "data.root")[0] if config.data.root else config.data.source
+        return {name: (config.data, open_sources(config.data)[1])}
+    names = short_names(config.datasets, "datasets")
+    each = [replace(config.data, root=root) for root in config.datasets]
+    return {name: (data, open_sources(data)[1]) for name, data in zip(names, each, strict=True)}
+
+
+def _inception(config: EvaluateConfig, missing: dict[str, str]) -> Inception | None:
+    wanted = [name for name in config.metrics if name in OF_SETS and name not in missing]
+    if not wanted:
+        return None
+    try:
+        return load_inception(config.inception, download=config.download)
+    except MissingBackboneError as error:
+        missing |= dict.fromkeys(wanted, f"{error}, with inception=PATH; or evaluate with download=true")
+        return None
+
+
+def _channels(models: dict[str, Any]) -> int:
+    """The image channels that all models have."""
+    counts = {name: model.config.in_channels for name, model in models.items()}
+    if len(set(counts.values())) > 1:
+        raise InputError(f"models of different channels, {counts}: measure them one by one")
+    return next(iter(counts.values()))
+
+
+def _check_resolution(models: dict[str, Any], resolution: int) -> None:
+    for name, model in models.items():
+        factor = model.config.downsample_factor
+        if resolution % factor:
+            raise InputError(f"data.resolution={resolution} is not a multiple of {factor}, the factor of {name}")

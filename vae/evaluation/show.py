@@ -1,0 +1,98 @@
+"""An evaluation in the terminal: protocol, a table for each set of images, what was not measured, who is better."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Column, Table
+
+from vae.audit.precision import audit_steps
+from vae.evaluation.protocol import PROTOCOLS
+from vae.evaluation.robustness import probe_steps
+from vae.metrics.registry import METRICS, OF_SETS
+
+ARROWS = {"higher": "↑", "lower": "↓"}
+MOST_COMPARISONS = 12  # in words; all of them are in the files
+
+
+def say(line: str) -> None:
+    Console().print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def document(document: dict[str, Any]) -> None:
+    """Everything a person wants to know at once."""
+    say(f"{PROTOCOLS[document['protocol']['name']]}\n")
+    for name, about in document["datasets"].items():
+        say(f"{name}: {about['images']} images at {document['resolution']}x{document['resolution']}")
+        _table(document, name)
+        for one in about["identical"]:
+            say(f"{one['model']}: {one['image']} is identical, and left out of the mean PSNR")
+        if about["enlarged"]:
+            count, first = len(about["enlarged"]), about["enlarged"][0]
+            say(f"{count} images have fewer pixels and were enlarged, the first: {first}")
+        _comparisons(document["comparisons"][name])
+    for reason in dict.fromkeys(document["missing"].values()):
+        names = ", ".join(name for name, why in document["missing"].items() if why == reason)
+        say(f"{names}: not measured. {reason}")
+    for model, about in document["precision"].items():
+        say(f"{model}: {about['verdict']}")
+
+
+def _table(document: dict[str, Any], dataset: str) -> None:
+    table = Table(Column("", no_wrap=True), *(Column(model, overflow="fold") for model in document["models"]))
+    for metric in document["measured"]:
+        about, cells = METRICS[metric], []
+        for model in document["models"]:
+            one = document["metrics"][dataset][model][metric]
+            cells.append(_cell(one, about.digits))
+        unit = f" {about.unit}" if about.unit else ""
+        table.add_row(f"{about.title}{unit} {ARROWS.get(about.direction, about.direction)}", *cells)
+    Console().print(table)
+    if any(metric not in OF_SETS for metric in document["measured"]):
+        say("mean [95 % interval, from 8 images on]; ↑ higher is better, ↓ lower")
+
+
+def _cell(summary: dict[str, Any] | None, digits: int) -> str:
+    if summary is None or summary["mean"] is None:
+        return "-"
+    mean = f"{summary['mean']:.{digits}f}"
+    has_interval = summary["low"] is not None and summary["high"] is not None
+    return f"{mean} [{summary['low']:.{digits}f}, {summary['high']:.{digits}f}]" if has_interval else mean
+
+
+def _comparisons(comparisons: Sequence[dict[str, Any]]) -> None:
+    for one in comparisons[:MOST_COMPARISONS]:
+        say(one["verdict"])
+    if len(comparisons) > MOST_COMPARISONS:
+        say(f"and {len(comparisons) - MOST_COMPARISONS} more comparisons in the report")
+
+
+def written(folder: Path, names: Sequence[str]) -> None:
+    say(f"written  {', '.join(str(folder / name) for name in names)}")
+
+
+def incomplete(document: dict[str, Any], file: Path) -> str:
+    """What is not in the numbers, or nothing."""
+    datasets = document["datasets"].values()
+    left_out = [one for about in datasets for one in about["left_out"]]
+    broken = [one for about in datasets for one in about["not_finite"]]
+    total = sum(about["images"] + len(about["left_out"]) for about in datasets)
+    said = []
+    if left_out:
+        first = left_out[0]["reason"]
+        said.append(f"{len(left_out)} of {total} images are left out, listed in {file}; the first: {first}")
+    if broken:
+        first = f"{broken[0]['image']} by {broken[0]['model']}"
+        said.append(f"{len(broken)} reconstructions are not finite, listed in {file}; the first: {first}")
+    return ". ".join(said)
+
+
+@contextmanager
+def probing(models: int, images: list[torch.Tensor]) -> Iterator[Callable[[], object]]:
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("Probing", total=models * (probe_steps(images) + audit_steps(images)))
+        yield lambda: bar.advance(task)
