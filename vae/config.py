@@ -151,7 +151,7 @@ class EvaluateConfig:
     datasets: list[str] = field(default_factory=list)
     cross: bool = False
     probe_images: int = 2
-    gates: dict[str, float] = field(default_factory=dict)
+    gates: Any = None  # dict[str, float]; into an empty one the command line could put no key
     allow_left_out: bool = False
     inception: str | None = None
     download: bool = False
@@ -168,11 +168,27 @@ class EvaluateConfig:
         require(self.probe_images >= 0, f"probe_images={self.probe_images}", "0 (none) or more")
         require(0 <= self.seed < 2**32, f"seed={self.seed}", "from 0 to 2**32 - 1")
         require(self.threads >= 1, f"threads={self.threads}", "1 or more")
-        require(set(self.gates) <= set(self.metrics), f"gates={self.gates}", f"limits of measured ones: {self.metrics}")
-        has_root = self.data.source != "photos"
-        require(has_root or not self.datasets, f"datasets={self.datasets} with data=photos", "data=folder or another")
+        limits = isinstance(self.limits, dict) and set(self.limits) <= set(self.metrics)
+        require(limits, f"gates={self.gates}", f"{{METRIC: NUMBER}} of those that are measured: {self.metrics}")
+        plain = bool(self.name) and "/" not in self.name and not self.name.startswith(".")
+        require(plain, f"name={self.name!r}", "a plain folder name; output= says where that folder lies")
+        self._check_datasets()
         one = not self.cross or len(self.models) > 1
         require(one, "cross=true with one model", "two or more: model=[runs/base,runs/tuned]")
+
+    def _check_datasets(self) -> None:
+        data, given = self.data, f"datasets={self.datasets}"
+        require(data.source != "photos" or not self.datasets, f"{given} with data=photos", "data=folder or another")
+        one = not self.datasets or data.root == self.datasets[0]
+        require(
+            one, f"data.root={data.root!r} and {given}", "one of them; from Python data.root is the first of datasets"
+        )
+        alone = data.validation_root is None and data.validation_split is None
+        require(alone or not self.datasets, f"data.validation_root or data.validation_split and {given}", "one of them")
+
+    @property
+    def limits(self) -> Any:
+        return {} if self.gates is None else self.gates
 
     @property
     def models(self) -> list[str]:

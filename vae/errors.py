@@ -1,7 +1,7 @@
 """The two ways a command ends early on purpose; everything else that is raised is a defect of ours."""
 
 BAD_INPUT, BAD_IMAGES, GATE_FAILED = 2, 3, 4  # exit statuses; a signal's is 128 + its number
-NOT_FINITE, PROCESS_LOST, TIME_IS_UP = 5, 6, 124
+NOT_FINITE, PROCESS_LOST, TIME_IS_UP, INTERRUPTED = 5, 6, 124, 130
 
 
 class InputError(ValueError):

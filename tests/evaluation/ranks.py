@@ -4,6 +4,7 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,7 @@ def in_processes(world: int, configs: Sequence[EvaluateConfig]) -> None:
     assert [process.exitcode for process in processes] == [0] * world
 
 
-def forked(work: Callable[[], object]):
+def forked(work: Callable[[], object]) -> BaseProcess:
     process = get_context("fork").Process(target=work)
     process.start()
     return process

@@ -119,6 +119,7 @@ def _write(folder: Path, columns: Table, names: list[str] = NAMES, **changes: An
     summaries = {model: dict.fromkeys(by_name) | {"rfid": {"mean": 2.5}} for model, by_name in columns.items()}
     document = {
         "schema": 1,
+        "data": {"bits": 8, "min_side": None},
         "protocol": {"name": "default-v1", "version": 1, "sha256": "59b9ba92c70a"},
         "resolution": 256,
         "models": dict.fromkeys(columns),

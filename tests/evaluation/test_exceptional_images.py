@@ -57,7 +57,7 @@ def test_each_is_counted_and_named_and_no_other_row_moves(config, tmp_path, caps
     ) as stop:
         evaluate(replace(config, name="odd"))
     assert stop.value.code == 3
-    assert "same.png is identical" in capsys.readouterr().out
+    assert "1 reconstructions are identical and not in the mean PSNR, the first: same.png" in capsys.readouterr().out
     found = rows(tmp_path / "odd")
     assert {name: found[name] for name in plain} == plain
     assert set(found) - set(plain) == {"nan.png", "same.png", "tiny.png"}

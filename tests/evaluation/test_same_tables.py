@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ FEW = ["psnr", "ssim", "contrast", "rfid", "kid_clean"]
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-class SmallFeatures:
+class SmallFeatures(torch.nn.Module):
     """In the place of Inception, whose weights are not at hand: means of the quarters of an image."""
 
     def features(self, images: Tensor, convention: str) -> Tensor:
@@ -40,8 +41,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("count", [10, 33])
 def test_tables_are_the_same_for_any_number_of_processes_and_any_batch_size(tmp_path, tiny, with_features, count):
     images = pictures(tmp_path / "images", count)
-    models = [saved_model(tmp_path / name, tiny, seed) for seed, name in enumerate(("a", "b"))]
-    config = config_of(tmp_path, images, models, metrics=FEW, probe_images=0)
+    config = config_of(tmp_path, images, [saved_model(tmp_path / "a", tiny)], metrics=FEW, probe_images=0)
     alone = files_of(evaluate(replace(config, name="alone")))
     assert b"," in alone["images.csv"]
     for world in (1, 2, 3, 4):
@@ -59,51 +59,73 @@ def test_an_evaluation_killed_at_random_ten_times_ends_with_the_same_tables(tmp_
     images = pictures(tmp_path / "images", 33)
     model = saved_model(tmp_path / "a", tiny)
     config = config_of(tmp_path, images, [model], metrics=FEW, probe_images=0)
-    began = time.monotonic()
     whole = files_of(evaluate(replace(config, name="whole")))
-    takes, draw, killed = time.monotonic() - began, random.Random(0), 0
-    for number in range(10):
-        again = replace(config, name=f"killed{number}")
-        process = forked(lambda again=again: evaluate(again))
-        process.join(draw.random() * takes)
-        killed += process.exitcode is None
+    again, draw, lines = replace(config, name="killed"), random.Random(0), 0
+    for _ in range(10):
+        lines += draw.randrange(1, 4)
+        process = forked(lambda: evaluate(again))
+        _wait_for_lines(tmp_path / "killed" / "rows_0.jsonl", lines, process)
         process.kill()
         process.join()
-        if not (tmp_path / again.name / "metrics.json").exists():
-            evaluate(again)
-        assert files_of(tmp_path / again.name) == whole
-    print(f"{killed} of 10 were killed before their end")
-    assert killed >= 5
+        assert not (tmp_path / "killed" / "metrics.json").exists()
+    assert files_of(evaluate(again)) == whole
+
+
+def _wait_for_lines(rows: Path, count: int, process: BaseProcess) -> None:
+    while process.is_alive() and (not rows.exists() or rows.read_bytes().count(b"\n") < count):
+        time.sleep(0.001)
 
 
 def test_torchrun_works(tmp_path, tiny):
     images, model = pictures(tmp_path / "images", 10), saved_model(tmp_path / "a", tiny)
+    alone = evaluate(config_of(tmp_path, images, [model], name="alone", metrics=["psnr", "ssim"], probe_images=0))
     wanted = ["data=folder", f"data.root={images}", "data.resolution=32", "data.workers=0", "probe_images=0"]
-    wanted += [f"model={model}", "metrics=[psnr,ssim]", f"output={tmp_path}"]
+    wanted += [f"model={model}", "metrics=[psnr,ssim]", f"output={tmp_path}", "name=shared"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    for name, launched in (("alone", []), ("shared", launcher)):
-        command = [sys.executable, *launched, str(ROOT / "evaluate.py"), *wanted, f"name={name}"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-    assert files_of(tmp_path / "shared") == files_of(tmp_path / "alone")
+    command = [sys.executable, *launcher, str(ROOT / "evaluate.py"), *wanted]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert files_of(tmp_path / "shared") == files_of(alone)
+
+
+def test_an_image_that_was_repaired_since_is_measured(tmp_path, tiny, monkeypatch):
+    images, model = pictures(tmp_path / "images", 4), saved_model(tmp_path / "a", tiny)
+    config = config_of(tmp_path, images, [model], metrics=FEW[:3], probe_images=0)
+    whole = evaluate(replace(config, name="whole"))
+    pixels = (images / "001.png").read_bytes()
+    (images / "001.png").write_bytes(bytes(len(pixels)))
+    monkeypatch.setattr("vae.evaluation.run.finish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(replace(config, name="repaired"))
+    monkeypatch.undo()
+    (images / "001.png").write_bytes(pixels)
+    assert files_of(evaluate(replace(config, name="repaired"))) == files_of(whole)
+
+
+def test_rows_that_another_machine_has_to_itself_are_missed(tmp_path, tiny, monkeypatch):
+    images, model = pictures(tmp_path / "images", 4), saved_model(tmp_path / "a", tiny)
+    config = config_of(tmp_path, images, [model], name="e", probe_images=0)
+    monkeypatch.setattr("vae.evaluation.run._missing", lambda *_: [0, 2])
+    with pytest.raises(InputError, match="2 of 4 images of images have rows: output= must be one folder"):
+        evaluate(config)
+
+
+def stop(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_an_evaluation_goes_on_only_with_the_same_models_images_and_settings(tmp_path, tiny, monkeypatch):
     images, model = pictures(tmp_path / "images", 6), saved_model(tmp_path / "a", tiny)
     config = config_of(tmp_path, images, [model], name="e")
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
     monkeypatch.setattr("vae.evaluation.run.finish", stop)
     with pytest.raises(KeyboardInterrupt):
         evaluate(config)
     monkeypatch.undo()
-    with pytest.raises(InputError, match=r"name='e': .* holds an interrupted evaluation of other"):
+    with pytest.raises(InputError, match=r"name='e': .* holds an interrupted evaluation with other measured"):
         evaluate(replace(config, metrics=["psnr"]))
     saved_model(Path(model), tiny, seed=5)
-    with pytest.raises(InputError, match="holds an interrupted evaluation of other"):
+    with pytest.raises(InputError, match="holds an interrupted evaluation with other models"):
         evaluate(config)
     saved_model(Path(model), tiny)
     evaluate(config)

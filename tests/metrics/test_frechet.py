@@ -22,6 +22,7 @@ SETS = {
     "full rank": (_features(400, 48, 0), _features(400, 48, 1)),
     "sets of unequal size": (_features(300, 48, 0), _features(170, 48, 1)),
     "fewer images than features": (_features(20, 48, 0), _features(25, 48, 1)),
+    "far fewer, and wide": (_features(60, 512, 0), _features(60, 512, 1)),
     "two images": (_features(2, 48, 0), _features(2, 48, 1)),
     "one rank-deficient": (_features(200, 48, 0), _features(10, 48, 1)),
     "dead features": (_features(200, 48, 0) * (np.arange(48) < 30), _features(200, 48, 1) * (np.arange(48) < 40)),

@@ -59,7 +59,7 @@ def test_lpips_equals_the_lpips_package(lpips_net):
     with torch.no_grad():
         for theirs, key in zip(package.net.parameters(), BACKBONES[lpips_net].keys, strict=True):
             theirs.copy_(features[key])
-    images, others = (torch.stack([pair[k][:, :32, :32] for pair in PAIRS.values()]) for k in (0, 1))
+    images, others = (torch.stack([pair[k][:, :64, :64] for pair in PAIRS.values()]) for k in (0, 1))
     with torch.no_grad():
         expected = package(images / 127.5 - 1, others / 127.5 - 1).flatten().double()
     found = PairedMetrics((f"lpips_{lpips_net}",))(images, others)[f"lpips_{lpips_net}"]

@@ -214,7 +214,8 @@ def measuring_takes_the_mode(decoded: list[Decoded]) -> None:
 def decodings_of_a_run(config: TrainConfig, watch: Watch) -> list[Decoded]:
     run = train(config)
     with watch.during("evaluation"):
-        evaluate(EvaluateConfig(str(run), config.name, f"{config.output}-measured", metrics=["psnr"], data=config.data))
+        output, data = f"{config.output}-measured", config.data
+        evaluate(EvaluateConfig(str(run), config.name, output, metrics=["psnr"], probe_images=0, data=data))
     return watch.take()
 
 

@@ -43,14 +43,14 @@ class Batch(NamedTuple):
 
     Positions are plain integers, so that reading them never waits for a GPU. `left_out` are the images that could not
     be used: replaced in training, missing in validation, where B may so be 0; `missing` has their indices then.
-    `enlarged` are the names of those that had fewer pixels than are shown.
+    `enlarged` are the positions of those that had fewer pixels than are shown.
     """
 
     images: Tensor
     positions: list[int]
     names: list[str]
     left_out: list[LeftOut]
-    enlarged: Sequence[str] = ()
+    enlarged: Sequence[int] = ()
     missing: Sequence[int] = ()
 
 
@@ -154,7 +154,7 @@ def _collate(samples: Sequence[Sample]) -> Batch:
     usable = [(sample.pixels, sample) for sample in samples if sample.pixels is not None]
     images = torch.stack([pixels for pixels, _ in usable]) if usable else torch.empty(0, dtype=torch.uint8)
     left_out = [one for sample in samples for one in sample.left_out]
-    enlarged = [one.name for _, one in usable if one.is_enlarged]
+    enlarged = [one.position for _, one in usable if one.is_enlarged]
     missing = [sample.position for sample in samples if sample.pixels is None]
     positions, names = [one.position for _, one in usable], [one.name for _, one in usable]
     return Batch(images, positions, names, left_out, enlarged, missing)

@@ -1,13 +1,12 @@
 """All rows of an evaluation in the order of the images, whoever measured them and when."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from vae.evaluation.rows import Line, unpacked
-from vae.models.inception import CONVENTIONS
 
 Vectors = dict[str, np.ndarray]
 ORIGINAL = ""  # in the place of a model's name: the images themselves
@@ -37,16 +36,27 @@ class Collected:
 
 
 def collect(lines: Iterable[Line], datasets: Sequence[str], models: Sequence[str]) -> dict[str, Collected]:
-    """The first line of every image, in the order of data sets and indices."""
+    """A line of every image, in the order of data sets and indices: the last where nothing else than left out."""
     order = {name: number for number, name in enumerate(datasets)}
     found: dict[tuple[int, int], Line] = {}
     for line in lines:
-        found.setdefault((order[line["dataset"]], line["index"]), line)
+        key = order[line["dataset"]], line["index"]
+        if key not in found or "left_out" in found[key]:
+            found[key] = _unpacked(line)
     collected = {name: Collected() for name in datasets}
     for key in sorted(found):
         line = found.pop(key)
         _take(collected[line["dataset"]], line, models)
     return collected
+
+
+def _unpacked(line: Line) -> Line:
+    """Its arrays out of base64, which is four times as large in memory as their bytes."""
+    for packed in [line, *line.get("models", {}).values()]:
+        for kind in ("features", "latents"):
+            if kind in packed:
+                packed[kind] = {name: unpacked(value) for name, value in packed[kind].items()}
+    return line
 
 
 def _take(into: Collected, line: Line, models: Sequence[str]) -> None:
@@ -55,17 +65,13 @@ def _take(into: Collected, line: Line, models: Sequence[str]) -> None:
         return
     _add(into.features.setdefault(ORIGINAL, {}), line.pop("features"))
     for name in models:
-        result: Mapping[str, Any] = line["models"][name]
-        if not result["is_finite"]:
-            continue
-        _add(into.features.setdefault(name, {}), line["models"][name].pop("features"))
+        result: dict[str, Any] = line["models"][name]
+        _add(into.features.setdefault(name, {}), result.pop("features", {}))
         if "latents" in result:
-            latents = line["models"][name].pop("latents")
-            into.latents.setdefault(name, []).append({key: unpacked(value) for key, value in latents.items()})
+            into.latents.setdefault(name, []).append(result.pop("latents"))
     into.lines.append(line)
 
 
-def _add(into: dict[str, list[np.ndarray]], features: Mapping[str, list[Any]]) -> None:
-    for convention in CONVENTIONS:
-        if convention in features:
-            into.setdefault(convention, []).append(unpacked(features[convention]))
+def _add(into: dict[str, list[np.ndarray]], features: Vectors) -> None:
+    for convention, values in features.items():
+        into.setdefault(convention, []).append(values)

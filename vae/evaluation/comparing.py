@@ -1,7 +1,7 @@
 """Which of two models is better, image by image, in figures and in honest words."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 from vae.evaluation.statistics import FEWEST, chance, holm, interval
 from vae.metrics.registry import PAIRED, Metric
 
+NO_DIFFERENCE = "no difference"  # what every verdict begins with that shows none
 SHOWN = 0.05  # a difference is shown where the corrected p is below this and the interval leaves out 0
 
 Columns = dict[str, dict[str, np.ndarray]]  # {model: {metric: (N,) float64}}, all of the same images in the same order
@@ -51,9 +52,9 @@ class Comparison:
             return f"{better} is better: {by}, wins on {percent(wins)} of images"
         if self.images < FEWEST:
             few = "no image has" if not self.images else f"only {self.images} images have"
-            return f"no difference shown {both}: {few} a finite number of both"
+            return f"{NO_DIFFERENCE} shown {both}: {few} a finite number of both"
         is_same = self.low == self.high == 0
-        return f"no difference {both}: equally good on every image" if is_same else f"no difference shown {both}"
+        return f"{NO_DIFFERENCE} {both}: equally good on every image" if is_same else f"{NO_DIFFERENCE} shown {both}"
 
     def gain(self, sign: int = 1) -> str:
         """ "0.430 dB [0.300, 0.570]": by how much `second` is better, or with `sign` -1 `first`."""
@@ -71,11 +72,11 @@ class Comparison:
         return vars(self) | {"verdict": self.verdict}
 
 
-def compare_pairs(columns: Columns) -> list[dict[str, Any]]:
-    """Every two models by every paired metric that both have, p corrected for all of them together."""
+def compare_pairs(columns: Columns, pairs: Iterable[tuple[str, str]] | None = None) -> list[dict[str, Any]]:
+    """Every two models, or those `pairs`, by every paired metric that both have; p corrected for all together."""
     compared = [
         compare(metric, (first, columns[first][metric]), (second, columns[second][metric]))
-        for first, second in combinations(columns, 2)
+        for first, second in (combinations(columns, 2) if pairs is None else pairs)
         for metric in PAIRED
         if metric in columns[first] and metric in columns[second]
     ]

@@ -2,10 +2,10 @@
 
 import csv
 import io
+import math
 from collections.abc import Iterator, Mapping
+from itertools import combinations
 from typing import Any
-
-import numpy as np
 
 from vae.evaluation.collected import Collected
 from vae.evaluation.comparing import compare_pairs
@@ -13,27 +13,28 @@ from vae.evaluation.latents import combine
 from vae.evaluation.statistics import summarise
 from vae.metrics.frechet import frechet_distance
 from vae.metrics.kernel import kernel_estimate
-from vae.metrics.registry import OF_SETS, PAIRED
+from vae.metrics.registry import CONVENTION_OF, OF_SETS, PAIRED
 
 NORMAL_95 = 1.96  # standard errors
 Document = dict[str, Any]
-CONVENTION_OF = {"rfid": "legacy", "kid": "legacy", "rfid_clean": "clean", "kid_clean": "clean"}
 Row = dict[str, Any]  # dataset, index, image, model, metrics, flags
 
 
-def of_dataset(collected: Collected, measured: list[str], models: list[str]) -> Document:
+def of_dataset(collected: Collected, header: Document) -> Document:
     """The parts of the document about one data set: images, metrics, comparisons, latents."""
-    pairs = [name for name in measured if name in PAIRED]
+    models = list(header["models"])
+    pairs = [name for name in header["measured"] if name in PAIRED]
+    sets = [name for name in header["measured"] if name in OF_SETS]
     columns = {model: {name: collected.column(model, name) for name in pairs} for model in models}
-    metrics: dict[str, dict[str, Any]] = {
-        model: {name: summarise(values) for name, values in columns[model].items()} for model in models
-    }
+    metrics: dict[str, dict[str, Any]] = {}
     for model in models:
-        metrics[model] |= {name: _of_set(collected, model, name) for name in measured if name in OF_SETS}
+        metrics[model] = {name: summarise(values) for name, values in columns[model].items()}
+        metrics[model] |= {name: _of_set(collected, model, name) for name in sets}
+        metrics[model] |= dict.fromkeys(header["missing"])
     return {
-        "images": _about_images(collected, columns, models),
+        "images": _about_images(collected, models),
         "metrics": metrics,
-        "comparisons": compare_pairs(columns),
+        "comparisons": compare_pairs(columns, _asked(header["models"])),
         "latents": {model: combine(vectors) for model, vectors in collected.latents.items()},
     }
 
@@ -45,23 +46,37 @@ def rows_of(dataset: str, collected: Collected, models: list[str]) -> Iterator[R
             result = line["models"][model]
             flags = ["enlarged"] if line["enlarged"] else []
             flags += [] if result["is_finite"] else ["not finite"]
-            numbers = {name: None if v is None else float(v) for name, v in result.get("metrics", {}).items()}
-            flags += ["identical"] if numbers.get("psnr") == np.inf else []
+            flags += ["identical"] if result.get("is_identical") else []
+            numbers = {name: _number(value) for name, value in result.get("metrics", {}).items()}
             about = {"dataset": dataset, "index": line["index"], "image": line["image"], "model": model}
             yield about | {"metrics": numbers, "flags": flags}
 
 
-def as_csv(rows: list[Row], measured: list[str]) -> str:
+def as_csv(rows: list[Row], header: Document) -> str:
     """A line for each image and model; empty where there is no value."""
-    pairs = [name for name in measured if name in PAIRED]
+    pairs = [name for name in header["measured"] if name in PAIRED]
+    protocol = f"{header['protocol']['name']} {header['protocol']['sha256']}"
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(["dataset", "image", "model", *pairs, "flags"])
+    writer.writerow(["dataset", "image", "model", *pairs, "flags", "protocol"])
     for row in rows:
         values = (row["metrics"].get(name) for name in pairs)
         cells = ["" if value is None else repr(value) for value in values]
-        writer.writerow([row["dataset"], row["image"], row["model"], *cells, " ".join(row["flags"])])
+        writer.writerow([row["dataset"], row["image"], row["model"], *cells, " ".join(row["flags"]), protocol])
     return text.getvalue()
+
+
+def _asked(models: Document) -> list[tuple[str, str]]:
+    """Whole models with each other, and what a crossed encoder is with its own decoder."""
+    whole = [name for name, about in models.items() if about["encoder"] == about["decoder"]]
+    own = {models[name]["encoder"]: name for name in whole}
+    crossed = [(own[about["encoder"]], name) for name, about in models.items() if name not in whole]
+    return [*combinations(whole, 2), *crossed]
+
+
+def _number(value: float | str | None) -> float | None:
+    """None too where a metric does not apply."""
+    return None if value is None or math.isnan(float(value)) else float(value)
 
 
 def _of_set(collected: Collected, model: str, metric: str) -> Mapping[str, Any]:
@@ -76,18 +91,15 @@ def _of_set(collected: Collected, model: str, metric: str) -> Mapping[str, Any]:
     return summary | {"mean": value, "low": value - NORMAL_95 * error, "high": value + NORMAL_95 * error}
 
 
-def _about_images(collected: Collected, columns: dict[str, dict[str, np.ndarray]], models: list[str]) -> dict[str, Any]:
-    names = [line["image"] for line in collected.lines]
-    identical, broken = [], []
-    for model in models:
-        values = columns[model].get("psnr", np.zeros(0))
-        identical += [{"image": names[i], "model": model} for i in np.flatnonzero(np.isposinf(values))]
-        without = [line["image"] for line in collected.lines if not line["models"][model]["is_finite"]]
-        broken += [{"image": name, "model": model} for name in without]
+def _about_images(collected: Collected, models: list[str]) -> dict[str, Any]:
+    both = [(line["image"], model, line["models"][model]) for line in collected.lines for model in models]
     return {
-        "images": len(names),
-        "left_out": [{"image": line["image"], "reason": line["left_out"]} for line in collected.left_out],
+        "images": len(collected.lines),
+        "left_out": [
+            {"image": line["image"], "reason": line["left_out"], "is_corrupt": line["is_corrupt"]}
+            for line in collected.left_out
+        ],
         "enlarged": [line["image"] for line in collected.lines if line["enlarged"]],
-        "not_finite": broken,
-        "identical": identical,
+        "not_finite": [{"image": name, "model": model} for name, model, one in both if not one["is_finite"]],
+        "identical": [{"image": name, "model": model} for name, model, one in both if one.get("is_identical")],
     }

@@ -29,27 +29,29 @@ from vae.evaluation.setting import Setting
 from vae.latents import scale_latents
 
 REPORT_FILE = "report.html"
+PICTURES, PICTURES_A_MODEL = 14, 10  # in the report: typical ones, and the ends of each metric of each model
 
 
 def finish(config: EvaluateConfig, folder: Path, setting: Setting, rows: Rows) -> None:
     """From the rows of all processes to what people look at. `metrics.json` is last: with it the evaluation is done."""
-    header, datasets, bench = setting
-    models, measured = list(header["models"]), header["measured"]
+    header, datasets, bench, lists = setting
+    models = list(header["models"])
     collected = collect(rows.read(), list(datasets), models)
-    _check_any(collected)
-    parts = {name: of_dataset(one, measured, models) for name, one in collected.items()}
+    _check_all(collected, datasets)
+    parts = {name: of_dataset(one, header) for name, one in collected.items()}
     document: Document = header | {"datasets": {name: part.pop("images") for name, part in parts.items()}}
-    for name, (_, source) in datasets.items():
-        document["datasets"][name]["sha256"] = source.fingerprint()
+    for name, sha256 in lists.items():
+        document["datasets"][name]["sha256"] = sha256
     for kind in ("metrics", "comparisons", "latents"):
         document[kind] = {name: part[kind] for name, part in parts.items()}
     document |= _probed(config.probe_images, setting, collected)
     table = [row for name, one in collected.items() for row in rows_of(name, one, models)]
-    wanted = choose(document, table)
-    pictures = {key: _pictures(bench, *datasets[key[0]], key[1]) for key in wanted}
+    wanted = choose(document, table, PICTURES + PICTURES_A_MODEL * len(models))
+    found = {key: _pictures(bench, *datasets[key[0]], key[1]) for key in wanted}
+    pictures = {key: one for key, one in found.items() if one is not None}
     write_text(folder / REPORT_FILE, render(document, table, pictures))
     with replacing(folder / TABLE_FILE) as partial:
-        partial.write_bytes(as_csv(table, measured).encode("utf-8", "surrogateescape"))
+        partial.write_bytes(as_csv(table, header).encode("utf-8", "surrogateescape"))
     write_text(folder / DOCUMENT_FILE, json.dumps(document, indent=2, allow_nan=False) + "\n")
     rows.forget()
     show.document(document)
@@ -58,7 +60,7 @@ def finish(config: EvaluateConfig, folder: Path, setting: Setting, rows: Rows) -
 
 
 def _end(config: EvaluateConfig, folder: Path, document: Document) -> None:
-    failed = check(document, config.gates)
+    failed = check(document, config.limits)
     for failure in failed:
         Console().print(failure, highlight=False, markup=False, soft_wrap=True)
     incomplete = show.incomplete(document, folder / DOCUMENT_FILE)
@@ -70,39 +72,47 @@ def _end(config: EvaluateConfig, folder: Path, document: Document) -> None:
         raise Stopped(GATE_FAILED, f"{len(failed)} of the gates failed")
 
 
-def _check_any(collected: dict[str, Collected]) -> None:
-    for name, one in collected.items():
-        if not one.lines:
-            count, first = len(one.left_out), one.left_out[0]["left_out"]
-            raise InputError(f"none of {count} images of {name} can be read, the first: {first}")
+def _check_all(collected: dict[str, Collected], datasets: dict[str, tuple[DataConfig, Source]]) -> None:
+    """Every image has a row, and some image has numbers."""
+    for name, (_, source) in datasets.items():
+        known = len(collected[name].lines) + len(collected[name].left_out)
+        if known != len(source):
+            wrong = f"{known} of {len(source)} images of {name} have rows"
+            raise InputError(f"{wrong}: output= must be one folder that all processes share; run the command again")
+    if not any(one.lines for one in collected.values()):
+        name, one = next(iter(collected.items()))
+        count, first = len(one.left_out), one.left_out[0]["left_out"]
+        raise InputError(f"none of {count} images of {name} can be read, the first: {first}")
 
 
 def _probed(count: int, setting: Setting, collected: dict[str, Collected]) -> dict[str, Any]:
     """Robustness and precision of each model, on the first images of the first data set."""
-    _, datasets, bench = setting
-    name, (data, source) = next(iter(datasets.items()))
+    bench = setting.bench
+    name = next(name for name, one in collected.items() if one.lines)
     indices = [line["index"] for line in collected[name].lines[:count]]
-    if not indices:
+    read = (_image(bench, *setting.datasets[name], index) for index in indices)
+    images = [image for image in read if image is not None]
+    if not images:
         return {"robustness": {}, "precision": {}}
-    images = [_image(bench, data, source, index) for index in indices]
     with show.probing(len(bench.models), images) as advance:
         robustness = {model: probe(network, images, advance) for model, network in bench.models.items()}
         safety = {model: precision(network, images, advance) for model, network in bench.models.items()}
     return {"robustness": robustness, "precision": safety}
 
 
-def _image(bench: Bench, data: DataConfig, source: Source, index: int) -> torch.Tensor:
-    """(1, C, S, S) in [-1, 1] on the device."""
+def _image(bench: Bench, data: DataConfig, source: Source, index: int) -> torch.Tensor | None:
+    """(1, C, S, S) in [-1, 1] on the device; none where it has gone since it was measured."""
     channels = next(iter(bench.models.values())).config.in_channels
-    sample = HeldOutImages(source, data, channels, bench.protocol.cut)[index]
-    assert sample.pixels is not None
-    return to_model_range(sample.pixels[None].to(bench.device))
+    pixels = HeldOutImages(source, data, channels, bench.protocol.cut)[index].pixels
+    return None if pixels is None else to_model_range(pixels[None].to(bench.device))
 
 
 @torch.no_grad()
-def _pictures(bench: Bench, data: DataConfig, source: Source, index: int) -> Pictures:
+def _pictures(bench: Bench, data: DataConfig, source: Source, index: int) -> Pictures | None:
     """What the report shows of an image."""
     image = _image(bench, data, source, index)
+    if image is None:
+        return None
     reconstructions, latents = {}, {}
     for codec, made in bench.make(image, [index]):
         reconstructions[codec.name] = to_uint8(made.reconstructions)[0].cpu()

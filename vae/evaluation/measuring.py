@@ -21,7 +21,7 @@ from vae.evaluation.models import Codec
 from vae.evaluation.rows import Line, packed
 from vae.metrics.paired import PairedMetrics
 from vae.models.autoencoder import AutoencoderKL
-from vae.models.inception import CONVENTIONS, Inception
+from vae.models.inception import Inception
 from vae.models.posterior import DiagonalGaussian
 
 OF_PROTOCOL = {"psnr", "ssim", "lpips_alex", "lpips_vgg"}  # whose arithmetic the protocol decides
@@ -47,6 +47,7 @@ class Bench:
     device: torch.device
     batch_size: int
     seed: int
+    conventions: tuple[str, ...] = ()  # of Inception's resizing
 
     def __post_init__(self) -> None:
         self.others = PairedMetrics(tuple(name for name in self.metrics.names if name not in OF_PROTOCOL))
@@ -69,7 +70,8 @@ class Bench:
     def measure(self, dataset: str, batch: Batch) -> Iterator[Line]:
         """A line for each image of the batch, and for each that was left out."""
         for index, one in zip(batch.missing, batch.left_out, strict=True):
-            yield {"dataset": dataset, "index": index, "image": one.name, "left_out": one.reason}
+            about = {"dataset": dataset, "index": index, "image": one.name}
+            yield about | {"left_out": one.reason, "is_corrupt": one.is_corrupt}
         for start in range(0, len(batch.images), self.at_once):
             part = slice(start, start + self.at_once)
             indices = batch.positions[part]
@@ -78,13 +80,14 @@ class Bench:
             filled = torch.cat([images, images[-1:].expand(absent, -1, -1, -1)])
             lines = self._lines(filled, indices + indices[-1:] * absent)
             for line, index, name in zip(lines, indices, batch.names[part], strict=False):
-                yield {"dataset": dataset, "index": index, "image": name, "enlarged": name in batch.enlarged} | line
+                yield {"dataset": dataset, "index": index, "image": name, "enlarged": index in batch.enlarged} | line
 
     def _lines(self, images: Tensor, indices: list[int]) -> list[Line]:
         lines: list[Line] = [{"features": {}, "models": {}} for _ in indices]
         for codec, made in self.make(images, indices):
             shown, reconstructed = self.protocol.quantised(images, made.reconstructions)
             finite = made.reconstructions.isfinite().flatten(1).all(dim=1).tolist()
+            identical = (shown == reconstructed).flatten(1).all(dim=1).tolist()
             numbers = self.protocol.measure(images, made.reconstructions, self.metrics.lpips, self.metrics.names)
             numbers |= self.others(shown, reconstructed)
             columns = {name: numbers[name].tolist() for name in self.metrics.names if name in numbers}
@@ -92,6 +95,7 @@ class Bench:
             for row, line in enumerate(lines):
                 result: dict[str, Any] = {"is_finite": finite[row]}
                 if finite[row]:
+                    result["is_identical"] = identical[row]
                     result["metrics"] = {name: _plain(column[row]) for name, column in columns.items()}
                     result["features"] = {name: packed(values[row].numpy()) for name, values in features.items()}
                 if finite[row] and not codec.is_crossed:
@@ -107,7 +111,7 @@ class Bench:
     def _features(self, images: Tensor) -> dict[str, Tensor]:
         if self.inception is None:
             return {}
-        return {name: self.inception.features(images, name).cpu() for name in CONVENTIONS}
+        return {name: self.inception.features(images, name).cpu() for name in self.conventions}
 
 
 def _plain(value: float) -> float | str:

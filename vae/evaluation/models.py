@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from vae.checkpoints import load_autoencoder
 from vae.errors import InputError
@@ -73,7 +74,7 @@ def described(codec: Codec, models: dict[str, AutoencoderKL], paths: dict[str, s
     }
 
 
-def weights_sha256(model: AutoencoderKL) -> str:
+def weights_sha256(model: nn.Module) -> str:
     """Of the tensors' names and bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -94,8 +95,9 @@ def find_device(name: str) -> torch.device:
 
 def short_names(paths: list[str], key: str) -> list[str]:
     """As many trailing parts of each path as make it unlike the others."""
-    for depth in range(1, max(len(Path(path).parts) for path in paths) + 1):
-        names = ["/".join(Path(path).parts[-depth:]) for path in paths]
+    parts = [Path(path).parts if "://" in path else Path(path).expanduser().absolute().parts for path in paths]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(one[-depth:]) for one in parts]
         if len(set(names)) == len(names):
             return names
     raise InputError(f"{key}={paths}: the same {key} twice; name each once")

@@ -16,7 +16,7 @@ from vae.metrics.registry import PAIRED
 
 SCHEMA = 1
 DOCUMENT_FILE, TABLE_FILE = "metrics.json", "images.csv"
-NEEDED = ("schema", "protocol", "resolution", "models", "datasets", "metrics")
+NEEDED = ("schema", "protocol", "resolution", "data", "models", "datasets", "metrics")
 
 Key = tuple[str, int]  # an image's name, and how many of that name came before it
 Values = tuple[float, ...]  # one for each of `metrics`, NaN where there is none
@@ -114,6 +114,18 @@ def models_of(old: Evaluation, new: Evaluation) -> list[tuple[str, str]]:
     return both
 
 
+def only_in_one(old: Evaluation, new: Evaluation) -> list[str]:
+    """Models and metrics that cannot be compared, in words."""
+    lost: list[str] = []
+    compared = models_of(old, new)
+    for one, number in ((old, 0), (new, 1)):
+        known = {pair[number] for pair in compared}
+        lost += [f"{name} is in {one.file} only" for name in one.document["models"] if name not in known]
+    measured = [set(one.document.get("measured", one.metrics)) for one in (old, new)]
+    lost += [f"{name} is measured in {old.file} only" for name in sorted(measured[0] - measured[1])]
+    return lost + [f"{name} is measured in {new.file} only" for name in sorted(measured[1] - measured[0])]
+
+
 def _pair(old: Evaluation, new: Evaluation, dataset: str, models: tuple[str, str]) -> Pair:
     before, after = old.tables.get((dataset, models[0]), {}), new.tables.get((dataset, models[1]), {})
     keys = [key for key in before if key in after]
@@ -132,6 +144,8 @@ def _check_comparable(old: Evaluation, new: Evaluation) -> None:
     )
     sides = before["resolution"], after["resolution"]
     require(sides[0] == sides[1], f"{new.file}: resolution={sides[1]}", f"{sides[0]}, that of {old.file}")
+    data = before["data"], after["data"]
+    require(data[0] == data[1], f"{new.file}: data {data[1]}", f"{data[0]}, as in {old.file}")
     names = list(before["datasets"]), list(after["datasets"])
     require(set(names[0]) == set(names[1]), f"{new.file}: datasets {names[1]}", f"those of {old.file}, {names[0]}")
     for name, about in before["datasets"].items():

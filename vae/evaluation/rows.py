@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from vae.errors import InputError
+
 Line = dict[str, Any]  # of one image: dataset, index, image, and left_out or what each model made of it
 Key = tuple[str, int]  # dataset, index
 
@@ -20,13 +22,20 @@ class Rows:
 
     def begin(self) -> None:
         """After a kill the last line may be cut: what follows begins a line of its own."""
-        self._file = self._path.open("ab")
+        try:
+            self._file = self._path.open("ab")
+        except OSError as error:
+            shared = "output= must be one folder that all processes share"
+            raise InputError(f"{self._path}: cannot be written ({error.strerror}); {shared}") from error
         if self._file.tell():
             self._file.write(b"\n")
 
     def add(self, line: Line) -> None:
-        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise InputError(f"{self._path}: cannot be written ({error.strerror}); make room, then go on") from error
 
     def end(self) -> None:
         self._file.close()
@@ -40,7 +49,8 @@ class Rows:
                         yield line
 
     def known(self) -> set[Key]:
-        return {key_of(line) for line in self.read()}
+        """Of images that were measured; what could not be read may have been repaired."""
+        return {key_of(line) for line in self.read() if "left_out" not in line}
 
     def forget(self) -> None:
         for path in self.folder.glob("rows_*.jsonl"):

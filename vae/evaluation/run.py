@@ -7,22 +7,23 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import track
 
 from vae.checkpoints.lock import locked
 from vae.checkpoints.safe import write_text
 from vae.config import EvaluateConfig
-from vae.data.config import DataConfig
-from vae.data.loading import Batch, HeldOutImages, indexed_loader
+from vae.data.loading import Batch, HeldOutImages, indexed_loader, shut_down
 from vae.data.sources import Source
-from vae.errors import InputError
+from vae.errors import INTERRUPTED, InputError, Stopped
 from vae.evaluation.finishing import finish
-from vae.evaluation.measuring import Bench, exact_arithmetic
+from vae.evaluation.measuring import exact_arithmetic
 from vae.evaluation.recorded import DOCUMENT_FILE
 from vae.evaluation.rows import Rows
 from vae.evaluation.setting import Setting, prepare
-from vae.evaluation.team import Team, gathered
+from vae.evaluation.show import say
+from vae.evaluation.team import Team, first_difference, gathered
 
 PLAN_FILE = "plan.json"
 
@@ -36,13 +37,16 @@ def evaluate(config: EvaluateConfig) -> Path:
     with gathered() as team, ExitStack() as held, exact_arithmetic(config.threads):
         folder = Path(config.output) / team.of_first(config.name)
         setting = prepare(config, team)
-        prints = {name: source.fingerprint() for name, (_, source) in setting.datasets.items()}
-        decisive = _decisive(config.data, setting.bench)
-        plan = json.dumps({"header": setting.header, "images": prints, "data": decisive}, indent=2)
-        team.agree(plan, "models or images")
+        plan = setting.header | {
+            "images": setting.lists,
+            "roots": [str(Path(root).absolute()) for root in setting.roots],
+        }
+        team.agree(plan)
         refusal = team.of_first(_begin(folder, plan, held) if team.leads else "")
         if refusal:
             raise InputError(refusal)
+        if team.leads:
+            say(f"measuring into {folder}; interrupted, the same command with name={folder.name} goes on")
         rows = Rows(folder, team.rank)
         _measure(setting, rows, team)
         if team.leads:
@@ -60,9 +64,15 @@ def _measure(setting: Setting, rows: Rows, team: Team) -> None:
     total = sum(math.ceil(len(part) / datasets[name][0].validation_batch_size) for name, part in images.items())
     batches = _batches(setting, images)
     shown = track(batches, "Measuring", total, console=Console(stderr=True)) if team.leads else batches
-    for name, batch in shown:
-        for line in bench.measure(name, batch):
-            rows.add(line)
+    try:
+        for name, batch in shown:
+            for line in bench.measure(name, batch):
+                rows.add(line)
+    except torch.OutOfMemoryError as error:
+        size = f"data.validation_batch_size={bench.batch_size}"
+        raise InputError(f"{size}: the GPU has no memory left for it; lower it") from error
+    except KeyboardInterrupt:
+        raise Stopped(INTERRUPTED, f"interrupted; the same command with name={rows.folder.name} goes on") from None
     rows.end()
     team.wait()
 
@@ -72,30 +82,29 @@ def _batches(setting: Setting, images: dict[str, list[int]]) -> Iterator[tuple[s
     channels = next(iter(bench.models.values())).config.in_channels
     for name, indices in images.items():
         data, source = setting.datasets[name]
-        for batch in indexed_loader(HeldOutImages(source, data, channels, bench.protocol.cut), indices):
-            yield name, batch
+        loader = indexed_loader(HeldOutImages(source, data, channels, bench.protocol.cut), indices)
+        try:
+            for batch in loader:
+                yield name, batch
+        finally:
+            shut_down(loader)
 
 
 def _missing(name: str, source: Source, known: set[tuple[str, int]]) -> list[int]:
     return [index for index in range(len(source)) if (name, index) not in known]
 
 
-def _decisive(data: DataConfig, bench: Bench) -> dict[str, Any]:
-    """What else numbers depend on."""
-    batch = None if bench.at_once == 1 else data.validation_batch_size
-    return {"bits": data.bits, "min_side": data.min_side, "batch_size": batch}
-
-
-def _begin(folder: Path, plan: str, held: ExitStack) -> str:
+def _begin(folder: Path, plan: dict[str, Any], held: ExitStack) -> str:
     """Take the folder and say in it what is measured; else say why not."""
     try:
         held.enter_context(locked(folder, "measuring"))
         if (folder / DOCUMENT_FILE).exists():
             return f"name={folder.name!r}: {folder} already holds an evaluation; choose another name"
-        if (folder / PLAN_FILE).exists() and (folder / PLAN_FILE).read_text(encoding="utf-8") != plan:
-            unlike = "an interrupted evaluation of other models, images or settings"
+        before = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8")) if (folder / PLAN_FILE).exists() else plan
+        if (other := first_difference(before, plan)) is not None:
+            unlike = f"an interrupted evaluation with other {other}"
             return f"name={folder.name!r}: {folder} holds {unlike}; choose another name, or delete it"
-        write_text(folder / PLAN_FILE, plan)
+        write_text(folder / PLAN_FILE, json.dumps(plan, indent=2))
     except InputError as error:
         return str(error)
     return ""

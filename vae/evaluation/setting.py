@@ -1,5 +1,6 @@
 """What an evaluation needs before the first image: networks that fit, metrics that can be had, and images."""
 
+import hashlib
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -9,16 +10,16 @@ import vae
 from vae.config import EvaluateConfig
 from vae.data.config import DataConfig
 from vae.data.opening import open_sources
-from vae.data.sources import Source
+from vae.data.sources import Files, Source
 from vae.errors import InputError
 from vae.evaluation.gates import parse_gates
 from vae.evaluation.measuring import Bench
-from vae.evaluation.models import codecs_of, described, find_device, load_models, short_names
+from vae.evaluation.models import codecs_of, described, find_device, load_models, short_names, weights_sha256
 from vae.evaluation.protocol import PROTOCOLS
 from vae.evaluation.recorded import SCHEMA
 from vae.evaluation.team import Team
 from vae.metrics.paired import PairedMetrics, unavailable
-from vae.metrics.registry import OF_SETS, PAIRED
+from vae.metrics.registry import CONVENTION_OF, OF_SETS, PAIRED
 from vae.models.features import MissingBackboneError
 from vae.models.inception import Inception, load_inception
 
@@ -29,11 +30,16 @@ class Setting(NamedTuple):
     header: dict[str, Any]
     datasets: dict[str, tuple[DataConfig, Source]]  # {short name: (its configuration, its images)}
     bench: Bench
+    lists: dict[str, str]  # of each data set's images, a hash
+
+    @property
+    def roots(self) -> list[str]:
+        return [str(data.validation_root or data.root) for data, _ in self.datasets.values()]
 
 
 def prepare(config: EvaluateConfig, team: Team) -> Setting:
     """Everything that can be refused is refused here."""
-    parse_gates(config.gates)
+    parse_gates(config.limits)
     datasets = _open(config)
     device = team.device(find_device(config.device))
     models = {name: model.to(device) for name, model in load_models(config.models).items()}
@@ -48,38 +54,58 @@ def prepare(config: EvaluateConfig, team: Team) -> Setting:
     inception = _inception(config, missing)
     if len(missing) == len(config.metrics):
         raise InputError(f"metrics={config.metrics}: {next(iter(missing.values()))}")
-    bench = Bench(codecs, models, protocol, metrics, inception, device, config.data.validation_batch_size, config.seed)
+    batch_size = config.data.validation_batch_size
+    wanted = {CONVENTION_OF[name] for name in config.metrics if name in OF_SETS}
+    conventions = tuple(sorted(wanted))
+    bench = Bench(codecs, models, protocol, metrics, inception, device, batch_size, config.seed, conventions)
     paths = dict(zip(models, config.models, strict=True))
+    batch = None if bench.at_once == 1 else bench.batch_size
     header = {
         "schema": SCHEMA,
         "protocol": protocol.described(),
         "resolution": resolution,
         "seed": config.seed,
         "library": {"vae": vae.__version__, "torch": torch.__version__},
-        "device": {"type": device.type, "threads": config.threads},
+        "device": {"type": device.type, "threads": config.threads, "batch_size": batch},
+        "data": {"bits": config.data.bits, "min_side": config.data.min_side},
+        "inception": None if inception is None else weights_sha256(inception),
         "models": {codec.name: described(codec, models, paths) for codec in codecs},
         "measured": [name for name in config.metrics if name not in missing],
         "missing": missing,
     }
-    return Setting(header, datasets, bench)
+    lists = {name: list_sha256(source) for name, (_, source) in datasets.items()}
+    return Setting(header, datasets, bench, lists)
 
 
 def _open(config: EvaluateConfig) -> dict[str, tuple[DataConfig, Source]]:
-    if not config.datasets:
-        name = short_names([config.data.root], "data.root")[0] if config.data.root else config.data.source
-        return {name: (config.data, open_sources(config.data)[1])}
-    names = short_names(config.datasets, "datasets")
-    each = [replace(config.data, root=root) for root in config.datasets]
+    data = config.data
+    given = config.datasets or [data.validation_root or data.root or data.source]
+    names = short_names(given, "datasets")
+    each = [replace(data, root=root) for root in config.datasets] or [data]
     return {name: (data, open_sources(data)[1]) for name, data in zip(names, each, strict=True)}
 
 
+def list_sha256(source: Source) -> str:
+    """Of the names of all images and, of files, of their sizes."""
+    digest = hashlib.sha256(source.fingerprint().encode())
+    for index in range(len(source)):
+        digest.update(source.names[index].encode("utf-8", "surrogateescape") + b"\0")
+        if isinstance(source, Files):
+            path = source.root / source.names[index]
+            digest.update(f"{path.stat().st_size if path.is_file() else 0}\0".encode())
+    return digest.hexdigest()
+
+
 def _inception(config: EvaluateConfig, missing: dict[str, str]) -> Inception | None:
+    """Not had, it costs its metrics; named and not had, the evaluation."""
     wanted = [name for name in config.metrics if name in OF_SETS and name not in missing]
     if not wanted:
         return None
     try:
         return load_inception(config.inception, download=config.download)
     except MissingBackboneError as error:
+        if config.inception is not None:
+            raise
         missing |= dict.fromkeys(wanted, f"{error}, with inception=PATH; or evaluate with download=true")
         return None
 
@@ -88,7 +114,7 @@ def _channels(models: dict[str, Any]) -> int:
     """The image channels that all models have."""
     counts = {name: model.config.in_channels for name, model in models.items()}
     if len(set(counts.values())) > 1:
-        raise InputError(f"models of different channels, {counts}: measure them one by one")
+        raise InputError(f"model={list(counts)}: models of different channels, {counts}; measure them one by one")
     return next(iter(counts.values()))
 
 
@@ -96,4 +122,5 @@ def _check_resolution(models: dict[str, Any], resolution: int) -> None:
     for name, model in models.items():
         factor = model.config.downsample_factor
         if resolution % factor:
-            raise InputError(f"data.resolution={resolution} is not a multiple of {factor}, the factor of {name}")
+            wrong = f"data.resolution={resolution} is not a multiple of {factor}, the factor of {name}"
+            raise InputError(f"{wrong}; choose e.g. {max(1, round(resolution / factor)) * factor}")

@@ -11,6 +11,8 @@ from rich.progress import Progress
 from rich.table import Column, Table
 
 from vae.audit.precision import audit_steps
+from vae.data.limits import printable
+from vae.evaluation.comparing import NO_DIFFERENCE
 from vae.evaluation.protocol import PROTOCOLS
 from vae.evaluation.robustness import probe_steps
 from vae.metrics.registry import METRICS, OF_SETS
@@ -20,17 +22,19 @@ MOST_COMPARISONS = 12  # in words; all of them are in the files
 
 
 def say(line: str) -> None:
-    Console().print(line, highlight=False, markup=False, soft_wrap=True)
+    Console().print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
 
 def document(document: dict[str, Any]) -> None:
     """Everything a person wants to know at once."""
-    say(f"{PROTOCOLS[document['protocol']['name']]}\n")
+    print(f"{PROTOCOLS[document['protocol']['name']]}\n")
     for name, about in document["datasets"].items():
         say(f"{name}: {about['images']} images at {document['resolution']}x{document['resolution']}")
         _table(document, name)
-        for one in about["identical"]:
-            say(f"{one['model']}: {one['image']} is identical, and left out of the mean PSNR")
+        if about["identical"]:
+            count, first = len(about["identical"]), about["identical"][0]
+            of_first = f"the first: {first['image']} by {first['model']}"
+            say(f"{count} reconstructions are identical and not in the mean PSNR, {of_first}")
         if about["enlarged"]:
             count, first = len(about["enlarged"]), about["enlarged"][0]
             say(f"{count} images have fewer pixels and were enlarged, the first: {first}")
@@ -43,7 +47,9 @@ def document(document: dict[str, Any]) -> None:
 
 
 def _table(document: dict[str, Any], dataset: str) -> None:
-    table = Table(Column("", no_wrap=True), *(Column(model, overflow="fold") for model in document["models"]))
+    table = Table(
+        Column("", no_wrap=True), *(Column(printable(model), overflow="fold") for model in document["models"])
+    )
     for metric in document["measured"]:
         about, cells = METRICS[metric], []
         for model in document["models"]:
@@ -51,7 +57,7 @@ def _table(document: dict[str, Any], dataset: str) -> None:
             cells.append(_cell(one, about.digits))
         unit = f" {about.unit}" if about.unit else ""
         table.add_row(f"{about.title}{unit} {ARROWS.get(about.direction, about.direction)}", *cells)
-    Console().print(table)
+    Console(markup=False, highlight=False).print(table)
     if any(metric not in OF_SETS for metric in document["measured"]):
         say("mean [95 % interval, from 8 images on]; ↑ higher is better, ↓ lower")
 
@@ -65,10 +71,13 @@ def _cell(summary: dict[str, Any] | None, digits: int) -> str:
 
 
 def _comparisons(comparisons: Sequence[dict[str, Any]]) -> None:
-    for one in comparisons[:MOST_COMPARISONS]:
-        say(one["verdict"])
-    if len(comparisons) > MOST_COMPARISONS:
-        say(f"and {len(comparisons) - MOST_COMPARISONS} more comparisons in the report")
+    shown = [one["verdict"] for one in comparisons if not one["verdict"].startswith(NO_DIFFERENCE)]
+    for verdict in shown[:MOST_COMPARISONS]:
+        say(verdict)
+    if len(shown) > MOST_COMPARISONS:
+        say(f"and {len(shown) - MOST_COMPARISONS} more differences, in the report")
+    if len(comparisons) > len(shown):
+        say(f"no difference shown in {len(comparisons) - len(shown)} of {len(comparisons)} comparisons")
 
 
 def written(folder: Path, names: Sequence[str]) -> None:
@@ -76,19 +85,19 @@ def written(folder: Path, names: Sequence[str]) -> None:
 
 
 def incomplete(document: dict[str, Any], file: Path) -> str:
-    """What is not in the numbers, or nothing."""
+    """What should be in the numbers and is not, or nothing."""
     datasets = document["datasets"].values()
-    left_out = [one for about in datasets for one in about["left_out"]]
+    corrupt = [one for about in datasets for one in about["left_out"] if one["is_corrupt"]]
     broken = [one for about in datasets for one in about["not_finite"]]
     total = sum(about["images"] + len(about["left_out"]) for about in datasets)
     said = []
-    if left_out:
-        first = left_out[0]["reason"]
-        said.append(f"{len(left_out)} of {total} images are left out, listed in {file}; the first: {first}")
+    if corrupt:
+        first = corrupt[0]["reason"]
+        said.append(f"{len(corrupt)} of {total} images are left out, listed in {file}; the first: {first}")
     if broken:
         first = f"{broken[0]['image']} by {broken[0]['model']}"
         said.append(f"{len(broken)} reconstructions are not finite, listed in {file}; the first: {first}")
-    return ". ".join(said)
+    return printable(". ".join(said))
 
 
 @contextmanager

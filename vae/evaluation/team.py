@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,13 +34,14 @@ class Team:
             dist.broadcast_object_list(said)
         return said[0]
 
-    def agree(self, value: str, what: str) -> None:
+    def agree(self, plan: dict[str, Any]) -> None:
         """Refuse, in every process, to go on with different things."""
-        said = [value] * self.world
+        said = [plan] * self.world
         if self.world > 1:
-            dist.all_gather_object(said, value)
-        if len(set(said)) > 1:
-            raise InputError(f"the processes see different {what}: all must read the same files, of the same names")
+            dist.all_gather_object(said, plan)
+        for other in said:
+            if (key := first_difference(other, plan)) is not None:
+                raise InputError(f"the processes see different {key}: all must have the same files and versions")
 
     def wait(self) -> None:
         """Until all are here."""
@@ -52,6 +53,11 @@ class Team:
         if device.type != "cuda" or device.index is not None or self.world == 1:
             return device
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def first_difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """The first key under which two plans differ."""
+    return next((key for key in [*one, *other] if one.get(key) != other.get(key)), None)
 
 
 @contextmanager

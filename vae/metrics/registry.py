@@ -48,3 +48,4 @@ OF_SETS = {  # of all images and all reconstructions together
     "kid_clean": Metric("KID (clean)", 0.0, "kernel distance of the features of rfid_clean, unbiased", digits=6),
 }
 METRICS = PAIRED | OF_SETS
+CONVENTION_OF = {"rfid": "legacy", "kid": "legacy", "rfid_clean": "clean", "kid_clean": "clean"}  # of resizing

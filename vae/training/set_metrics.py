@@ -13,7 +13,7 @@ from vae.metrics.frechet import frechet_distance
 from vae.metrics.kernel import kernel_distance
 from vae.models.features import MissingBackboneError
 from vae.models.inception import Inception, load_inception
-from vae.models.inception_weights import FILES, find_weights
+from vae.models.inception_weights import FILES
 from vae.training import ranks
 from vae.training.console import warn
 
@@ -43,7 +43,7 @@ class SetMetrics:
         if config.model.out_channels != 3:
             return cls(None)
         try:
-            return cls(load_inception(find_weights(config.inception, download=False)))
+            return cls(load_inception(config.inception))
         except MissingBackboneError as error:
             if config.inception is not None or config.best_metric in VALIDATED_SETS:
                 given = f"inception={config.inception!r} and keep_best={config.keep_best!r}"

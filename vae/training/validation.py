@@ -41,6 +41,7 @@ class Validation:
     @property
     def audited(self) -> Tensor:
         """This process's first images, at most AUDITED, in [-1, 1]."""
+        require(bool(self._first), "none of this process's validation images can be read", "some: see skipped.jsonl")
         return to_model_range(torch.stack(self._first))
 
     def update(self, indices: list[int], images: Tensor, reconstructions: Tensor, posterior: DiagonalGaussian) -> None:
