@@ -47,19 +47,33 @@ def document(document: dict[str, Any]) -> None:
 
 
 def _table(document: dict[str, Any], dataset: str) -> None:
-    table = Table(
-        Column("", no_wrap=True), *(Column(printable(model), overflow="fold") for model in document["models"])
-    )
+    whole = [name for name, about in document["models"].items() if about["encoder"] == about["decoder"]]
+    table = Table(Column("", no_wrap=True), *(Column(printable(model), overflow="fold") for model in whole))
     for metric in document["measured"]:
-        about, cells = METRICS[metric], []
-        for model in document["models"]:
-            one = document["metrics"][dataset][model][metric]
-            cells.append(_cell(one, about.digits))
+        about = METRICS[metric]
+        cells = [_cell(document["metrics"][dataset][model][metric], about.digits) for model in whole]
         unit = f" {about.unit}" if about.unit else ""
         table.add_row(f"{about.title}{unit} {ARROWS.get(about.direction, about.direction)}", *cells)
-    Console(markup=False, highlight=False).print(table)
+    console = Console(markup=False, highlight=False)
+    console.print(table)
     if any(metric not in OF_SETS for metric in document["measured"]):
         say("mean [95 % interval, from 8 images on]; ↑ higher is better, ↓ lower")
+    if len(whole) < len(document["models"]):
+        console.print(_matrix(document, dataset, whole))
+
+
+def _matrix(document: dict[str, Any], dataset: str, whole: list[str]) -> Table:
+    """Encoders down, decoders across, by the first metric."""
+    metric = document["measured"][0]
+    names = {(about["encoder"], about["decoder"]): name for name, about in document["models"].items()}
+    title = f"{METRICS[metric].title} of encoders (down) with decoders (across)"
+    table = Table(Column("", overflow="fold"), *map(printable, whole), title=title)
+    for encoder in whole:
+        paths = [(document["models"][encoder]["encoder"], document["models"][other]["decoder"]) for other in whole]
+        found = [document["metrics"][dataset][names[pair]][metric] if pair in names else None for pair in paths]
+        means = [{"mean": one["mean"], "low": None, "high": None} if one else None for one in found]
+        table.add_row(printable(encoder), *(_cell(one, METRICS[metric].digits) for one in means))
+    return table
 
 
 def _cell(summary: dict[str, Any] | None, digits: int) -> str:

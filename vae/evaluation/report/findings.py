@@ -9,7 +9,7 @@ from vae.evaluation.report.gallery import main_metrics
 from vae.evaluation.report.wording import counted, listed, short
 from vae.metrics.registry import PAIRED
 
-NEAR = {"contrast": 0.02, "saturation": 0.02, "sharpness": 0.1}  # how far from 1 before it is worth a word
+NEAR = {"contrast": 0.05, "saturation": 0.05, "sharpness": 0.1}  # how far from 1 before it is worth a word
 BELOW = {"contrast": "foggy", "saturation": "washed out", "sharpness": "blurred"}
 ABOVE = {"contrast": "harsh", "saturation": "oversaturated", "sharpness": "oversharpened"}
 VISIBLE = 2.3  # CIELAB's just noticeable difference: Mahy, Van Eycken, Oosterlinck (1994)
@@ -117,10 +117,10 @@ def _comparison(row: dict[str, Any]) -> Comparison:
 
 def _appearance(metrics: dict[str, Any], model: str, where: str) -> Iterator[Finding]:
     """Foggy, washed out, blurred? Said where the whole interval is off by more than one would overlook."""
-    known = {name: metrics[name] for name in NEAR if metrics.get(name) and metrics[name]["mean"] is not None}
+    known = {name: one for name in NEAR if (one := metrics.get(name)) and None not in (one["low"], one["high"])}
     wrong = []
     for name, summary in known.items():
-        low, high = (summary[end] if summary[end] is not None else summary["mean"] for end in ("low", "high"))
+        low, high = summary["low"], summary["high"]
         word = BELOW[name] if high < 1 - NEAR[name] else ABOVE[name] if low > 1 + NEAR[name] else None
         if word:
             wrong.append((word, f"{PAIRED[name].title} {summary['mean']:.3f} [{low:.3f}, {high:.3f}] of the image's"))

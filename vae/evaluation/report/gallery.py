@@ -18,7 +18,18 @@ TYPICAL = (0.5, 0.25, 0.75)  # quantiles of the first metric; the median image i
 
 def choose(document: dict[str, Any], rows: Sequence[Row], most: int = 24) -> list[Case]:
     """At most `most` images, the most telling first; data sets take turns."""
+    document = of_whole_models(document)
     return telling(document, rows, rankings(document, rows))[:most]
+
+
+def of_whole_models(document: dict[str, Any]) -> dict[str, Any]:
+    """The same without encoders that meet decoders of others: those have a table of their own."""
+    models = {name: about for name, about in document["models"].items() if about["encoder"] == about["decoder"]}
+    comparisons = {
+        dataset: [one for one in compared if one["first"] in models and one["second"] in models]
+        for dataset, compared in document["comparisons"].items()
+    }
+    return document | {"models": models, "comparisons": comparisons}
 
 
 def telling(document: dict[str, Any], rows: Sequence[Row], ranks: Rankings) -> list[Case]:

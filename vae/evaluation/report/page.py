@@ -13,7 +13,7 @@ from markupsafe import Markup
 from vae.evaluation.report.charts import colour_class
 from vae.evaluation.report.drawing import Pictures
 from vae.evaluation.report.findings import cautions, findings
-from vae.evaluation.report.gallery import Case, Rankings, Row, main_metrics, rankings, telling
+from vae.evaluation.report.gallery import Case, Rankings, Row, main_metrics, of_whole_models, rankings, telling
 from vae.evaluation.report.inside import latent_section
 from vae.evaluation.report.shown import Shown, extremes, show
 from vae.evaluation.report.tables import distributions, matrices, summary
@@ -33,15 +33,17 @@ def render(
     most_bytes: int = 10_000_000,
 ) -> str:
     """The page, of at most `most_bytes` in UTF-8 as far as that depends on pictures; the same every time."""
+    crossed, document = document, of_whole_models(document)
+    rows = [row for row in rows if row["model"] in document["models"]]
     ranks = rankings(document, rows)
     cases = [case for case in telling(document, rows, ranks) if case in pictures]
-    sections = _sections(document, rows)
+    sections = _sections(document, rows, crossed)
     bare = _filled(document, ranks, sections, *show(document, rows, pictures, cases, None))
     left = int(FILLED * (most_bytes - len(bare.encode())))
     return _filled(document, ranks, sections, *show(document, rows, pictures, cases, left))
 
 
-def _sections(document: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+def _sections(document: dict[str, Any], rows: Sequence[Row], crossed: dict[str, Any]) -> dict[str, Any]:
     """All but the pictures."""
     datasets = list(document["datasets"])
     return {
@@ -49,7 +51,7 @@ def _sections(document: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
         "cautions": cautions(document),
         "summaries": {name: summary(document, name) for name in datasets},
         "distributions": {name: distributions(document, rows, name) for name in datasets},
-        "matrices": {name: matrices(document, name) for name in datasets},
+        "matrices": {name: matrices(crossed, name) for name in datasets},
         "latents": {name: latent_section(document, name) for name in datasets},
         "robustness": robustness_section(document),
     }

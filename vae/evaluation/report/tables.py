@@ -62,11 +62,14 @@ def arrow(metric: Metric) -> str:
 def summary(document: dict[str, Any], dataset: str) -> list[Line]:
     by_model = document["metrics"].get(dataset, {})
     models = list(document["models"])
-    lines = []
+    lines: list[Line] = []
+    explained: dict[str, str] = {}  # reason -> the first metric that is not measured for it
     for name, metric in METRICS.items():
         found = [by_model.get(model, {}).get(name) for model in models]
         if name in document["missing"]:
-            lines.append(Line(metric, arrow(metric), [], Markup(), document["missing"][name]))
+            reason = document["missing"][name]
+            first = explained.setdefault(reason, metric.title)
+            lines.append(Line(metric, arrow(metric), [], Markup(), reason if first == metric.title else f"see {first}"))
         elif any(found):
             first = best(document, dataset, name)
             cells = [_cell(metric, one, model == first) for model, one in zip(models, found, strict=True)]
