@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vae.checkpoints import load_autoencoder, save_autoencoder
+    from vae.config import EvaluateConfig
     from vae.data.images import open_image
     from vae.data.sources import Source
     from vae.door import compose
+    from vae.evaluation.run import evaluate
     from vae.latents import LatentStatistics, scale_latents, unscale_latents
     from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
     from vae.models.lpips import LPIPS
@@ -28,7 +30,9 @@ _HOMES = {
     "LatentShards": "vae.preparing.cached",
     "LatentStatistics": "vae.latents",
     "Source": "vae.data.sources",
+    "EvaluateConfig": "vae.config",
     "compose": "vae.door",
+    "evaluate": "vae.evaluation.run",
     "load_autoencoder": "vae.checkpoints",
     "open_image": "vae.data.images",
     "save_autoencoder": "vae.checkpoints",
@@ -42,10 +46,12 @@ __all__ = [
     "AutoencoderConfig",
     "AutoencoderKL",
     "DiagonalGaussian",
+    "EvaluateConfig",
     "LatentShards",
     "LatentStatistics",
     "Source",
     "compose",
+    "evaluate",
     "load_autoencoder",
     "open_image",
     "save_autoencoder",

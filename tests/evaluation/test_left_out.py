@@ -71,7 +71,7 @@ def test_small_images_are_measured_enlarged_unless_min_side_leaves_them_out(conf
     small = np.random.default_rng(9).integers(0, 256, (20, 24, 3), dtype=np.uint8)
     Image.fromarray(small).save(Path(str(config.data.root)) / "small.png")
     assert "small.png" in rows(evaluate(config))
-    filtered = replace(config, name="filtered", allow_left_out=True, data=replace(config.data, min_side=32))
+    filtered = replace(config, name="filtered", data=replace(config.data, min_side=32))
     assert "small.png" not in rows(evaluate(filtered))
 
 

@@ -28,8 +28,10 @@ def test_models_data_sets_crossed_decoders_and_gates_from_the_command_line(tmp_p
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     assert done.returncode == 4, done.stderr[-3000:]
     assert "drawings, first > second: PSNR is" in done.stdout
-    assert "error: 8 of the gates failed" in done.stderr
+    assert "error: 8 of 16 gates failed" in done.stderr
     document = read_json(tmp_path / "evaluations" / "e" / "metrics.json")
+    assert document["gates"]["asked"] == {"psnr": 28, "contrast": 5}
+    assert len(document["gates"]["failed"]) == 8
     assert list(document["datasets"]) == ["photos", "drawings"]
     assert list(document["models"]) == ["first", "second", "first > second", "second > first"]
     assert {one["images"] for one in document["datasets"].values()} == {8, 9}
@@ -64,6 +66,13 @@ def test_what_cannot_be_is_refused_by_its_key(tmp_path, changes, message):
 def test_a_gate_that_is_no_number_is_refused_before_anything_is_read():
     with pytest.raises(InputError, match=r"gates\.psnr=nan"):
         evaluate(EvaluateConfig(model="nowhere", gates={"psnr": float("nan")}))
+
+
+def test_a_gate_of_what_cannot_be_measured_is_refused_before_anything_is_measured(tmp_path, tiny):
+    images, model = pictures(tmp_path / "images", 2), saved_model(tmp_path / "a", tiny)
+    with pytest.raises(InputError, match=r"gates\.ms_ssim=0\.9: ms_ssim cannot be measured: needs images of 161"):
+        evaluate(config_of(tmp_path, images, [model], metrics=["psnr", "ms_ssim"], gates={"ms_ssim": 0.9}, name="e"))
+    assert not (tmp_path / "e").exists()
 
 
 def test_weights_that_are_named_and_not_there_are_an_error(tmp_path, tiny):

@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.conftest import read_json
 from tests.evaluation.ranks import FILES, config_of, forked, in_processes, pictures, saved_model
 from vae.errors import InputError
+from vae.evaluation.measuring import Bench
 from vae.evaluation.run import evaluate
 
 FEW = ["psnr", "ssim", "contrast", "rfid", "kid_clean"]
@@ -74,6 +76,22 @@ def test_an_evaluation_killed_at_random_ten_times_ends_with_the_same_tables(tmp_
 def _wait_for_lines(rows: Path, count: int, process: BaseProcess) -> None:
     while process.is_alive() and (not rows.exists() or rows.read_bytes().count(b"\n") < count):
         time.sleep(0.001)
+
+
+def test_batches_of_a_gpu_are_filled_up_and_what_fills_them_is_not_counted(tmp_path, tiny, with_features, monkeypatch):
+    images, model = pictures(tmp_path / "images", 10), saved_model(tmp_path / "a", tiny)
+    config = config_of(tmp_path, images, [model], batch=4, metrics=FEW, probe_images=0)
+    one_by_one = evaluate(replace(config, name="one"))
+    sizes = []
+    lines = Bench._lines
+    monkeypatch.setattr(Bench, "at_once", 4)
+    monkeypatch.setattr(Bench, "_lines", lambda self, x, indices: (sizes.append(len(x)), lines(self, x, indices))[1])
+    filled = evaluate(replace(config, name="filled"))
+    assert sizes == [4, 4, 4]
+    tables = [read_json(folder / "metrics.json")["metrics"]["images"]["a"] for folder in (one_by_one, filled)]
+    for name in FEW:
+        assert tables[1][name]["images"] == 10
+        assert tables[1][name]["mean"] == pytest.approx(tables[0][name]["mean"], rel=1e-3)
 
 
 def test_torchrun_works(tmp_path, tiny):

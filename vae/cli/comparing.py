@@ -76,19 +76,23 @@ def is_loss(comparison: "Comparison", margins: dict[str, float]) -> bool:
 def _print_table(
     dataset: str, asked: "list[tuple[Pair, str]]", compared: "list[Comparison]", margins: dict[str, float]
 ) -> None:
+    """One for each model."""
     from rich.console import Console
-    from rich.table import Column, Table
+    from rich.table import Table
 
     from vae.evaluation.comparing import percent
     from vae.metrics.registry import PAIRED
 
-    gain = "better by\n[95 % interval]"
-    table = Table(Column("model", overflow="fold"), "metric", "old", "new", gain, "wins", "verdict", title=dataset)
+    tables: dict[str, Table] = {}
     for (pair, name), one in zip(asked, compared, strict=True):
+        title, metric = f"{dataset}: {pair.model}", PAIRED[name]
+        empty = Table("metric", "old", "new", "better by\n[95 % interval]", "wins", "verdict", title=title)
         verdict, style = _judged(one, margins)
-        means = (f"{value:.{PAIRED[name].digits}f}" for value in pair.means(name))
-        table.add_row(pair.model, PAIRED[name].title, *means, one.gain(), percent(one.wins), verdict, style=style)
-    Console(markup=False, highlight=False).print(table)
+        means = (f"{value:.{metric.digits}f}" for value in pair.means(name))
+        cells = (metric.title, *means, one.gain().replace(" [", "\n["), percent(one.wins), verdict)
+        tables.setdefault(title, empty).add_row(*cells, style=style)
+    for table in tables.values():
+        Console(markup=False, highlight=False).print(table)
 
 
 def _judged(one: "Comparison", margins: dict[str, float]) -> tuple[str, str]:
@@ -97,7 +101,7 @@ def _judged(one: "Comparison", margins: dict[str, float]) -> tuple[str, str]:
         return "no difference shown", ""
     if one.difference > 0:
         return "better", "green"
-    return ("worse", "red") if is_loss(one, margins) else ("worse, within the margin", "yellow")
+    return ("worse", "red") if is_loss(one, margins) else ("worse, not shown beyond the margin", "yellow")
 
 
 def _print_sets(old: "Evaluation", new: "Evaluation") -> None:

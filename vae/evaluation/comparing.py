@@ -53,6 +53,8 @@ class Comparison:
         if self.images < FEWEST:
             few = "no image has" if not self.images else f"only {self.images} images have"
             return f"{NO_DIFFERENCE} shown {both}: {few} a finite number of both"
+        if self.low is not None and self.high is not None and not self.low <= 0 <= self.high:
+            return f"{NO_DIFFERENCE} shown {both}: too few images for as many comparisons as were made"
         is_same = self.low == self.high == 0
         return f"{NO_DIFFERENCE} {both}: equally good on every image" if is_same else f"{NO_DIFFERENCE} shown {both}"
 

@@ -34,7 +34,7 @@ def of_dataset(collected: Collected, header: Document) -> Document:
     return {
         "images": _about_images(collected, models),
         "metrics": metrics,
-        "comparisons": compare_pairs(columns, _asked(header["models"])),
+        "comparisons": [row for pairs in _asked(header["models"]) for row in compare_pairs(columns, pairs)],
         "latents": {model: combine(vectors) for model, vectors in collected.latents.items()},
     }
 
@@ -66,12 +66,12 @@ def as_csv(rows: list[Row], header: Document) -> str:
     return text.getvalue()
 
 
-def _asked(models: Document) -> list[tuple[str, str]]:
-    """Whole models with each other, and what a crossed encoder is with its own decoder."""
+def _asked(models: Document) -> list[list[tuple[str, str]]]:
+    """Two questions: whole models with each other; a crossed encoder with its own decoder."""
     whole = [name for name, about in models.items() if about["encoder"] == about["decoder"]]
     own = {models[name]["encoder"]: name for name in whole}
     crossed = [(own[about["encoder"]], name) for name, about in models.items() if name not in whole]
-    return [*combinations(whole, 2), *crossed]
+    return [list(combinations(whole, 2)), crossed]
 
 
 def _number(value: float | str | None) -> float | None:

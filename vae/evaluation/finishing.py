@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from vae.checkpoints.safe import replacing, write_text
 from vae.config import EvaluateConfig
@@ -17,7 +16,7 @@ from vae.errors import BAD_IMAGES, GATE_FAILED, InputError, Stopped
 from vae.evaluation import show
 from vae.evaluation.collected import Collected, collect
 from vae.evaluation.document import Document, as_csv, of_dataset, rows_of
-from vae.evaluation.gates import check
+from vae.evaluation.gates import check, parse_gates
 from vae.evaluation.measuring import Bench
 from vae.evaluation.recorded import DOCUMENT_FILE, TABLE_FILE
 from vae.evaluation.report.drawing import Pictures
@@ -45,6 +44,7 @@ def finish(config: EvaluateConfig, folder: Path, setting: Setting, rows: Rows) -
     for kind in ("metrics", "comparisons", "latents"):
         document[kind] = {name: part[kind] for name, part in parts.items()}
     document |= _probed(config.probe_images, setting, collected)
+    document["gates"] = {"asked": parse_gates(config.limits), "failed": check(document, config.limits)}
     table = [row for name, one in collected.items() for row in rows_of(name, one, models)]
     wanted = choose(document, table, PICTURES + PICTURES_A_MODEL * len(models))
     found = {key: _pictures(bench, *datasets[key[0]], key[1]) for key in wanted}
@@ -60,16 +60,18 @@ def finish(config: EvaluateConfig, folder: Path, setting: Setting, rows: Rows) -
 
 
 def _end(config: EvaluateConfig, folder: Path, document: Document) -> None:
-    failed = check(document, config.limits)
+    asked, failed = document["gates"]["asked"], document["gates"]["failed"]
     for failure in failed:
-        Console().print(failure, highlight=False, markup=False, soft_wrap=True)
+        show.say(failure)
+    if asked and not failed:
+        show.say(f"all gates are passed: {asked}")
     incomplete = show.incomplete(document, folder / DOCUMENT_FILE)
     if incomplete and not config.allow_left_out:
-        raise Stopped(BAD_IMAGES, incomplete)
+        raise Stopped(BAD_IMAGES, f"{incomplete}. allow_left_out=true accepts that")
     if incomplete:
-        Console().print(incomplete, highlight=False, markup=False, soft_wrap=True)
+        show.say(incomplete)
     if failed:
-        raise Stopped(GATE_FAILED, f"{len(failed)} of the gates failed")
+        raise Stopped(GATE_FAILED, f"{len(failed)} of {show.gates_in(document)} gates failed")
 
 
 def _check_all(collected: dict[str, Collected], datasets: dict[str, tuple[DataConfig, Source]]) -> None:

@@ -52,6 +52,8 @@ def prepare(config: EvaluateConfig, team: Team) -> Setting:
     metrics = PairedMetrics(wanted, download=config.download).to(device)
     missing |= {name: f"{reason}; or evaluate with download=true" for name, reason in metrics.missing.items()}
     inception = _inception(config, missing)
+    for name in (name for name in config.limits if name in missing):
+        raise InputError(f"gates.{name}={config.limits[name]}: {name} cannot be measured: {missing[name]}")
     if len(missing) == len(config.metrics):
         raise InputError(f"metrics={config.metrics}: {next(iter(missing.values()))}")
     batch_size = config.data.validation_batch_size

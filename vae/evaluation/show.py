@@ -27,8 +27,9 @@ def say(line: str) -> None:
 
 def document(document: dict[str, Any]) -> None:
     """Everything a person wants to know at once."""
-    print(f"{PROTOCOLS[document['protocol']['name']]}\n")
+    print(PROTOCOLS[document["protocol"]["name"]])
     for name, about in document["datasets"].items():
+        print()
         say(f"{name}: {about['images']} images at {document['resolution']}x{document['resolution']}")
         _table(document, name)
         if about["identical"]:
@@ -96,6 +97,11 @@ def _comparisons(comparisons: Sequence[dict[str, Any]]) -> None:
 
 def written(folder: Path, names: Sequence[str]) -> None:
     say(f"written  {', '.join(str(folder / name) for name in names)}")
+
+
+def gates_in(document: dict[str, Any]) -> int:
+    """One for each limit, model and data set."""
+    return len(document["gates"]["asked"]) * len(document["models"]) * len(document["datasets"])
 
 
 def incomplete(document: dict[str, Any], file: Path) -> str:

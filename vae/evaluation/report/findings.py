@@ -6,7 +6,7 @@ from typing import Any
 
 from vae.evaluation.comparing import Comparison, percent
 from vae.evaluation.report.gallery import main_metrics
-from vae.evaluation.report.wording import counted, listed, short
+from vae.evaluation.report.wording import counted, figure, listed, short
 from vae.metrics.registry import PAIRED
 
 NEAR = {"contrast": 0.05, "saturation": 0.05, "sharpness": 0.1}  # how far from 1 before it is worth a word
@@ -27,7 +27,9 @@ class Finding:
 
 def findings(document: dict[str, Any]) -> list[Finding]:
     found = [finding for dataset in document["datasets"] for finding in _of_dataset(document, dataset)]
-    return found + list(_precision(document.get("precision") or {}))
+    failed = (document.get("gates") or {}).get("failed") or []
+    gates = [Finding("bad", f"{counted(len(failed), 'gate')} failed.", "; ".join(map(short, failed)))] if failed else []
+    return gates + found + list(_precision(document.get("precision") or {}))
 
 
 def winner(row: dict[str, Any]) -> str | None:
@@ -52,6 +54,8 @@ def _of_dataset(document: dict[str, Any], dataset: str) -> Iterator[Finding]:
     where = f" on {short(dataset)}" if len(document["datasets"]) > 1 else ""
     if len(document["models"]) > 1:
         yield _ranking(document, dataset, where)
+    else:
+        yield _means(document, dataset, where)
     for model in document["models"]:
         yield from _appearance(document["metrics"].get(dataset, {}).get(model, {}), short(model), where)
         latents = document.get("latents", {}).get(dataset, {}).get(model) or {}
@@ -60,6 +64,16 @@ def _of_dataset(document: dict[str, Any], dataset: str) -> Iterator[Finding]:
     lost = len(about["left_out"]) + len(about["not_finite"])
     if lost:
         yield Finding("bad", f"{counted(lost, 'image')}{where} could not be measured.", "Named at the end.")
+
+
+def _means(document: dict[str, Any], dataset: str, where: str) -> Finding:
+    """Of a single model."""
+    model = next(iter(document["models"]))
+    metrics = document["metrics"].get(dataset, {}).get(model, {})
+    known = [(PAIRED[name], one["mean"]) for name in main_metrics(document) if (one := metrics.get(name))]
+    means = [f"{about.title} {figure(mean, about.digits)} {about.unit}".rstrip() for about, mean in known]
+    count = counted(document["datasets"][dataset]["images"], "image")
+    return Finding("plain", f"{short(model)} reconstructs {count}{where}.", listed(means))
 
 
 def _ranking(document: dict[str, Any], dataset: str, where: str) -> Finding:
