@@ -2,12 +2,14 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from tests.conftest import read_json
 from tests.evaluation.ranks import FILES, config_of, forked, in_processes, pictures, saved_model
-from vae.errors import InputError
+from vae.errors import InputError, Stopped
 from vae.evaluation.measuring import Bench
 from vae.evaluation.run import evaluate
 
@@ -69,6 +71,7 @@ def test_an_evaluation_killed_at_random_ten_times_ends_with_the_same_tables(tmp_
         _wait_for_lines(tmp_path / "killed" / "rows_0.jsonl", lines, process)
         process.kill()
         process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert not (tmp_path / "killed" / "metrics.json").exists()
     assert files_of(evaluate(again)) == whole
 
@@ -114,7 +117,7 @@ def test_an_image_that_was_repaired_since_is_measured(tmp_path, tiny, monkeypatc
     pixels = (images / "001.png").read_bytes()
     (images / "001.png").write_bytes(bytes(len(pixels)))
     monkeypatch.setattr("vae.evaluation.run.finish", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         evaluate(replace(config, name="repaired"))
     monkeypatch.undo()
     (images / "001.png").write_bytes(pixels)
@@ -133,11 +136,47 @@ def stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def test_inception_is_where_the_images_are(tmp_path, tiny, monkeypatch):
+    moved: list[torch.device] = []
+
+    class Moved(SmallFeatures):
+        def to(self, *args: Any, **kwargs: Any) -> "Moved":
+            moved.append(args[0])
+            return self
+
+    monkeypatch.setattr("vae.evaluation.setting.load_inception", lambda *_, **__: Moved())
+    images, model = pictures(tmp_path / "images", 3), saved_model(tmp_path / "a", tiny)
+    evaluate(config_of(tmp_path, images, [model], name="e", metrics=["psnr", "kid"], probe_images=0))
+    assert moved == [torch.device("cpu" if not torch.cuda.is_available() else "cuda")]
+
+
+def test_a_data_set_without_a_readable_image_has_no_numbers_and_the_others_have_theirs(tmp_path, tiny, with_features):
+    images, model = pictures(tmp_path / "images", 3), saved_model(tmp_path / "a", tiny)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "0.png").write_bytes(b"nothing")
+    given = config_of(
+        tmp_path, tmp_path / "bad", [model], name="e", metrics=FEW, datasets=[str(tmp_path / "bad"), str(images)]
+    )
+    with pytest.raises(Stopped, match="1 of 4 images are left out"):
+        evaluate(given)
+    found = read_json(tmp_path / "e" / "metrics.json")["metrics"]
+    assert {name: one["mean"] for name, one in found["bad"]["a"].items()} == dict.fromkeys(FEW)
+    assert all(one["mean"] is not None for one in found["images"]["a"].values())
+
+
+def test_an_interruption_says_how_to_go_on(tmp_path, tiny, monkeypatch):
+    images, model = pictures(tmp_path / "images", 2), saved_model(tmp_path / "a", tiny)
+    monkeypatch.setattr("vae.evaluation.run.finish", stop)
+    with pytest.raises(Stopped, match="interrupted; the same command with name=e goes on") as interrupted:
+        evaluate(config_of(tmp_path, images, [model], name="e", probe_images=0))
+    assert interrupted.value.code == 130
+
+
 def test_an_evaluation_goes_on_only_with_the_same_models_images_and_settings(tmp_path, tiny, monkeypatch):
     images, model = pictures(tmp_path / "images", 6), saved_model(tmp_path / "a", tiny)
     config = config_of(tmp_path, images, [model], name="e")
     monkeypatch.setattr("vae.evaluation.run.finish", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         evaluate(config)
     monkeypatch.undo()
     with pytest.raises(InputError, match=r"name='e': .* holds an interrupted evaluation with other measured"):

@@ -105,7 +105,7 @@ def _judged(one: "Comparison", margins: dict[str, float]) -> tuple[str, str]:
 
 
 def _print_sets(old: "Evaluation", new: "Evaluation") -> None:
-    """Metrics of whole sets have one value and no interval: they are shown and not judged."""
+    """Metrics of whole sets have one value and none for each image: they are shown and not judged."""
     from vae.evaluation.recorded import models_of
     from vae.metrics.registry import OF_SETS
 
@@ -114,7 +114,7 @@ def _print_sets(old: "Evaluation", new: "Evaluation") -> None:
         if before is not None and after is not None:
             metric = OF_SETS[name]
             values = f"{before:.{metric.digits}f} -> {after:.{metric.digits}f} ({metric.direction} is better)"
-            say(f"{dataset}, {second}: {metric.title} {values}, not judged: it has no interval")
+            say(f"{dataset}, {second}: {metric.title} {values}, not judged: it has no value for each image")
 
 
 def _chosen(given: list[str] | None, pairs: "list[Pair]") -> list[str]:

@@ -28,15 +28,15 @@ class Collected:
 
     def of_both(self, model: str, convention: str) -> tuple[np.ndarray, np.ndarray]:
         """Features (N, D) of images and of their reconstructions, of those images whose reconstruction is finite."""
+        if not any(line["models"][model]["is_finite"] for line in self.lines):
+            return np.zeros((0, 0)), np.zeros((0, 0))
         both = zip(self.features[ORIGINAL][convention], self.lines, strict=True)
         originals = [features for features, line in both if line["models"][model]["is_finite"]]
-        if not originals:
-            return np.zeros((0, 0)), np.zeros((0, 0))
         return np.stack(originals), np.stack(self.features[model][convention])
 
 
 def collect(lines: Iterable[Line], datasets: Sequence[str], models: Sequence[str]) -> dict[str, Collected]:
-    """A line of every image, in the order of data sets and indices: the last where nothing else than left out."""
+    """A line of every image, in the order of data sets and indices; one that was measured before one left out."""
     order = {name: number for number, name in enumerate(datasets)}
     found: dict[tuple[int, int], Line] = {}
     for line in lines:
@@ -51,7 +51,7 @@ def collect(lines: Iterable[Line], datasets: Sequence[str], models: Sequence[str
 
 
 def _unpacked(line: Line) -> Line:
-    """Its arrays out of base64, which is four times as large in memory as their bytes."""
+    """With its arrays as they were: their text is a third larger and would stay in memory with them."""
     for packed in [line, *line.get("models", {}).values()]:
         for kind in ("features", "latents"):
             if kind in packed:

@@ -37,10 +37,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     with gathered() as team, ExitStack() as held, exact_arithmetic(config.threads):
         folder = Path(config.output) / team.of_first(config.name)
         setting = prepare(config, team)
-        plan = setting.header | {
-            "images": setting.lists,
-            "roots": [str(Path(root).absolute()) for root in setting.roots],
-        }
+        plan = setting.header | {"images": setting.lists, "roots": setting.roots}
         team.agree(plan)
         refusal = team.of_first(_begin(folder, plan, held) if team.leads else "")
         if refusal:
@@ -48,9 +45,12 @@ def evaluate(config: EvaluateConfig) -> Path:
         if team.leads:
             say(f"measuring into {folder}; interrupted, the same command with name={folder.name} goes on")
         rows = Rows(folder, team.rank)
-        _measure(setting, rows, team)
-        if team.leads:
-            finish(config, folder, setting, rows)
+        try:
+            _measure(setting, rows, team)
+            if team.leads:
+                finish(config, folder, setting, rows)
+        except KeyboardInterrupt:
+            raise Stopped(INTERRUPTED, f"interrupted; the same command with name={folder.name} goes on") from None
     return folder
 
 
@@ -71,8 +71,6 @@ def _measure(setting: Setting, rows: Rows, team: Team) -> None:
     except torch.OutOfMemoryError as error:
         size = f"data.validation_batch_size={bench.batch_size}"
         raise InputError(f"{size}: the GPU has no memory left for it; lower it") from error
-    except KeyboardInterrupt:
-        raise Stopped(INTERRUPTED, f"interrupted; the same command with name={rows.folder.name} goes on") from None
     rows.end()
     team.wait()
 

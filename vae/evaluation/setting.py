@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +35,9 @@ class Setting(NamedTuple):
 
     @property
     def roots(self) -> list[str]:
-        return [str(data.validation_root or data.root) for data, _ in self.datasets.values()]
+        """Of the data sets; what is here as a path from the top."""
+        given = [Path(str(data.validation_root or data.root)) for data, _ in self.datasets.values()]
+        return [str(path.absolute() if path.exists() else path) for path in given]
 
 
 def prepare(config: EvaluateConfig, team: Team) -> Setting:
@@ -51,7 +54,7 @@ def prepare(config: EvaluateConfig, team: Team) -> Setting:
     protocol.check(channels, config.data.bits)
     metrics = PairedMetrics(wanted, download=config.download).to(device)
     missing |= {name: f"{reason}; or evaluate with download=true" for name, reason in metrics.missing.items()}
-    inception = _inception(config, missing)
+    inception = _inception(config, missing, device)
     for name in (name for name in config.limits if name in missing):
         raise InputError(f"gates.{name}={config.limits[name]}: {name} cannot be measured: {missing[name]}")
     if len(missing) == len(config.metrics):
@@ -90,21 +93,19 @@ def _open(config: EvaluateConfig) -> dict[str, tuple[DataConfig, Source]]:
 def list_sha256(source: Source) -> str:
     """Of the names of all images and, of files, of their sizes."""
     digest = hashlib.sha256(source.fingerprint().encode())
-    for index in range(len(source)):
-        digest.update(source.names[index].encode("utf-8", "surrogateescape") + b"\0")
-        if isinstance(source, Files):
-            path = source.root / source.names[index]
+    if isinstance(source, Files):
+        for path in (source.root / name for name in source.names):
             digest.update(f"{path.stat().st_size if path.is_file() else 0}\0".encode())
     return digest.hexdigest()
 
 
-def _inception(config: EvaluateConfig, missing: dict[str, str]) -> Inception | None:
+def _inception(config: EvaluateConfig, missing: dict[str, str], device: torch.device) -> Inception | None:
     """Not had, it costs its metrics; named and not had, the evaluation."""
     wanted = [name for name in config.metrics if name in OF_SETS and name not in missing]
     if not wanted:
         return None
     try:
-        return load_inception(config.inception, download=config.download)
+        return load_inception(config.inception, download=config.download).to(device)
     except MissingBackboneError as error:
         if config.inception is not None:
             raise
