@@ -24,6 +24,7 @@ from timing import (
     Peaks,
     ceilings,
     comparison,
+    device_as_asked,
     failure,
     in_turns,
     is_ours,
@@ -52,10 +53,7 @@ MOST = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}  # relative error ag
 
 def main() -> None:
     given = _arguments()
-    device = torch.device(given.device)
-    if device.type == "cpu":
-        torch.set_num_threads(given.threads)
-    torch.backends.cudnn.benchmark = given.cudnn_benchmark
+    device = device_as_asked(given)
     print(f"## Encode and decode: {given.model}, weights {given.dtype}\n\n{surroundings(device)}", flush=True)
     print(f"* {given.rounds} rounds; torch.compile mode {given.compile_mode}, fixed shapes")
     if device.type == "cuda":

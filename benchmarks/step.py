@@ -20,6 +20,7 @@ from timing import (
     Calls,
     Peaks,
     comparison,
+    device_as_asked,
     failure,
     in_turns,
     peak_memory,
@@ -42,10 +43,7 @@ CHECKED_SIDE, CHECKED = 64, 1e-8  # pixels, and relative errors in float64
 
 def main() -> None:
     given = _arguments()
-    device = torch.device(given.device)
-    if device.type == "cpu":
-        torch.set_num_threads(given.threads)
-    torch.backends.cudnn.benchmark = given.cudnn_benchmark
+    device = device_as_asked(given)
     config = step_config(given.model, given.resolution, given.perceptual, given.perceptual_weights)
     size = f"{given.resolution} px, batch {given.batch}, {given.dtype}"
     print(f"## Training step: {given.model}, {size}\n\n{surroundings(device)}\n* {given.rounds} rounds\n", flush=True)

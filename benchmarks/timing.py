@@ -1,5 +1,6 @@
 """Time and memory of calls on a GPU or a CPU, in turns, and what they were measured on."""
 
+import argparse
 import gc
 import statistics
 import time
@@ -18,6 +19,15 @@ SAMPLE = 50.0  # milliseconds that a sample lasts on a GPU, at least
 MIB = 2**20
 WARM_UP, NOTABLE = 2, 5.0  # calls, seconds
 COPIED, SIDE = 2**31, 8192  # bytes of the copy and side of the matrix product that give the ceilings
+
+
+def device_as_asked(given: argparse.Namespace) -> torch.device:
+    """By --device, with --threads of a CPU and --cudnn-benchmark in effect."""
+    device = torch.device(given.device)
+    if device.type == "cpu":
+        torch.set_num_threads(given.threads)
+    torch.backends.cudnn.benchmark = given.cudnn_benchmark
+    return device
 
 
 def milliseconds(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:

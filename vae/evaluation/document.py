@@ -10,12 +10,12 @@ from typing import Any
 from vae.evaluation.collected import Collected
 from vae.evaluation.comparing import compare_pairs
 from vae.evaluation.latents import combine
-from vae.evaluation.statistics import summarise
+from vae.evaluation.recorded import whole_models
+from vae.evaluation.statistics import QUANTILE, summarise
 from vae.metrics.frechet import frechet_distance
 from vae.metrics.kernel import kernel_estimate
 from vae.metrics.registry import CONVENTION_OF, OF_SETS, PAIRED
 
-NORMAL_95 = 1.96  # standard errors
 Document = dict[str, Any]
 Row = dict[str, Any]  # dataset, index, image, model, metrics, flags
 
@@ -34,7 +34,7 @@ def of_dataset(collected: Collected, header: Document) -> Document:
     return {
         "images": _about_images(collected, models),
         "metrics": metrics,
-        "comparisons": [row for pairs in _asked(header["models"]) for row in compare_pairs(columns, pairs)],
+        "comparisons": [row for pairs in _asked(header) for row in compare_pairs(columns, pairs)],
         "latents": {model: combine(vectors) for model, vectors in collected.latents.items()},
     }
 
@@ -66,9 +66,9 @@ def as_csv(rows: list[Row], header: Document) -> str:
     return text.getvalue()
 
 
-def _asked(models: Document) -> list[list[tuple[str, str]]]:
+def _asked(header: Document) -> list[list[tuple[str, str]]]:
     """Two questions: whole models with each other; a crossed encoder with its own decoder."""
-    whole = [name for name, about in models.items() if about["encoder"] == about["decoder"]]
+    models, whole = header["models"], whole_models(header)
     own = {models[name]["encoder"]: name for name in whole}
     crossed = [(own[about["encoder"]], name) for name, about in models.items() if name not in whole]
     return [list(combinations(whole, 2)), crossed]
@@ -88,7 +88,7 @@ def _of_set(collected: Collected, model: str, metric: str) -> Mapping[str, Any]:
     if metric.startswith("rfid"):
         return summary | {"mean": frechet_distance(images, reconstructions)}
     value, error = kernel_estimate(images, reconstructions)
-    return summary | {"mean": value, "low": value - NORMAL_95 * error, "high": value + NORMAL_95 * error}
+    return summary | {"mean": value, "low": value - QUANTILE * error, "high": value + QUANTILE * error}
 
 
 def _about_images(collected: Collected, models: list[str]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def finish(config: EvaluateConfig, folder: Path, setting: Setting, rows: Rows) -
     document |= _probed(config.probe_images, setting, collected)
     document["gates"] = {"asked": parse_gates(config.limits), "failed": check(document, config.limits)}
     table = [row for name, one in collected.items() for row in rows_of(name, one, models)]
-    wanted = choose(document, table, PICTURES + PICTURES_A_MODEL * len(models))
+    wanted = choose(document, table, PICTURES + PICTURES_A_MODEL * len(bench.models))
     found = {key: _pictures(bench, *datasets[key[0]], key[1]) for key in wanted}
     pictures = {key: one for key, one in found.items() if one is not None}
     write_text(folder / REPORT_FILE, render(document, table, pictures))

@@ -1,6 +1,7 @@
 """From what a user names to a model: an export, a weights file or the directory of a run."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
@@ -58,7 +59,7 @@ def codecs_of(models: dict[str, AutoencoderKL], *, cross: bool) -> list[Codec]:
     return whole + [Codec(f"{a} > {b}", a, b) for a, b in pairs]
 
 
-def described(codec: Codec, models: dict[str, AutoencoderKL], paths: dict[str, str]) -> dict[str, Any]:
+def described(codec: Codec, models: Mapping[str, AutoencoderKL], paths: dict[str, str]) -> dict[str, Any]:
     """What a document says of a codec."""
     encoder, decoder = models[codec.encoder], models[codec.decoder]
     used = [*encoder.encoder.parameters(), *encoder.quant_conv.parameters()]

@@ -78,6 +78,11 @@ class Pair:
         return int((~before.all(axis=0) & after.all(axis=0)).sum())
 
 
+def whole_models(document: dict[str, Any]) -> list[str]:
+    """The models whose encoder meets its own decoder."""
+    return [name for name, about in document["models"].items() if about["encoder"] == about["decoder"]]
+
+
 def read_evaluation(path: Path) -> Evaluation:
     """Of a folder or its metrics.json."""
     path = path.expanduser()

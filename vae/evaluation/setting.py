@@ -49,37 +49,43 @@ def prepare(config: EvaluateConfig, team: Team) -> Setting:
     channels, resolution = _channels(models), config.data.resolution
     _check_resolution(models, resolution)
     codecs, protocol = codecs_of(models, cross=config.cross), PROTOCOLS[config.protocol]
-    missing = unavailable(tuple(config.metrics), channels, resolution)
-    wanted = tuple(name for name in config.metrics if name in PAIRED and name not in missing)
     protocol.check(channels, config.data.bits)
-    metrics = PairedMetrics(wanted, download=config.download).to(device)
+    missing = unavailable(tuple(config.metrics), channels, resolution)
+    paired = tuple(name for name in config.metrics if name in PAIRED and name not in missing)
+    metrics = PairedMetrics(paired, download=config.download).to(device)
     missing |= {name: f"{reason}; or evaluate with download=true" for name, reason in metrics.missing.items()}
     inception = _inception(config, missing, device)
+    _check_measured(config, missing)
+    conventions = tuple(sorted({CONVENTION_OF[name] for name in config.metrics if name in OF_SETS}))
+    batch_size = config.data.validation_batch_size
+    bench = Bench(codecs, models, protocol, metrics, inception, device, batch_size, config.seed, conventions)
+    lists = {name: list_sha256(source) for name, (_, source) in datasets.items()}
+    return Setting(_header(config, bench, missing), datasets, bench, lists)
+
+
+def _header(config: EvaluateConfig, bench: Bench, missing: dict[str, str]) -> dict[str, Any]:
+    batch_size = None if bench.at_once == 1 else bench.batch_size  # where numbers depend on it
+    paths = dict(zip(bench.models, config.models, strict=True))
+    return {
+        "schema": SCHEMA,
+        "protocol": bench.protocol.described(),
+        "resolution": config.data.resolution,
+        "seed": config.seed,
+        "library": {"vae": vae.__version__, "torch": torch.__version__},
+        "device": {"type": bench.device.type, "threads": config.threads, "batch_size": batch_size},
+        "data": {"bits": config.data.bits, "min_side": config.data.min_side},
+        "inception": None if bench.inception is None else weights_sha256(bench.inception),
+        "models": {codec.name: described(codec, bench.models, paths) for codec in bench.codecs},
+        "measured": [name for name in config.metrics if name not in missing],
+        "missing": missing,
+    }
+
+
+def _check_measured(config: EvaluateConfig, missing: dict[str, str]) -> None:
     for name in (name for name in config.limits if name in missing):
         raise InputError(f"gates.{name}={config.limits[name]}: {name} cannot be measured: {missing[name]}")
     if len(missing) == len(config.metrics):
         raise InputError(f"metrics={config.metrics}: {next(iter(missing.values()))}")
-    batch_size = config.data.validation_batch_size
-    wanted = {CONVENTION_OF[name] for name in config.metrics if name in OF_SETS}
-    conventions = tuple(sorted(wanted))
-    bench = Bench(codecs, models, protocol, metrics, inception, device, batch_size, config.seed, conventions)
-    paths = dict(zip(models, config.models, strict=True))
-    batch = None if bench.at_once == 1 else bench.batch_size
-    header = {
-        "schema": SCHEMA,
-        "protocol": protocol.described(),
-        "resolution": resolution,
-        "seed": config.seed,
-        "library": {"vae": vae.__version__, "torch": torch.__version__},
-        "device": {"type": device.type, "threads": config.threads, "batch_size": batch},
-        "data": {"bits": config.data.bits, "min_side": config.data.min_side},
-        "inception": None if inception is None else weights_sha256(inception),
-        "models": {codec.name: described(codec, models, paths) for codec in codecs},
-        "measured": [name for name in config.metrics if name not in missing],
-        "missing": missing,
-    }
-    lists = {name: list_sha256(source) for name, (_, source) in datasets.items()}
-    return Setting(header, datasets, bench, lists)
 
 
 def _open(config: EvaluateConfig) -> dict[str, tuple[DataConfig, Source]]:
@@ -91,7 +97,7 @@ def _open(config: EvaluateConfig) -> dict[str, tuple[DataConfig, Source]]:
 
 
 def list_sha256(source: Source) -> str:
-    """Of the names of all images and, of files, of their sizes."""
+    """Of the names of all images and of the sizes of files."""
     digest = hashlib.sha256(source.fingerprint().encode())
     if isinstance(source, Files):
         for path in (source.root / name for name in source.names):

@@ -14,10 +14,10 @@ from vae.audit.precision import audit_steps
 from vae.data.limits import printable
 from vae.evaluation.comparing import NO_DIFFERENCE
 from vae.evaluation.protocol import PROTOCOLS
+from vae.evaluation.recorded import whole_models
 from vae.evaluation.robustness import probe_steps
 from vae.metrics.registry import METRICS, OF_SETS
 
-ARROWS = {"higher": "↑", "lower": "↓"}
 MOST_COMPARISONS = 12  # in words; all of them are in the files
 
 
@@ -48,17 +48,17 @@ def document(document: dict[str, Any]) -> None:
 
 
 def _table(document: dict[str, Any], dataset: str) -> None:
-    whole = [name for name, about in document["models"].items() if about["encoder"] == about["decoder"]]
+    whole = whole_models(document)
     table = Table(Column("", no_wrap=True), *(Column(printable(model), overflow="fold") for model in whole))
     for metric in document["measured"]:
         about = METRICS[metric]
         cells = [_cell(document["metrics"][dataset][model][metric], about.digits) for model in whole]
         unit = f" {about.unit}" if about.unit else ""
-        table.add_row(f"{about.title}{unit} {ARROWS.get(about.direction, about.direction)}", *cells)
+        table.add_row(f"{about.title}{unit} {about.arrow}", *cells)
     console = Console(markup=False, highlight=False)
     console.print(table)
     if any(metric not in OF_SETS for metric in document["measured"]):
-        say("mean [95 % interval, from 8 images on]; ↑ higher is better, ↓ lower")
+        say("mean [95 % interval, from 8 images on]; ↑ higher is better, ↓ lower, → 1 nearer to 1")
     if len(whole) < len(document["models"]):
         console.print(_matrix(document, dataset, whole))
 

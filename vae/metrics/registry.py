@@ -27,6 +27,10 @@ class Metric:
             return "higher"
         return "lower" if self.ideal == 0 else f"nearer to {self.ideal:g}"
 
+    @property
+    def arrow(self) -> str:
+        return {"higher": "↑", "lower": "↓"}.get(self.direction, f"→ {self.ideal:g}")
+
 
 PAIRED = {  # of one image and its reconstruction
     "psnr": Metric("PSNR", math.inf, "how small the squared error of the pixels is", "dB", 3),

@@ -11,6 +11,7 @@ from vae.config import VALIDATED_SETS, TrainConfig
 from vae.errors import InputError
 from vae.metrics.frechet import frechet_distance
 from vae.metrics.kernel import kernel_distance
+from vae.metrics.registry import CONVENTION_OF
 from vae.models.features import MissingBackboneError
 from vae.models.inception import Inception, load_inception
 from vae.models.inception_weights import FILES
@@ -18,7 +19,7 @@ from vae.training import ranks
 from vae.training.console import warn
 
 ABSENT = f"no rFID and KID at validation: {FILES[0]} is not in torch hub's folder; inception=PATH names it elsewhere"
-CONVENTION = "legacy"  # of resizing: torch-fidelity's
+CONVENTION = CONVENTION_OF["rfid"]
 MOST_FOR_KID = 5_000  # images: training waits, and the time grows with their square
 
 

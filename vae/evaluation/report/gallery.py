@@ -6,6 +6,7 @@ from functools import partial
 from itertools import product, zip_longest
 from typing import Any
 
+from vae.evaluation.recorded import whole_models
 from vae.metrics.registry import PAIRED
 
 Row = dict[str, Any]  # dataset, index, image, model, metrics {name: number or None}, flags
@@ -24,7 +25,7 @@ def choose(document: dict[str, Any], rows: Sequence[Row], most: int = 24) -> lis
 
 def of_whole_models(document: dict[str, Any]) -> dict[str, Any]:
     """The same without encoders that meet decoders of others: those have a table of their own."""
-    models = {name: about for name, about in document["models"].items() if about["encoder"] == about["decoder"]}
+    models = {name: document["models"][name] for name in whole_models(document)}
     comparisons = {
         dataset: [one for one in compared if one["first"] in models and one["second"] in models]
         for dataset, compared in document["comparisons"].items()

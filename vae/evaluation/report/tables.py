@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from vae.evaluation.recorded import whole_models
 from vae.evaluation.report.charts import histograms, intervals
 from vae.evaluation.report.findings import best
 from vae.evaluation.report.gallery import Row, is_finite
 from vae.evaluation.report.wording import MINUS, NOTHING, figure
 from vae.metrics.registry import METRICS, PAIRED, Metric
 
-ARROWS = {"higher": "↑", "lower": "↓"}
 CROSSED = ("psnr", "lpips_vgg", "lpips_alex", "rfid")  # metrics of a compatibility matrix, where measured
 SHADES = 6  # classes s0 (best) to s5
 
@@ -55,10 +55,6 @@ class Matrix:
     lines: list[tuple[str, list[tuple[str, int | None, str]]]]
 
 
-def arrow(metric: Metric) -> str:
-    return ARROWS.get(metric.direction, f"→ {metric.ideal:g}")
-
-
 def summary(document: dict[str, Any], dataset: str) -> list[Line]:
     by_model = document["metrics"].get(dataset, {})
     models = list(document["models"])
@@ -69,12 +65,12 @@ def summary(document: dict[str, Any], dataset: str) -> list[Line]:
         if name in document["missing"]:
             reason = document["missing"][name]
             first = explained.setdefault(reason, metric.title)
-            lines.append(Line(metric, arrow(metric), [], Markup(), reason if first == metric.title else f"see {first}"))
+            lines.append(Line(metric, metric.arrow, [], Markup(), reason if first == metric.title else f"see {first}"))
         elif any(found):
             first = best(document, dataset, name)
             cells = [_cell(metric, one, model == first) for model, one in zip(models, found, strict=True)]
             chart = intervals(found, metric.ideal, f"{metric.title}: means and intervals of all models")
-            lines.append(Line(metric, arrow(metric), cells, chart))
+            lines.append(Line(metric, metric.arrow, cells, chart))
     return lines
 
 
@@ -96,9 +92,9 @@ def distributions(document: dict[str, Any], rows: Sequence[Row], dataset: str) -
 def matrices(document: dict[str, Any], dataset: str) -> list[Matrix]:
     """None unless some model is the encoder of one and the decoder of another."""
     models = document["models"]
-    if all(about["encoder"] == about["decoder"] for about in models.values()):
+    own = {models[name]["encoder"]: name for name in whole_models(document)}
+    if len(own) == len(models):
         return []
-    own = {about["encoder"]: name for name, about in models.items() if about["encoder"] == about["decoder"]}
     pairs = {(about["encoder"], about["decoder"]): name for name, about in models.items()}
     encoders, decoders = (list(dict.fromkeys(pair[side] for pair in pairs)) for side in (0, 1))
     found = []
