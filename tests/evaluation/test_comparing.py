@@ -36,18 +36,18 @@ def test_the_better_model_is_named_with_its_gain_its_interval_and_its_wins():
     assert (row["low"], row["high"]) == pytest.approx(expected, abs=0.02)
     share = (gains > 0).mean()
     assert row["wins"] == share
-    words = f"new is better: PSNR higher by {gains.mean():.3f} dB [{row['low']:.3f}, {row['high']:.3f}]"
+    words = f"new is better than old: PSNR higher by {gains.mean():.3f} dB [{row['low']:.3f}, {row['high']:.3f}]"
     assert row["verdict"] == f"{words}, wins on {share:.0%} of images".replace("%", " %")
 
 
 @pytest.mark.parametrize(
     ("metric", "first", "second", "words"),
     [
-        ("ssim", 0.8, 0.9, "second is better: SSIM higher by 0.1000"),
-        ("lpips_vgg", 0.1, 0.3, "first is better: LPIPS (VGG16) lower by 0.2000"),
-        ("contrast", 0.9, 1.02, "second is better: contrast nearer to 1 by 0.0800"),
+        ("ssim", 0.8, 0.9, "second is better than first: SSIM higher by 0.1000"),
+        ("lpips_vgg", 0.1, 0.3, "first is better than second: LPIPS (VGG16) lower by 0.2000"),
+        ("contrast", 0.9, 1.02, "second is better than first: contrast nearer to 1 by 0.0800"),
         ("contrast", 0.9, 1.1, "no difference between first and second in contrast: equally good on every image"),
-        ("l1", 2e-6, 1e-6, "second is better: L1 lower by 1e-06"),
+        ("l1", 2e-6, 1e-6, "second is better than first: L1 lower by 1e-06"),
     ],
 )
 def test_each_metric_is_better_in_its_own_direction(metric, first, second, words):
@@ -172,8 +172,8 @@ def test_a_loss_is_status_4_and_told_with_its_interval(call, capsys, tmp_path, o
     new = _write(tmp_path / "new", {"model": _gained(table, "psnr", -0.4)})
     assert call("compare", old, new) == GATE_FAILED == 4
     printed = capsys.readouterr().out
-    assert "loss: photos, model: old is better: PSNR higher by 0.4" in printed
-    assert "loss: photos, model: old is better: LPIPS" not in printed
+    assert "loss: photos, model: old is better than new: PSNR higher by 0.4" in printed
+    assert "loss: photos, model: old is better than new: LPIPS" not in printed
 
 
 def test_a_gain_is_status_0(call, capsys, tmp_path, old, table):  # noqa: F811

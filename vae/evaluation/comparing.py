@@ -47,9 +47,11 @@ class Comparison:
     def verdict(self) -> str:
         metric, both = PAIRED[self.metric], f"between {self.first} and {self.second} in {PAIRED[self.metric].title}"
         if self.difference is not None and self.is_shown:
-            sign, better, wins = (1, self.second, self.wins) if self.difference > 0 else (-1, self.first, 1 - self.wins)
-            by = f"{metric.title} {metric.direction} by {self.gain(sign)}"
-            return f"{better} is better: {by}, wins on {percent(wins)} of images"
+            is_gain = self.difference > 0
+            better, other = (self.second, self.first) if is_gain else (self.first, self.second)
+            by = f"{metric.title} {metric.direction} by {self.gain(1 if is_gain else -1)}"
+            wins = percent(self.wins if is_gain else 1 - self.wins)
+            return f"{better} is better than {other}: {by}, wins on {wins} of images"
         if self.images < FEWEST:
             few = "no image has" if not self.images else f"only {self.images} images have"
             return f"{NO_DIFFERENCE} shown {both}: {few} a finite number of both"

@@ -64,7 +64,8 @@ def _end(config: EvaluateConfig, folder: Path, document: Document) -> None:
     for failure in failed:
         show.say(failure)
     if asked and not failed:
-        show.say(f"all gates are passed: {asked}")
+        limits = ", ".join(f"{name} {limit:g}" for name, limit in asked.items())
+        show.say(f"all gates are passed: {limits}")
     incomplete = show.incomplete(document, folder / DOCUMENT_FILE)
     if incomplete and not config.allow_left_out:
         raise Stopped(BAD_IMAGES, f"{incomplete}. allow_left_out=true accepts that")
