@@ -42,7 +42,7 @@ def attention_survives_float16() -> None:
 
 def _scaled_after_the_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """latent-diffusion's AttnBlock."""
-    return torch.softmax(torch.bmm(q, k.mT) * q.shape[-1] ** -0.5, dim=2) @ v
+    return torch.softmax(torch.matmul(q, k.mT) * q.shape[-1] ** -0.5, dim=-1) @ v
 
 
 def test_attention_in_float16_does_not_overflow_before_it_scales(monkeypatch):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vae.models.autoencoder import AutoencoderKL
+from vae.models.fast import layer_by_layer
 from vae.models.layers import Attention, ResnetBlock
 
 WRITERS = (nn.Conv2d, nn.Linear, nn.GroupNorm, ResnetBlock, Attention)  # modules whose output lies in memory
@@ -24,7 +25,8 @@ def observed(model: AutoencoderKL, change: Callable[[str, Tensor], Tensor | None
     writers = [(name, module) for name, module in model.named_modules() if isinstance(module, WRITERS)]
     hooks = [module.register_forward_hook(hook_for(name)) for name, module in writers]
     try:
-        yield
+        with layer_by_layer():
+            yield
     finally:
         for hook in hooks:
             hook.remove()
@@ -82,6 +84,6 @@ def _largest(x: Tensor) -> float:
 
 
 def _largest_product(queries: Tensor, keys: Tensor) -> float:
-    """Of all pairs of tokens, (B, N, C) each."""
-    products = (_largest(part @ keys.transpose(1, 2)) for part in queries.split(QUERIES_AT_ONCE, dim=1))
+    """Of all pairs of tokens, (B, heads, N, C) each."""
+    products = (_largest(part @ keys.transpose(2, 3)) for part in queries.split(QUERIES_AT_ONCE, dim=2))
     return max(products)

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vae.errors import InputError
+from vae.errors import require
 from vae.models.autoencoder_config import AutoencoderConfig
+from vae.models.fast import laid_out, norm_silu
 from vae.models.layers import DownBlock, MidBlock, UpBlock, group_norm
 from vae.models.posterior import DiagonalGaussian
 
@@ -48,11 +48,11 @@ class Encoder(_Half):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.conv_in(images)
+        x = self.conv_in(laid_out(images))
         for block in self.down_blocks:
             x = self._run(block, x)
         x = self._run(self.mid_block, x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(norm_silu(self.conv_norm_out, x))
 
 
 class Decoder(_Half):
@@ -75,10 +75,10 @@ class Decoder(_Half):
 
     def features(self, latents: Tensor) -> Tensor:
         """Everything before `conv_out`: (B, block_out_channels[0], H, W), the input of the last layer."""
-        x = self._run(self.mid_block, self.conv_in(latents))
+        x = self._run(self.mid_block, self.conv_in(laid_out(latents)))
         for block in self.up_blocks:
             x = self._run(block, x)
-        return F.silu(self.conv_norm_out(x))
+        return norm_silu(self.conv_norm_out, x)
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.conv_out(self.features(latents))
@@ -107,15 +107,18 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, images: Tensor) -> DiagonalGaussian:
         """Images (B, C, H, W) in [-1, 1]; H and W multiples of `config.downsample_factor`."""
-        factor = self.config.downsample_factor
-        if images.shape[-2] % factor or images.shape[-1] % factor:
-            size = f"{images.shape[-1]}x{images.shape[-2]}"
-            raise InputError(f"images are {size} pixels, expected multiples of {factor}; crop or pad them first")
-        return DiagonalGaussian.from_moments(self.quant_conv(self.encoder(images)))
+        self.check_size(images)
+        return DiagonalGaussian.from_moments(self.quant_conv(self.encoder(images)).contiguous())
+
+    def check_size(self, images: Tensor) -> None:
+        """Raises InputError where H or W is no multiple of `config.downsample_factor`."""
+        (height, width), factor = images.shape[-2:], self.config.downsample_factor
+        fits = height % factor == width % factor == 0
+        require(fits, f"images are {width}x{height} pixels", f"multiples of {factor}; crop or pad them first")
 
     def decode(self, latents: Tensor) -> Tensor:
         """Raw latents (B, latent_channels, h, w) -> images (B, C, f * h, f * w), about [-1, 1] and not clamped."""
-        return self.decoder.conv_out(self.decode_features(latents))
+        return self.decoder.conv_out(self.decode_features(latents)).contiguous()
 
     def decode_features(self, latents: Tensor) -> Tensor:
         """`decode` without the last layer."""

@@ -5,6 +5,8 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vae.models.fast import nearest_conv, norm_silu_conv, pad_conv
+
 NORM_EPS = 1e-6  # of the released SD weights; PyTorch's default of 1e-5 is visible in their output
 
 
@@ -24,8 +26,8 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = self.conv1(F.silu(self.norm1(x)))
-        residual = self.conv2(F.silu(self.norm2(residual)))
+        residual = norm_silu_conv(self.norm1, self.conv1, x)
+        residual = norm_silu_conv(self.norm2, self.conv2, residual)
         return self.conv_shortcut(x) + residual
 
 
@@ -41,9 +43,9 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # (B, 1, HW, C): one head
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
-        attended = self.to_out(F.scaled_dot_product_attention(q, k, v))
+        attended = self.to_out(F.scaled_dot_product_attention(q, k, v))[:, 0]
         return x + attended.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
@@ -55,7 +57,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return pad_conv(self.conv, x)
 
 
 class Upsample(nn.Module):
@@ -66,7 +68,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return nearest_conv(self.conv, x)
 
 
 class _Level(nn.Module):

@@ -5,7 +5,7 @@ ImageNet features, compared channel by channel after unit normalisation and weig
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -63,15 +63,13 @@ class LPIPS(nn.Module):
         ]
         return torch.stack(distances).sum(dim=0)
 
-    def _features(self, images: Tensor) -> list[Tensor]:
-        """Unit-normalised features at every tap, each (B, C_i, H_i, W_i)."""
+    def _features(self, images: Tensor) -> Iterator[Tensor]:
+        """Unit-normalised features at every tap, each (B, C_i, H_i, W_i), one after the other: they are large."""
         x = (as_rgb(at_least_float32(images), self.channels) - self.image_mean) / self.image_std
-        taps = []
         for piece in self.slices:
             x = piece(x)
             norm = x.square().sum(dim=1, keepdim=True).clamp_min(SQUARE_FLOOR).sqrt()
-            taps.append(x / (norm + NORM_EPS))
-        return taps
+            yield x / (norm + NORM_EPS)
 
 
 def as_rgb(images: Tensor, channels: Sequence[int] | None = None) -> Tensor:
