@@ -1,5 +1,6 @@
 """What several subcommands share: their arguments, and how they speak. torch is imported only when there is work."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,9 +28,16 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 Family = Annotated[str | None, typer.Option(help="sd, sdxl, x4, sd3 or flux, where the file does not tell")]
 Resolution = Annotated[int, typer.Option(min=1, help="side in pixels of the square that is cut from each image")]
 Base = Annotated[Path | None, typer.Option(help="the autoencoder whose latents must be kept: say how far they moved")]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="encode and decode in strips within this much, as 2GB or 500MB: slower, the results are the same"
+    ),
+]
 
 PHOTOS = "photos"  # instead of a folder: the embedded photographs
 AUDITED = 2  # images; saturated and noisy ones and latents of the prior come on top
+UNITS = {"MB": 1e6, "GB": 1e9, "MIB": 2**20, "GIB": 2**30}
 
 
 def say(line: str = "") -> None:
@@ -41,7 +49,7 @@ def warn(line: str) -> None:
 
 
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[int], object]]:
+def progress(label: str, total: int) -> Iterator[Callable[[float], object]]:
     """Gives `advance(amount)`; the bar goes to stderr and is gone at the end."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
@@ -57,14 +65,24 @@ def dtype_named(name: str | None) -> "torch.dtype | None":
     return None if name is None else dtypes[name]
 
 
+def bytes_named(memory: str | None) -> int | None:
+    """Of --memory."""
+    if memory is None:
+        return None
+    number = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})", memory.strip(), re.IGNORECASE)
+    require(number is not None, f"--memory {memory}", "a number with a unit, as 500MB or 2GB, MiB or GiB")
+    assert number is not None
+    return int(float(number[1]) * UNITS[number[2].upper()])
+
+
 def read(
     model: Path, config: Path | None = None, family: str | None = None, *, ema: bool = False, finite: bool = True
 ) -> "Found":
     """The weights that `model` means; `family` states the scaling factor."""
     from vae.checkpoints import read_autoencoder
     from vae.checkpoints.diffusers import read_config
+    from vae.checkpoints.exports import find_export
     from vae.checkpoints.families import families_of
-    from vae.evaluation.models import find_export
 
     stated = None if config is None else read_config(config)
     found = read_autoencoder(find_export(model), config=stated, ema=ema, finite=finite)

@@ -11,8 +11,10 @@ from vae.cli.common import (
     Device,
     Dtype,
     Images,
+    Memory,
     Model,
     Resolution,
+    bytes_named,
     dtype_named,
     image_files,
     opened,
@@ -20,10 +22,10 @@ from vae.cli.common import (
     read,
     say,
 )
+from vae.cli.running import decoded, encoded, place_of
 from vae.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
     from torch import Tensor
 
@@ -40,6 +42,7 @@ def encode(
     scaled: Annotated[bool, typer.Option("--scaled", help="as diffusion models see them, not raw")] = False,
     dtype: Dtype = "float32",
     resolution: Whole = None,
+    memory: Memory = None,
     device: Device = "auto",
 ) -> None:
     """Encode images to .latent files (safetensors); raw ones open in ComfyUI's LoadLatent too.
@@ -53,7 +56,7 @@ def encode(
     from vae.data.transforms import center_crop, crop_to_multiple, to_model_range
     from vae.latents import scale_latents
 
-    precision, autoencoder = dtype_named(dtype), _load(model, device)
+    precision, allowed, autoencoder = dtype_named(dtype), bytes_named(memory), _load(model, device)
     config = autoencoder.config
     drawn = "mean" if sample is None else f"sample, seed {sample}"
     files, made = image_files(images), 0
@@ -61,15 +64,14 @@ def encode(
         for name, path, image in opened(files, config.in_channels):
             factor = config.downsample_factor
             pixels = center_crop(image, resolution) if resolution else crop_to_multiple(image, factor, path)
-            posterior = autoencoder.encode(to_model_range(pixels)[None].to(_place(autoencoder)))
-            generator = torch.Generator(_place(autoencoder))
+            posterior = encoded(autoencoder, to_model_range(pixels)[None], allowed, advance)
+            generator = torch.Generator(place_of(autoencoder))
             generator.manual_seed(seed_for(sample or 0, crc32(name.encode())))
             latents = posterior.mode() if sample is None else posterior.sample(generator)
             latents = scale_latents(latents, config) if scaled else latents
             target = output / f"{name}{SUFFIX}"
             made += 1
             write_latents(target, latents.to(precision), config, scaled=scaled, drawn=drawn)
-            advance(1)
     say(f"{made} latents in {output}, {'scaled' if scaled else 'raw'}, {drawn}")
 
 
@@ -77,6 +79,7 @@ def decode(
     model: Model,
     latents: Annotated[list[Path], typer.Argument(help=".latent files or folders of them")],
     output: Annotated[Path, typer.Option(help="folder for the images")] = Path("decoded"),
+    memory: Memory = None,
     device: Device = "auto",
 ) -> None:
     """Decode .latent files, of `vae encode` or of ComfyUI, to PNG images.
@@ -90,16 +93,15 @@ def decode(
     from vae.data.transforms import to_uint8
     from vae.latents import unscale_latents
 
-    autoencoder = _load(model, device)
+    allowed, autoencoder = bytes_named(memory), _load(model, device)
     files = image_files(latents, [SUFFIX])
     with progress("Decoding", len(files)) as advance, torch.no_grad():
         for name, path in files.items():
             values, scaled = read_latents(path, autoencoder.config.latent_channels)
             raw = unscale_latents(values, autoencoder.config) if scaled else values
-            decoded = to_uint8(autoencoder.decode(raw.to(_place(autoencoder)))).cpu()
-            for number, pixels in enumerate(decoded):
-                _save(to_picture(pixels), output / f"{name}{f'_{number}' if len(decoded) > 1 else ''}.png")
-            advance(1)
+            pictures = to_uint8(decoded(autoencoder, raw, allowed, advance)).cpu()
+            for number, pixels in enumerate(pictures):
+                _save(to_picture(pixels), output / f"{name}{f'_{number}' if len(pictures) > 1 else ''}.png")
     say(f"{len(files)} latents decoded to {output}")
 
 
@@ -108,6 +110,7 @@ def reconstruct(
     images: Images,
     output: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("reconstructions"),
     resolution: Resolution = 256,
+    memory: Memory = None,
     device: Device = "auto",
 ) -> None:
     """Encode and decode images; write each beside its reconstruction and error as one PNG.
@@ -119,16 +122,15 @@ def reconstruct(
     from vae.data.pictures import reconstruction_sheet
     from vae.data.transforms import center_crop, to_model_range, to_uint8
 
-    autoencoder = _load(model, device)
+    allowed, autoencoder = bytes_named(memory), _load(model, device)
     files, made = image_files(images), 0
-    with progress("Reconstructing", len(files)) as advance, torch.no_grad():
+    with progress("Reconstructing", 2 * len(files)) as advance, torch.no_grad():
         for name, _, pixels in opened(files, autoencoder.config.in_channels):
             image = center_crop(pixels, resolution)[None]
-            posterior = autoencoder.encode(to_model_range(image).to(_place(autoencoder)))
-            reconstruction = to_uint8(autoencoder.decode(posterior.mode())).cpu()
+            posterior = encoded(autoencoder, to_model_range(image), allowed, advance)
+            reconstruction = to_uint8(decoded(autoencoder, posterior.mode(), allowed, advance)).cpu()
             made += 1
             _save(reconstruction_sheet(image, {"reconstruction": reconstruction}), output / f"{name}.png")
-            advance(1)
     say(f"{made} pictures in {output}")
 
 
@@ -155,7 +157,7 @@ def measure(
     if write:
         check_writable(model)
     autoencoder, files = _load(model, device), image_files(images)
-    channels, place = autoencoder.config.in_channels, _place(autoencoder)
+    channels, place = autoencoder.config.in_channels, place_of(autoencoder)
     measured = 0
     with progress("Measuring", len(files)) as advance:
 
@@ -176,10 +178,6 @@ def _load(model: Path, device: str) -> "AutoencoderKL":
     from vae.evaluation.models import find_device
 
     return read(model).build().to(find_device(device))
-
-
-def _place(autoencoder: "AutoencoderKL") -> "torch.device":
-    return autoencoder.decoder.conv_in.weight.device
 
 
 def _save(picture: "Image.Image", target: Path) -> None:

@@ -73,7 +73,7 @@ def _global(config: "AutoencoderConfig", statistics: "LatentStatistics") -> "Aut
 
 def _files(model: Path) -> list[Path]:
     """The weights that `model` means, and in an export the single file beside the folder."""
-    from vae.evaluation.models import find_export
+    from vae.checkpoints.exports import find_export
 
     path = find_export(model)
     is_export = path.name == "diffusers" and path.parent.parent.name == "exports"

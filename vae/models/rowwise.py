@@ -1,0 +1,156 @@
+"""One image's way through the layers in strips of rows: what is kept, what is computed twice, what is elsewhere."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vae.models.autoencoder import Decoder, Encoder
+from vae.models.layers import Attention, Downsample, ResnetBlock, Upsample
+from vae.models.maps import Attended, Convolved, Downsampled, Map, Normed, Recent, Sum, Upsampled
+from vae.models.moments import Moments
+from vae.models.stages import HALO, LEAST_ROWS, MOST_ROWS, Stage
+from vae.models.stored import Filed, Stored
+
+PRODUCTS = 3  # copies of attention's products, where torch has no kernel that goes without
+
+
+class Work:
+    """One image's way through the layers, in `memory` bytes."""
+
+    def __init__(self, half: Encoder | Decoder, plan: list[Stage], memory: int) -> None:
+        self.half, self.plan, self.memory = half, plan, memory
+        self.weight = half.conv_in.weight
+        self.row = self.beside = self.reserve = 0
+        self.stored: list[Stored] = []
+
+    def run(self, given: Map, target: Tensor) -> Iterator[float]:
+        """Fill `target`; the shares of the work as they are done."""
+        last, total = len(self.plan) - 1, sum(stage.work for stage in self.plan)
+        x = given
+        for number, stage in enumerate(self.plan):
+            self.row = stage.row + (self.row if isinstance(x, Recent) else 0)
+            self.beside = stage.beside
+            self.reserve = max(each.strips(LEAST_ROWS) for each in self.plan[number : number + 2])
+            if number < last:
+                x = STEPS[type(stage.layer)](self, x, stage.layer)
+            else:
+                self._finish(x, target)
+            yield stage.work / total
+
+    def close(self) -> None:
+        for each in self.stored:
+            each.close()
+
+    def convolution(self, x: Map, layer: nn.Conv2d) -> Map:
+        return self._keep(Convolved(x, layer))[0]
+
+    def resnet(self, x: Map, layer: ResnetBlock) -> Map:
+        """`hidden`, between the convolutions, is kept if it fits, else computed twice."""
+        hidden = Convolved(Normed(x, layer.norm1, self._moments(x)), layer.conv1)
+        skip = Convolved(x, layer.conv_shortcut) if isinstance(layer.conv_shortcut, nn.Conv2d) else x
+        apart = skip is not x and isinstance(x, Stored)  # then x can be given up for the two
+        parts = [hidden, skip] if apart else [hidden]
+        if self._fits(*parts, release=apart) or _is_elsewhere(x):
+            hidden, *others = self._keep(*parts, release=apart)
+            skip = others[0] if others else skip
+        else:
+            hidden = Recent(hidden)
+        branch = Convolved(Normed(hidden, layer.norm2, self._moments(hidden)), layer.conv2)
+        return self._keep(Sum(branch, skip))[0]
+
+    def attention(self, x: Map, layer: Attention) -> Map:
+        made = Attended(x, layer, self._moments(x))
+        for top, bottom in self._strips(x):
+            made.look(top, bottom)
+        room = (self.memory - self.beside - self._held()) // 2
+        made.queries = max(room // (PRODUCTS * x.height * x.width * self.weight.itemsize), 1)
+        return self._keep(made)[0]
+
+    def upsampling(self, x: Map, layer: Upsample) -> Map:
+        """Kept if it fits, else computed whenever its reader asks."""
+        made = Upsampled(x, layer)
+        return self._keep(made)[0] if self._fits(made) or _is_elsewhere(x) else Recent(made)
+
+    def downsampling(self, x: Map, layer: Downsample) -> Map:
+        return self._keep(Downsampled(x, layer))[0]
+
+    def _finish(self, x: Map, target: Tensor) -> None:
+        made = Convolved(Normed(x, self.half.conv_norm_out, self._moments(x)), self.half.conv_out)
+        for top, bottom in self._strips(made, release=True):
+            target[:, :, top:bottom] = made.rows(top, bottom)
+
+    def _moments(self, x: Map) -> Moments:
+        if isinstance(x, Stored):
+            return x.moments
+        moments = Moments(self.weight)
+        for top, bottom in self._strips(x):
+            moments.add(x.rows(top, bottom))
+        return moments
+
+    def _keep(self, *maps: Map, release: bool = True) -> list[Stored]:
+        """Compute them, and give up what they are made of."""
+        inside = self._fits(*maps, release=release)
+        kept = [self._store(each, inside=inside) for each in maps]
+        self.stored = [each for each in self.stored if not each.is_closed] + kept
+        taken = sum(map(self._bytes, maps)) if inside else 0
+        for top, bottom in self._strips(*maps, taken=taken, release=release):
+            for source, target in zip(maps, kept, strict=True):
+                target.append(source.rows(top, bottom))
+        return kept
+
+    def _store(self, like: Map, *, inside: bool) -> Stored:
+        device = self.weight.device
+        if inside or device.type != "cpu":
+            return Stored(like, self.weight, device if inside else torch.device("cpu"))
+        return Filed(like, self.weight)
+
+    def _strips(self, *maps: Map, taken: int = 0, release: bool = False) -> Iterator[tuple[int, int]]:
+        """(top, bottom) of strips as high as what remains allows, when `taken` bytes come to be stored."""
+        room = self.memory - self.beside - self._most(taken, release=release)
+        height = maps[0].height
+        count = -(-height // min(max(room // self.row - HALO, 1), MOST_ROWS))
+        for number in range(count):
+            top, bottom = height * number // count, height * (number + 1) // count
+            yield top, bottom
+            if release:
+                _give_up(maps, bottom)
+
+    def _fits(self, *maps: Map, release: bool = True) -> bool:
+        return self._most(sum(map(self._bytes, maps)), release=release) + self.reserve <= self.memory
+
+    def _most(self, taken: int, *, release: bool) -> int:
+        """Bytes stored at worst: what is given up goes as fast as what is `taken` comes."""
+        held = self._held()
+        return max(held, taken + (0 if release else held))
+
+    def _held(self) -> int:
+        return sum(each.nbytes for each in self.stored)
+
+    def _bytes(self, x: Map) -> int:
+        return x.channels * x.height * x.width * self.weight.itemsize
+
+
+def _give_up(maps: Sequence[Map], top: int) -> None:
+    """What only rows above `top` were made of."""
+    first: dict[Stored, int] = {}
+    for each in maps:
+        for stored, row in each.needs(top):
+            assert isinstance(stored, Stored)
+            first[stored] = min(row, first.get(stored, row))
+    for stored, row in first.items():
+        stored.close() if top == maps[0].height else stored.release(row)
+
+
+def _is_elsewhere(x: Map) -> bool:
+    return isinstance(x, Stored) and not x.is_inside
+
+
+STEPS: dict[type[nn.Module], Callable[[Work, Map, Any], Map]] = {  # Any: each takes its own kind of layer
+    nn.Conv2d: Work.convolution,
+    ResnetBlock: Work.resnet,
+    Attention: Work.attention,
+    Upsample: Work.upsampling,
+    Downsample: Work.downsampling,
+}

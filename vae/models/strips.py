@@ -1,0 +1,70 @@
+"""Encode and decode in strips of rows: images of any size in as much memory as is allowed, and the same results.
+
+Nothing is blended: norms have the statistics of the whole image, convolutions see the rows beside a strip, attention
+sees all tokens. A layer's input is given up row by row while its output is made, so that little more than one pair of
+activations is there at once. What does not fit is computed twice; where not even one activation fits, they are kept
+elsewhere: of a GPU in the host's memory, of a CPU in a temporary file.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import closing, nullcontext
+
+import torch
+from torch import Tensor
+
+from vae.errors import require
+from vae.models.autoencoder import AutoencoderKL, Decoder, Encoder
+from vae.models.maps import Given
+from vae.models.posterior import DiagonalGaussian
+from vae.models.rowwise import Work
+from vae.models.stages import USUAL_ROWS, planned
+from vae.models.stored import freed_at_once
+
+Advance = Callable[[float], object]
+
+
+@torch.no_grad()
+def decode_in_strips(
+    model: AutoencoderKL, latents: Tensor, memory: int | None = None, advance: Advance | None = None
+) -> Tensor:
+    """`model.decode(latents)`: raw latents (B, latent_channels, h, w) -> images (B, C, f * h, f * w).
+
+    `memory` is in bytes, beyond the model, what is given, and what libraries keep to themselves (some 20 MiB on a CPU);
+    None is as little as costs no time. A temporary file, where one is needed, is in `tempfile.gettempdir()`. `advance`
+    gets shares of the work that add up to 1. Raises InputError where `memory` is too little, with the least that would
+    do.
+    """
+    latents = model.post_quant_conv(latents.to(model.decoder.conv_in.weight))
+    return _in_strips(model.decoder, latents, memory, advance)
+
+
+@torch.no_grad()
+def encode_in_strips(
+    model: AutoencoderKL, images: Tensor, memory: int | None = None, advance: Advance | None = None
+) -> DiagonalGaussian:
+    """`model.encode(images)`: images (B, C, H, W) in [-1, 1] -> posterior. They may stay in the host's memory.
+
+    `memory`, `advance` and errors are those of `decode_in_strips`.
+    """
+    model.check_size(images)
+    return DiagonalGaussian.from_moments(model.quant_conv(_in_strips(model.encoder, images, memory, advance)))
+
+
+def _in_strips(half: Encoder | Decoder, values: Tensor, memory: int | None, advance: Advance | None) -> Tensor:
+    weight, (batch, _, height, width) = half.conv_in.weight, values.shape
+    plan = planned(half, height, width, weight.itemsize)
+    shape = (batch, half.conv_out.out_channels, plan[-1].height, plan[-1].width)
+    result = math.prod(shape) * weight.itemsize
+    least = result + max(stage.strips(1) for stage in plan)
+    usual = result + max(stage.maps + stage.strips(USUAL_ROWS) for stage in plan)
+    allowed = usual if memory is None else memory
+    require(allowed >= least, f"memory={allowed} bytes", f"at least {least} for an input of {width}x{height}")
+    made = weight.new_empty(shape)
+    with nullcontext() if memory is None else freed_at_once():
+        for image, target in zip(values.split(1), made.split(1), strict=True):
+            with closing(Work(half, plan, allowed - result)) as work:
+                for share in work.run(Given(image, weight), target):
+                    if advance is not None:
+                        advance(share / batch)
+    return made
