@@ -4,7 +4,7 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: train test test-all check format clean
+.PHONY: train test test-all check bench format clean
 
 train: .venv/installed
 	$(BIN)/python train.py experiment=quickstart
@@ -20,6 +20,10 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# What is promised of speed and memory, beside diffusers and LDM, on this machine's CPU: about 12 minutes.
+bench: .venv/installed
+	$(BIN)/python benchmarks/bench.py
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -5,9 +5,15 @@ from vae.door import run
 
 
 def main(config: TrainConfig) -> None:
-    from vae.training.run import train
+    if config.plan:
+        from vae.training.planning.plan import plan
+        from vae.training.planning.show import show
 
-    train(config)
+        show(plan(config))
+    else:
+        from vae.training.run import train
+
+        train(config)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from timing import (
     in_turns,
     is_ours,
     peak_memory,
+    record,
     relative_error,
     surroundings,
     warm_up,
@@ -77,6 +79,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS[: len(VARIANTS) // 2])
     parser.add_argument("--compile-mode", default="default")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--record", type=Path, help="append what was measured to this file, as JSON")
     parser.add_argument("--cudnn-benchmark", action="store_true")
     return parser.parse_args()
 
@@ -105,9 +108,14 @@ def _measured(given: argparse.Namespace, networks: Networks, half: str, side: in
     peaks: Peaks = {name: peak_memory(call, device) for name, call in calls.items() if device.type == "cuda"}
     taken = in_turns(calls, device, given.rounds)
     middle = {name: statistics.median(times) for name, times in taken.items()}
-    shares = [f"{_alone(name, half, networks, x, dtype) / middle[name]:.2f}" for name in taken]
-    columns = {"convolutions": shares, "TFLOP/s": [f"{flops / middle[name] / 1e9:.3g}" for name in taken]}
-    return comparison(f"{half} {side} px, batch {batch}", taken, peaks, batch, columns)
+    shares = {name: _alone(name, half, networks, x, dtype) / middle[name] for name in taken}
+    size = f"{side} px, batch {batch}"
+    record(given.record, what=half, dtype=given.dtype, size=size, taken=taken, peaks=peaks, convolutions=shares)
+    columns = {
+        "convolutions": [f"{share:.2f}" for share in shares.values()],
+        "TFLOP/s": [f"{flops / middle[name] / 1e9:.3g}" for name in taken],
+    }
+    return comparison(f"{half} {size}", taken, peaks, batch, columns)
 
 
 def _wanted(networks: Networks, half: str, x: Tensor) -> tuple[Tensor, int]:

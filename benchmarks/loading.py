@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from vae.data.config import DataConfig
 from vae.data.images import EXTENSIONS, image_size
-from vae.data.loading import Batch, shut_down, training_loader
+from vae.data.loading import Batch, TrainingImages, shut_down, training_loader
 from vae.data.order import EndlessSampler, Pick, Shuffled, seed_for
 from vae.data.sources import Files, folder_files
 from vae.data.transforms import to_model_range
@@ -118,7 +118,8 @@ def _our_loader(source: Files, scale: tuple[float, float], workers: int = 0) -> 
     config = DataConfig(
         root=str(source.root), resolution=SIDE, batch_size=BATCH, workers=workers, crop_scale=list(scale)
     )
-    return training_loader(source, config, 3, SEED, OnePass(Shuffled(len(source), SEED, (SIDE, SIDE))))
+    order = Shuffled(len(source), SEED, (SIDE, SIDE))
+    return training_loader(TrainingImages(source, order, config, 3, SEED), OnePass(order))
 
 
 def _peer_batches(files: list[Path], transform: Transform) -> Iterator[Tensor]:

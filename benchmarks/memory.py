@@ -20,7 +20,7 @@ from measuring import load_average, setting, table
 from vae.data.config import DataConfig
 from vae.data.images import EXTENSIONS
 from vae.data.lists import list_source
-from vae.data.loading import shut_down, training_loader
+from vae.data.loading import TrainingImages, shut_down, training_loader
 from vae.data.order import EndlessSampler, Shuffled
 from vae.data.sources import Source, folder_files
 
@@ -60,7 +60,8 @@ def _repeated(folder: Path, count: int, file: Path) -> Source:
 def _over_images(source: Source, workers: int, images: int) -> list[float]:
     """MB after each batch."""
     config = DataConfig(source="list", root="", resolution=SIDE, batch_size=BATCH, workers=workers)
-    loader = training_loader(source, config, 3, 0, EndlessSampler(Shuffled(len(source), 0, (SIDE, SIDE))))
+    order = Shuffled(len(source), 0, (SIDE, SIDE))
+    loader = training_loader(TrainingImages(source, order, config, 3, 0), EndlessSampler(order))
     memory = [_resident() for _ in islice(loader, images // BATCH)]
     shut_down(loader)
     return memory

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vae.config import TrainConfig
 from vae.door import compose
 from vae.training.module import Training
-from vae.training.run import _build_module
+from vae.training.run import build_module
 from vae.training.step import single_pass
 
 Autoencode = Callable[[Tensor], Any]
@@ -63,7 +63,7 @@ def build(
     config: TrainConfig, device: torch.device, state: dict[str, Tensor] | None = None, **options: bool
 ) -> Training:
     """The module as a run has it, `options` of the configuration changed, on the device."""
-    module = _build_module(replace(config, **options))
+    module = build_module(replace(config, **options))
     if state is not None:
         module.load_state_dict(state)
     module.to(device)

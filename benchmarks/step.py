@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 
 import torch
 from ours import OurStep, build, step_config
@@ -24,6 +25,7 @@ from timing import (
     failure,
     in_turns,
     peak_memory,
+    record,
     relative_error,
     surroundings,
     warm_up,
@@ -59,7 +61,9 @@ def main() -> None:
         except Exception as error:  # measured without it
             print(failure(name, error), flush=True)
     peaks: Peaks = {name: peak_memory(call, device) for name, call in calls.items() if device.type == "cuda"}
-    print(f"\n{comparison(size, in_turns(calls, device, given.rounds), peaks, given.batch)}", flush=True)
+    taken = in_turns(calls, device, given.rounds)
+    record(given.record, what="step", dtype=given.dtype, size=size, taken=taken, peaks=peaks)
+    print(f"\n{comparison(size, taken, peaks, given.batch)}", flush=True)
 
 
 def _arguments() -> argparse.Namespace:
@@ -74,6 +78,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--perceptual", choices=["vgg", "alex"], default="vgg")
     parser.add_argument("--perceptual-weights")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--record", type=Path, help="append what was measured to this file, as JSON")
     parser.add_argument("--cudnn-benchmark", action="store_true")
     return parser.parse_args()
 

@@ -2,9 +2,11 @@
 
 import argparse
 import gc
+import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,6 +107,13 @@ def comparison(title: str, taken: Taken, peaks: Peaks, images: int, more: dict[s
         rows.append([name, median_and_range(each), *faster, peak, *(column[place] for column in more.values())])
     titles = [title, "ms an image", *(f"{name} / ours" for name in theirs), "peak MiB", *more]
     return table(titles, rows)
+
+
+def record(file: Path | None, **found: object) -> None:
+    """One more line of JSON, for `bench.py` to make its table of."""
+    if file is not None:
+        with file.open("a", encoding="utf-8") as lines:
+            print(json.dumps(found), file=lines)
 
 
 def is_ours(name: str) -> bool:

@@ -30,11 +30,13 @@ FLOORS = {  # a module's floor is that of its longest listed prefix; imports poi
 }
 ASIDE = {
     ("vae.config", "vae.training.optim"),
+    ("vae.config", "vae.training.fitting"),
     ("vae.config", "vae.training.guard"),
     ("vae.config", "vae.evaluation.protocol"),
     ("vae.training", "vae.config"),
     ("vae.evaluation", "vae.config"),
     ("vae.audit", "vae.latents"),
+    ("vae.cli", "vae.door"),
 }
 DOORS = {  # third-party library -> the only places that may import it
     "lightning": {"vae.training"},

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
     from vae.models.lpips import LPIPS
     from vae.models.posterior import DiagonalGaussian
+    from vae.models.strips import decode_in_strips, encode_in_strips
     from vae.preparing.cached import LatentShards
     from vae.training.run import train
 
@@ -32,6 +33,8 @@ _HOMES = {
     "Source": "vae.data.sources",
     "EvaluateConfig": "vae.config",
     "compose": "vae.door",
+    "decode_in_strips": "vae.models.strips",
+    "encode_in_strips": "vae.models.strips",
     "evaluate": "vae.evaluation.run",
     "load_autoencoder": "vae.checkpoints",
     "open_image": "vae.data.images",
@@ -51,6 +54,8 @@ __all__ = [
     "LatentStatistics",
     "Source",
     "compose",
+    "decode_in_strips",
+    "encode_in_strips",
     "evaluate",
     "load_autoencoder",
     "open_image",

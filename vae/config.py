@@ -4,13 +4,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from vae.data.buckets import bucket_shapes
 from vae.data.config import DataConfig
 from vae.errors import require
 from vae.evaluation.protocol import DEFAULT_V1, PROTOCOLS
 from vae.losses.objective import LossConfig
 from vae.metrics.registry import METRICS
 from vae.models.autoencoder import AutoencoderConfig
+from vae.training.fitting import check_model, check_start
 from vae.training.guard import GuardConfig
 from vae.training.optim import OptimConfig
 
@@ -18,12 +18,18 @@ AUTO = "auto"
 CONFIG_FILE = "config.json"  # of a run, in its directory
 LOGGERS = ("csv", "wandb", "tensorboard")
 VALIDATED_SETS = ("rfid", "kid")  # of RGB images, where Inception's weights are
-SMALLEST_PERCEPTUAL_IMAGE = 32  # AlexNet's last feature map vanishes below
 
 
 @dataclass
 class TrainConfig:
     """A training run. Everything is counted in `updates`: optimiser steps of the autoencoder.
+
+    With `plan` nothing is trained: what the run would need and take is said.
+
+    `init` names weights to begin from, whose architecture `model` is then: a file, an export or a run. `frozen` are the
+    parts that do not learn, by the names of their modules; where the encoder and `quant_conv` are, its posteriors have
+    no gradient, the KL term is not computed, and the scaling factor stays. `latents` that are decoded in training are
+    "sampled" from the posteriors, or their "mean".
 
     `name` may hold `{time}`, when the run begins. `resume` names the directory of a run to go on with, or is "auto":
     the newest run of that name and this configuration, a new one where there is none. A checkpoint is written at every
@@ -36,6 +42,10 @@ class TrainConfig:
     name: str = "{time}"
     output: str = "runs"
     seed: int = 0
+    plan: bool = False
+    init: str | None = None
+    frozen: list[str] = field(default_factory=list)
+    latents: str = "sampled"
     updates: int = 100_000
     validate_every: int = 5_000
     keep_best: str | None = AUTO
@@ -65,8 +75,9 @@ class TrainConfig:
         for key in ("checkpoint_minutes", "max_minutes", "timeout_minutes"):
             minutes = getattr(self, key)
             require(minutes is None or 0 < minutes < math.inf, f"{key}={minutes}", "a positive number of minutes")
-        self._check_validation()
-        self._check_images()
+        check_start(self)
+        if self.init is None:
+            self.check_model()
 
     @property
     def paired_metrics(self) -> tuple[str, ...]:
@@ -83,6 +94,11 @@ class TrainConfig:
         """What `keep_best` means."""
         return self.paired_metrics[-1] if self.keep_best == AUTO else self.keep_best
 
+    def check_model(self) -> None:
+        """With `init` it is known only when that is read."""
+        self._check_validation()
+        check_model(self)
+
     def _check_validation(self) -> None:
         is_rgb = self.model.out_channels == 3
         known = (*self.paired_metrics, *(VALIDATED_SETS if is_rgb else ()))
@@ -90,43 +106,6 @@ class TrainConfig:
         require(self.keep_best in {None, AUTO, *known}, f"keep_best={self.keep_best!r}", of_these)
         given = f"inception={self.inception!r} with model.out_channels={self.model.out_channels}"
         require(is_rgb or self.inception is None, given, "null: Inception sees RGB")
-
-    def _check_images(self) -> None:
-        resolution, factor = self.data.resolution, self.model.downsample_factor
-        given, weights = f"data.resolution={resolution}", self.loss.weights
-        nearest = max(1, round(resolution / factor)) * factor
-        require(
-            resolution % factor == 0, given, f"a multiple of the model's downsampling factor {factor}, e.g. {nearest}"
-        )
-        self._check_channels()
-        sides = [side for one in self._shapes() for side in one]
-        given = f"data.bucket_resolutions={self.data.bucket_resolutions}" if self.data.bucket_resolutions else given
-        resolution = min(sides, default=resolution)
-        smallest, layers = self.loss.discriminator.smallest_image, self.loss.discriminator.layers
-        enough = f"at least {smallest} for loss.discriminator.layers={layers}; lower the layers"
-        require(not weights.adversarial or resolution >= smallest, given, enough)
-        enough = f"at least {SMALLEST_PERCEPTUAL_IMAGE} for the perceptual loss; or set loss.weights.perceptual=0"
-        require(not weights.perceptual or resolution >= SMALLEST_PERCEPTUAL_IMAGE, given, enough)
-
-    def _shapes(self) -> list[tuple[int, int]]:
-        """Of all buckets."""
-        data, factor = self.data, self.model.downsample_factor
-        require(
-            not (self.compile and data.bucket_resolutions),
-            "compile=true with data.bucket_resolutions",
-            "one of them: each shape would be compiled",
-        )
-        return [shape for side in data.bucket_resolutions for shape in bucket_shapes(side, data.bucket_loss, factor)]
-
-    def _check_channels(self) -> None:
-        channels, seen = self.model.in_channels, self.loss.perceptual_channels
-        given = f"model.in_channels={channels} and model.out_channels={self.model.out_channels}"
-        require(channels == self.model.out_channels, given, "the same number, to reconstruct")
-        given, fitting = f"loss.perceptual_channels={seen}", f"three of the {channels} channels, counted from 0"
-        require(seen is None or (len(seen) == 3 and all(0 <= one < channels for one in seen)), given, fitting)
-        needs_choice = channels == 2 and bool(self.loss.weights.perceptual) and seen is None
-        require(not needs_choice, given, fitting)
-        require(not self.data.colour or channels in (1, 3), f"data.colour={self.data.colour}", "0: not 1 or 3 channels")
 
 
 @dataclass
@@ -162,6 +141,7 @@ class EvaluateConfig:
         require(named, f"model={self.model!r}", "a path or a list of paths, e.g. model=runs/first")
         whole = not self.data.bucket_resolutions
         require(whole, f"data.bucket_resolutions={self.data.bucket_resolutions}", "none: squares are measured")
+        require(self.data.latents is None, f"data.latents={self.data.latents!r}", "null: images are encoded")
         known = bool(self.metrics) and set(self.metrics) <= set(METRICS)
         require(known, f"metrics={self.metrics}", f"some of {list(METRICS)}")
         require(self.protocol in PROTOCOLS, f"protocol={self.protocol!r}", f"one of {list(PROTOCOLS)}")

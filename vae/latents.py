@@ -27,6 +27,20 @@ def unscale_latents(latents: Tensor, config: AutoencoderConfig) -> Tensor:
     return latents / scale + shift
 
 
+def scale_moments(mean: Tensor, logvar: Tensor, config: AutoencoderConfig) -> tuple[Tensor, Tensor]:
+    """(mean, logvar) of raw latents, each (B, C, h, w) -> of those that `scale_latents` makes of them."""
+    return scale_latents(mean, config), logvar + _log_of_squared_scale(config, mean)
+
+
+def unscale_moments(mean: Tensor, logvar: Tensor, config: AutoencoderConfig) -> tuple[Tensor, Tensor]:
+    """The inverse of `scale_moments`."""
+    return unscale_latents(mean, config), logvar - _log_of_squared_scale(config, mean)
+
+
+def _log_of_squared_scale(config: AutoencoderConfig, like: Tensor) -> Tensor:
+    return (like.new_ones(()) * _shift_and_scale(config, like)[1]).square().log()
+
+
 def _shift_and_scale(config: AutoencoderConfig, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
     if config.latents_mean is None or config.latents_std is None:
         return config.shift_factor or 0.0, config.scaling_factor

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vae.data.config import DataConfig
-from vae.data.loading import training_loader, validation_loader
+from vae.data.loading import TrainingImages, training_loader, validation_loader
 from vae.data.names import Names, split_by_hash
 from vae.data.opening import open_sources
 from vae.data.order import EndlessSampler, Order, Shuffled, seed_for
@@ -45,7 +45,8 @@ def test_seeds_differ_for_neighbouring_parts():
 def _batches(workers: int, start: int = 0, count: int = 4) -> list[torch.Tensor]:
     config = replace(PHOTOS, workers=workers)
     training, _ = open_sources(config)
-    loader = training_loader(training, config, 3, 0, EndlessSampler(_shuffled(len(training), 0), start))
+    order = _shuffled(len(training), 0)
+    loader = training_loader(TrainingImages(training, order, config, 3, 0), EndlessSampler(order, start))
     return [batch.images for batch in islice(loader, count)]
 
 

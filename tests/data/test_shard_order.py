@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from vae.data.config import DataConfig
-from vae.data.loading import Batch, shut_down, training_loader
+from vae.data.loading import Batch, TrainingImages, shut_down, training_loader
 from vae.data.opening import open_sources
 from vae.data.order import NEAR, EndlessSampler, Order, ShardedOrder
 from vae.data.ordering import order_of
@@ -122,7 +122,7 @@ def shards(tmp_path: Path) -> DataConfig:
 def _loader(source: Source, config: DataConfig, start: int) -> DataLoader[Batch]:
     order = order_of(source, config, 5, 3, 1, lambda sizes, _: sizes)
     assert isinstance(order, ShardedOrder)
-    return training_loader(source, config, 1, 5, EndlessSampler(order, start))
+    return training_loader(TrainingImages(source, order, config, 1, 5), EndlessSampler(order, start))
 
 
 def _levels(source: Source, config: DataConfig, start: int, batches: int) -> list[int]:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from tests.data.forms import FORMS, IMAGES, PARTS, SIDE, Given, arrow, folder, image_folder, png, tars
 from vae.data.config import DataConfig
 from vae.data.images import open_image
-from vae.data.loading import Batch, training_loader, validation_loader
+from vae.data.loading import Batch, TrainingImages, training_loader, validation_loader
 from vae.data.opening import open_sources
 from vae.data.order import EndlessSampler
 from vae.data.ordering import order_of
@@ -47,7 +47,7 @@ def _expected(*parts: str) -> list[str]:
 
 def _training(source: Source, config: DataConfig) -> DataLoader[Batch]:
     order = order_of(source, config, 0, 4, 1, lambda sizes, _: sizes)
-    return training_loader(source, config, 3, 0, EndlessSampler(order))
+    return training_loader(TrainingImages(source, order, config, 3, 0), EndlessSampler(order))
 
 
 def _shown(batches: list[Batch]) -> list[str]:

@@ -12,12 +12,13 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from tests.conftest import read_json
 from vae.checkpoints import load_autoencoder, save_autoencoder
+from vae.checkpoints.exports import find_export
 from vae.config import EvaluateConfig
 from vae.data.config import DataConfig
 from vae.data.opening import open_sources
 from vae.data.transforms import center_crop, to_model_range, to_uint8
 from vae.errors import InputError
-from vae.evaluation.models import find_export, load_models
+from vae.evaluation.models import load_models
 from vae.evaluation.protocol import DEFAULT_V1
 from vae.evaluation.run import evaluate
 from vae.models.autoencoder import AutoencoderKL

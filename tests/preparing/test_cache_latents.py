@@ -142,7 +142,7 @@ def test_every_file_says_what_is_in_it(call, capsys, model, pictures, tmp_path):
     assert about["stored"] == ["latents"]
     assert (about["scaled"], about["dtype"], about["resolution"], about["sample"]) == (False, "float16", 32, 3)
     assert (about["scaling_factor"], about["shift_factor"], about["latents_mean"]) == (0.18215, None, None)
-    assert len(about["model"]) == 64
+    assert len(about["encoder"]) == 64
     assert names == NAMES
     rows = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
     assert [(row["name"], row["why"]) for row in rows] == [("broken.png", "unreadable")]

@@ -17,7 +17,7 @@ def test_another_model_in_the_same_folder_is_refused(call, capsys, model, tiny, 
     other = save_autoencoder(AutoencoderKL(replace(tiny, scaling_factor=0.5)), tmp_path / "other")
     assert call("cache-latents", other, *command, "--flip") == 2
     error = capsys.readouterr().err
-    assert "begun with stored ['mean', 'logvar'], flip False, scaling_factor 0.18215, model '" in error
+    assert "begun with stored ['mean', 'logvar'], flip False, scaling_factor 0.18215, encoder '" in error
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ from tests.conftest import read_json
 from tests.training.harness import digest_of, small_run
 from tests.training.test_resume import cut_at
 from vae.checkpoints import Notes, load_autoencoder
+from vae.checkpoints.exports import find_export
 from vae.checkpoints.safe import WeightsError
 from vae.config import TrainConfig
 from vae.errors import InputError, Stopped
-from vae.evaluation.models import find_export
 from vae.losses.objective import LossConfig, LossWeights
 from vae.models.autoencoder import AutoencoderKL
 from vae.training import best as keeping

@@ -261,8 +261,8 @@ def test_a_skipped_update_leaves_nothing_in_a_batch_norm(tmp_path, monkeypatch):
     config = replace(config, loss=replace(config.loss, discriminator=replace(config.loss.discriminator, norm="batch")))
     original, done = Training.autoencode, []
 
-    def once(self: Training, *arguments: Any) -> Any:
-        posterior, features, reconstructions = original(self, *arguments)
+    def once(self: Training, *arguments: Any, **named: Any) -> Any:
+        posterior, features, reconstructions = original(self, *arguments, **named)
         if self.updates == 7 and not done:
             done.append(1)
             reconstructions = reconstructions * float("nan")

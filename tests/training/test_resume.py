@@ -179,7 +179,7 @@ def test_a_signal_during_validation_ends_it_there(tmp_path, monkeypatch):
 
 
 def test_before_there_is_anything_to_save_a_signal_ends_the_process_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("vae.training.run._build_module", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("vae.training.run.build_module", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Stopped, match="stopped by SIGTERM, at once") as stopped:
         train(small_run(tmp_path))
     assert stopped.value.code == 143

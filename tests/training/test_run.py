@@ -224,7 +224,7 @@ def test_a_run_that_died_before_its_first_checkpoint_can_be_started_again(tiny_r
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vae.training.run._build_module", die)
+    monkeypatch.setattr("vae.training.run.build_module", die)
     with pytest.raises(KeyboardInterrupt):
         train(tiny_run)
     monkeypatch.undo()

@@ -5,7 +5,7 @@ import warnings
 
 import typer
 
-from vae.cli import comparing, images, shards, weights
+from vae.cli import comparing, images, planning, shards, weights
 from vae.cli.common import warn
 from vae.errors import InputError
 
@@ -30,6 +30,7 @@ for command in (
     shards.prepare,
     shards.cache_latents,
     comparing.compare,
+    planning.plan,
 ):
     app.command()(command)
 

@@ -14,8 +14,9 @@ class DataConfig:
     `validation_root` (`validation_split`), or on a share of `root`. `min_side` leaves smaller images out (null: in
     training those that would have to be enlarged). `crop_scale` is a random crop's share of the largest possible, null
     for [0.5, 1]. `bucket_resolutions` makes batches of one shape each that lose `bucket_loss` of an image's area at
-    most. A run stops when more than `max_corrupt` of the images, and ten, cannot be read. `workers` decode; null: as
-    many as there are cores, at most four.
+    most. With `latents`, a folder of `vae cache-latents`, training shows each image's central square and encodes none.
+    A run stops when more than `max_corrupt` of the images, and ten, cannot be read. `workers` decode; null: as many as
+    there are cores, at most four.
     """
 
     source: str = "folder"
@@ -32,6 +33,7 @@ class DataConfig:
     open_shards: int = 16
     resolution: int = 256
     bits: int = 8
+    latents: str | None = None
     min_side: int | None = None
     crop_scale: list[float] | None = None
     flip: bool = True
@@ -60,6 +62,7 @@ class DataConfig:
         require(0 <= self.max_corrupt <= 1, f"data.max_corrupt={self.max_corrupt}", "a share from 0 to 1")
         self._check_augmentation()
         self._check_buckets()
+        self._check_latents()
 
     def of_folder(self, root: str) -> "DataConfig":
         """The same with every image of a folder, to validate on."""
@@ -102,3 +105,13 @@ class DataConfig:
         cut = self.crop_scale is not None
         require(not (sides and cut), f"data.crop_scale={self.crop_scale}", "null with data.bucket_resolutions")
         require(not (sides and self.rotation), f"data.rotation={self.rotation}", "0 with data.bucket_resolutions")
+
+    def _check_latents(self) -> None:
+        """They are of the central square as it is."""
+        fixed = {"crop_scale": None, "rotation": 0, "colour": 0, "bucket_resolutions": [], "bits": 8}
+        for key, only in fixed.items() if self.latents is not None else ():
+            value = getattr(self, key)
+            plain = "null" if only is None else only
+            require(
+                value == only, f"data.{key}={value} with data.latents", f"{plain}: what was encoded is shown as it is"
+            )

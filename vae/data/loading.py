@@ -1,6 +1,5 @@
 """From a source to batches of pixels: decoded, cut and collated by worker processes."""
 
-import signal
 from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import NamedTuple, cast
@@ -13,7 +12,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from vae.data.config import DataConfig
 from vae.data.limits import ImageError, printable
 from vae.data.order import EndlessSampler, Order, Pick, seed_for
-from vae.data.processes import workers_for
+from vae.data.processes import outlive_signals, workers_for
 from vae.data.sources import Source
 from vae.data.transforms import Augmentation, center_crop, random_crop
 from vae.errors import InputError, require
@@ -35,6 +34,7 @@ class Sample(NamedTuple):
     name: str
     left_out: list[LeftOut]
     is_enlarged: bool = False
+    moments: Tensor | None = None
 
 
 class Batch(NamedTuple):
@@ -43,7 +43,8 @@ class Batch(NamedTuple):
 
     Positions are plain integers, so that reading them never waits for a GPU. `left_out` are the images that could not
     be used: replaced in training, missing in validation, where B may so be 0; `missing` has their indices then.
-    `enlarged` are the positions of those that had fewer pixels than are shown.
+    `enlarged` are the positions of those that had fewer pixels than are shown. `moments` (B, 2 * latent_channels, h, w)
+    are the posteriors', where they are known beforehand.
     """
 
     images: Tensor
@@ -52,6 +53,13 @@ class Batch(NamedTuple):
     left_out: list[LeftOut]
     enlarged: Sequence[int] = ()
     missing: Sequence[int] = ()
+    moments: Tensor | None = None
+
+    def single(self, place: int) -> "Batch":
+        """One of its images."""
+        one, moments = slice(place, place + 1), self.moments
+        known = None if moments is None else moments[one]
+        return Batch(self.images[one], self.positions[one], self.names[one], [], moments=known)
 
 
 class TrainingImages(Dataset[Sample]):
@@ -69,7 +77,7 @@ class TrainingImages(Dataset[Sample]):
         for attempt in range(ATTEMPTS):
             try:
                 if pick.number not in self._unusable:
-                    return Sample(self._cut(pick), pick.position, self.source.names[pick.number], left_out)
+                    return self._sample(pick)._replace(left_out=left_out)
             except ImageError as error:
                 reason = str(error)
                 self._unusable.add(pick.number)
@@ -78,12 +86,18 @@ class TrainingImages(Dataset[Sample]):
             pick = self.order.instead(pick, attempt)
         raise InputError(f"{ATTEMPTS} images in a row cannot be used, the last: {reason}")
 
-    def _cut(self, pick: Pick) -> Tensor:
+    def _sample(self, pick: Pick) -> Sample:
+        pixels = random_crop(self._open(pick), pick.size, self.augmentation, self._draw(pick))
+        return Sample(pixels, pick.position, self.source.names[pick.number], [])
+
+    def _open(self, pick: Pick) -> Tensor:
         pixels = self.source.open(pick.number, self.channels, self.config.bits)
         smallest = (side, side) if (side := self.config.min_side) else pick.size
         _check_sides(pixels, smallest, self.source.label(pick.number), "lower data.resolution, or set data.min_side")
-        draw = torch.Generator().manual_seed(seed_for(self.seed, pick.position))
-        return random_crop(pixels, pick.size, self.augmentation, draw)
+        return pixels
+
+    def _draw(self, pick: Pick) -> torch.Generator:
+        return torch.Generator().manual_seed(seed_for(self.seed, pick.position))
 
 
 Cut = Callable[[Tensor, int], Tensor]  # (pixels (C, H, W), side) -> (C, side, side)
@@ -114,12 +128,9 @@ class TooSmallError(ImageError):
     """An image is whole, and its shorter side below `data.min_side`."""
 
 
-def training_loader(
-    source: Source, config: DataConfig, channels: int, seed: int, sampler: EndlessSampler
-) -> DataLoader[Batch]:
-    """An endless loader in the order of `sampler`."""
-    images = TrainingImages(source, sampler.order, config, channels, seed)
-    return _loader(images, config, config.batch_size, sampler)
+def training_loader(images: TrainingImages, sampler: EndlessSampler) -> DataLoader[Batch]:
+    """Endless, in the order of `sampler`."""
+    return _loader(images, images.config, images.config.batch_size, sampler)
 
 
 def validation_loader(
@@ -157,7 +168,8 @@ def _collate(samples: Sequence[Sample]) -> Batch:
     enlarged = [one.position for _, one in usable if one.is_enlarged]
     missing = [sample.position for sample in samples if sample.pixels is None]
     positions, names = [one.position for _, one in usable], [one.name for _, one in usable]
-    return Batch(images, positions, names, left_out, enlarged, missing)
+    known = [one.moments for _, one in usable if one.moments is not None]
+    return Batch(images, positions, names, left_out, enlarged, missing, torch.stack(known) if known else None)
 
 
 def shut_down(loader: DataLoader[Batch]) -> None:
@@ -165,16 +177,6 @@ def shut_down(loader: DataLoader[Batch]) -> None:
     iterator = getattr(loader, "_iterator", None)
     if isinstance(iterator, _MultiProcessingDataLoaderIter):
         iterator._shutdown_workers()
-
-
-def _outlive_signals(_: int) -> None:
-    """A signal to the group reaches the workers too, but their process may have an update to finish with them.
-
-    So they ignore all but SIGTERM, and that one for a minute.
-    """
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
 def _loader(
@@ -190,5 +192,5 @@ def _loader(
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         generator=torch.Generator(),  # else every iteration draws from the global one
-        worker_init_fn=_outlive_signals,
+        worker_init_fn=outlive_signals,
     )

@@ -1,6 +1,7 @@
-"""Which of how many processes this is, and how many cores it has."""
+"""Which of how many processes this is, how many cores it has, and what its workers heed."""
 
 import os
+import signal
 from typing import NamedTuple
 
 from vae.errors import require
@@ -38,3 +39,13 @@ def cores() -> int:
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     beside = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return max(1, allowed // (int(beside) if beside.isdecimal() else 1))
+
+
+def outlive_signals(_: int) -> None:
+    """A signal to the group reaches the workers too, but their process may have an update to finish with them.
+
+    So they ignore all but SIGTERM, and that one for a minute.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))

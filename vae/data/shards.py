@@ -20,6 +20,7 @@ from vae.data.tables import rows_in
 from vae.errors import InputError
 
 INDEX = "index.json"  # beside shards that `vae prepare` made: how many images each holds
+DROPPED = "dropped.jsonl"  # and which were left out
 OPEN_FILES = 16
 READERS = 8
 

@@ -1,4 +1,4 @@
-"""From what a user names to a model: an export, a weights file or the directory of a run."""
+"""The models that a user names: encoders and decoders, crossed."""
 
 import hashlib
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vae.checkpoints import load_autoencoder
+from vae.checkpoints.exports import find_export
 from vae.errors import InputError
 from vae.models.autoencoder import AutoencoderKL
 
@@ -26,19 +27,6 @@ class Codec:
     @property
     def is_crossed(self) -> bool:
         return self.encoder != self.decoder
-
-
-def find_export(path: str | Path) -> Path:
-    """The weights meant by `path`: for a run's directory its newest export, else its best; for an export the folder."""
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise InputError(f"model={str(path)!r}: no such file or folder; name an export, a weights file or a run")
-    exports = [*(path / "exports").glob("best"), *sorted((path / "exports").glob("step_*"))]
-    if exports:
-        path = exports[-1]
-    if (path / "checkpoints").is_dir():
-        raise InputError(f"model={str(path)!r}: a run without an export; vae export {path} makes one of its checkpoint")
-    return path / "diffusers" if (path / "diffusers").is_dir() else path
 
 
 def load_models(paths: list[str]) -> dict[str, AutoencoderKL]:

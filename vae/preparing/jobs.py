@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 from vae.checkpoints.safe import WeightsError, replacing, write_text
 from vae.data.processes import Place
-from vae.data.shards import INDEX
+from vae.data.shards import DROPPED, INDEX
 from vae.data.sources import Source
 from vae.errors import InputError, require
 from vae.preparing.reading import UNREADABLE, Dropped
 
-RECIPE, DROPPED = "recipe.json", "dropped.jsonl"
+RECIPE = "recipe.json"
 ALWAYS_ALLOWED = 10  # unreadable images of a shard, however small it is
 MOST_TOLD = 4  # differences
 TRIES = 3  # to write what another machine may be writing too

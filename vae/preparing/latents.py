@@ -1,9 +1,8 @@
 """`vae cache-latents`: images of a source encoded once, into shards that `LatentShards` reads."""
 
-import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -14,21 +13,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vae.checkpoints.latentfile import SCALE_KEYS
+from vae.checkpoints.latentshards import DRAWN, FLIPPED, MOMENTS, NAMES, encoder_digest
 from vae.checkpoints.tensorfile import MAX_HEADER
 from vae.checkpoints.writing import Piece, write_pieces
 from vae.data.order import seed_for
 from vae.data.transforms import to_model_range
 from vae.errors import InputError, require
-from vae.latents import scale_latents
-from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from vae.models.posterior import DiagonalGaussian
+from vae.latents import scale_latents, scale_moments
+from vae.models.autoencoder import AutoencoderKL
 from vae.preparing.jobs import Job, Json, Made, make
 from vae.preparing.processes import Advance
 from vae.preparing.reading import Read, Squares, collate
 
 SUFFIX = ".safetensors"
-ABOUT, NAMES = "vae.latents", "vae.names"  # keys of a shard's metadata
-MOMENTS, DRAWN, FLIPPED = ("mean", "logvar"), ("latents",), "_flipped"  # names of its tensors
+ABOUT = "vae.latents"  # key of a shard's metadata
 ENLARGED = "enlarged"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -60,16 +58,7 @@ class Encoding:
         require(self.resolution % factor == 0, f"--resolution {self.resolution}", f"a multiple of {factor}")
         scale = {key: config.pop(key) for key in SCALE_KEYS}
         about = {"made": "latents", "stored": list(self.stored)} | asdict(self)
-        return about | scale | {"model": digest_of(model), "config": config}
-
-
-def digest_of(model: AutoencoderKL) -> str:
-    """SHA-256 over the names and the float32 values of the weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().data)
-    return digest.hexdigest()
+        return about | scale | {"encoder": encoder_digest(model.state_dict()), "config": config}
 
 
 @torch.no_grad()
@@ -109,7 +98,8 @@ def _encoded(model: AutoencoderKL, batch: Read, encoding: Encoding) -> dict[str,
     for salt, (suffix, view) in enumerate(views.items()):
         posterior = model.encode(view)
         if encoding.sample is None:
-            moments = _scaled(posterior, model.config) if encoding.scaled else (posterior.mean, posterior.logvar)
+            moments = posterior.mean, posterior.logvar
+            moments = scale_moments(*moments, model.config) if encoding.scaled else moments
             found |= {f"{name}{suffix}": moment for name, moment in zip(MOMENTS, moments, strict=True)}
             continue
         seeds = [seed_for(encoding.sample, number, salt) for number in batch.numbers]
@@ -118,16 +108,6 @@ def _encoded(model: AutoencoderKL, batch: Read, encoding: Encoding) -> dict[str,
         latents = posterior.reparameterize(noise.to(images.device))
         found[f"latents{suffix}"] = scale_latents(latents, model.config) if encoding.scaled else latents
     return found
-
-
-def _scaled(posterior: DiagonalGaussian, config: AutoencoderConfig) -> tuple[Tensor, Tensor]:
-    """(mean, logvar) of the scaled latents."""
-    centred = None if config.latents_mean is None else [0.0] * config.latent_channels
-    factor = scale_latents(
-        posterior.mean.new_ones(1, config.latent_channels, 1, 1),
-        replace(config, shift_factor=None, latents_mean=centred),
-    )
-    return scale_latents(posterior.mean, config), posterior.logvar + factor.square().log()
 
 
 def _stored(tensor: Tensor, what: str, batch: Read, dtype: str) -> Tensor:

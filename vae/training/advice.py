@@ -75,7 +75,7 @@ class Advice(Callback):
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Training)
-        if not trainer.is_global_zero or pl_module.updates == 0:
+        if not trainer.is_global_zero or pl_module.updates == 0 or not pl_module.posterior_learns:
             return
         latents = pl_module.validation.latents
         before, self._idle = self._idle, set((~latents.channel_is_active).nonzero().flatten().tolist())

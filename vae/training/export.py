@@ -25,6 +25,7 @@ from vae.errors import InputError
 from vae.latents import LatentStatistics, measure_latents
 from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from vae.training.folder import read_progress
+from vae.training.frozen import freeze, posterior_learns
 from vae.training.manifest import step_name
 from vae.training.module import Training
 from vae.training.validation import AUDITED
@@ -41,23 +42,28 @@ def export(training: Training, run: Path, name: str | None = None) -> list[Path]
     model.load_state_dict(training.average.state_dict(), strict=True, assign=True)
     summary = describe(asdict(config), training.updates)
     folder, validation = run / EXPORTS / (name or step_name(training.updates)), training.validation
-    return publish(model.eval(), folder, summary, validation.latents, validation.audited)
+    scale_stays = config.init is not None and not training.posterior_learns
+    return publish(model.eval(), folder, summary, validation.latents, validation.audited, scale_stays=scale_stays)
 
 
 def publish(
-    model: AutoencoderKL, folder: Path, summary: dict[str, Any], statistics: LatentStatistics, images: Tensor
+    model: AutoencoderKL,
+    folder: Path,
+    summary: dict[str, Any],
+    statistics: LatentStatistics,
+    images: Tensor,
+    *,
+    scale_stays: bool,
 ) -> list[Path]:
     """`model` as a diffusers folder and as one LDM file for `models/VAE`, in `folder`, one of a run's exports.
 
     The scaling factor is the measured one, 1 / std of the validation latents; so is the shift where the model has one.
+    With `scale_stays` they are the model's: its latents are those of a published one, and of diffusion models for that.
     `force_upcast` says whether float16 is unsafe, as found on `images` (B, C, H, W) in [-1, 1], where they are.
     """
-    model.config = replace(
-        model.config,
-        scaling_factor=statistics.scaling_factor,
-        shift_factor=None if model.config.shift_factor is None else statistics.mean,
-        sample_size=summary["resolution"],
-    )
+    shift = None if model.config.shift_factor is None else statistics.mean
+    measured = {} if scale_stays else {"scaling_factor": statistics.scaling_factor, "shift_factor": shift}
+    model.config = replace(model.config, sample_size=summary["resolution"], **measured)
     audit = audit_precision(model.to(images.device), list(images[:AUDITED].split(1)))
     model.config = replace(model.config, force_upcast=not audit.is_safe)
     notes = Notes(latents=statistics.summary(), training=summary | {"precision": audit.verdict})
@@ -79,6 +85,7 @@ def describe(config: dict[str, Any], updates: int, weights: str = "EMA") -> dict
         "learning_rate": optim["learning_rate"],
         "ema_decay": optim["ema_decay"],
         "seed": config["seed"],
+        "frozen": config["frozen"],
         "vae": vae.__version__,
         "torch": torch.__version__,
     }
@@ -91,7 +98,7 @@ def export_checkpoint(
 
     Measured on the run's validation images, or on those of the folder `images`. Returns the configuration too.
     """
-    config = read_json(run / CONFIG_FILE)
+    config = {"init": None, "frozen": []} | read_json(run / CONFIG_FILE)  # older runs had neither
     found = _weights(run, checkpoint, config, "autoencoder." if live else "average.")
     data = _part(run, config, "data", DataConfig)
     if images is not None:
@@ -107,7 +114,9 @@ def export_checkpoint(
     judged = to_model_range(first_images(held_out, data, channels).to(device))
     mark = "live_" if live else ""  # beside the averaged ones, and never taken for them
     folder = run / EXPORTS / f"{mark}{step_name(updates)}"
-    paths = publish(model, folder, summary, statistics, judged)
+    freeze(model, config["frozen"])
+    scale_stays = config["init"] is not None and not posterior_learns(model)
+    paths = publish(model, folder, summary, statistics, judged, scale_stays=scale_stays)
     return paths, model.config
 
 

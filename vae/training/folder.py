@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vae.checkpoints.metadata import read_json
 from vae.checkpoints.safe import write_text
 from vae.config import AUTO, CONFIG_FILE, TrainConfig
 from vae.errors import InputError, require
+from vae.models.autoencoder import AutoencoderConfig
 from vae.training.manifest import checkpoints_in, newest_whole
 
 TIME = "{time}"
@@ -21,6 +23,7 @@ MAY_CHANGE = (  # at resume, and is listed then: where it runs, how long, in whi
     "name",
     "output",
     "resume",
+    "plan",
     "updates",
     "validate_every",
     "keep_best",
@@ -35,13 +38,14 @@ MAY_CHANGE = (  # at resume, and is listed then: where it runs, how long, in whi
     "gradient_checkpointing",
     "data.root",  # the images may have moved: their names and number must be the same
     "data.validation_root",
+    "data.latents",
     "data.cache",
     "data.workers",
     "data.max_corrupt",
     "data.batch_size",  # with as many more processes: images_per_update is what must stay
     "trainer.",
 )
-SILENT = ("name", "output", "resume")  # differences that nobody needs to be told
+SILENT = ("name", "output", "resume", "plan")  # differences that nobody needs to be told
 
 
 class Progress(NamedTuple):
@@ -63,14 +67,26 @@ def folder_of(config: TrainConfig) -> Path:
     return found or Path(config.output).expanduser() / made
 
 
+def goes_on(config: TrainConfig, folder: Path) -> bool:
+    """Whether the run that is there is meant, and not a new one."""
+    return config.resume is not None and (config.resume != AUTO or bool(checkpoints_in(folder / "checkpoints")))
+
+
+def model_of(run: Path) -> AutoencoderConfig:
+    """As its configuration has it."""
+    try:
+        return AutoencoderConfig(**read_json(run / CONFIG_FILE)["model"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{run / CONFIG_FILE}: no model in it ({error}); restore it or start a new run") from error
+
+
 def open_folder(config: TrainConfig, folder: Path, *, is_first: bool) -> tuple[Path | None, list[str]]:
     """Make the run's directory, or find what to go on from there: (checkpoint, what to tell about it).
 
     Only the first of several processes (`is_first`) writes.
     """
     checkpoints = folder / "checkpoints"
-    goes_on = config.resume is not None and (config.resume != AUTO or bool(checkpoints_in(checkpoints)))
-    if goes_on:
+    if goes_on(config, folder):
         if not checkpoints_in(checkpoints):
             raise InputError(
                 f"resume={config.resume!r}: no checkpoint below it; name the directory of a run, or resume=auto"
@@ -124,7 +140,7 @@ def _refused(config: TrainConfig, saved: Path) -> list[str]:
 
 
 def _differences(config: TrainConfig, saved: Path) -> dict[str, str]:
-    """{key: what it was and is}"""
+    """{key: what it was and is}. The architecture is that of `init`, where there is one."""
     try:
         before = _flat(json.loads(saved.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
@@ -135,7 +151,7 @@ def _differences(config: TrainConfig, saved: Path) -> dict[str, str]:
     return {
         key: f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
+        if before.get(key) != now.get(key) and not (config.init is not None and key.startswith("model."))
     }
 
 

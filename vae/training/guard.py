@@ -113,8 +113,7 @@ class Guard:
         for batch, seen in self._seen:
             if all(name not in seen or torch.isfinite(seen[name]).all() for name in terms):
                 continue
-            places = enumerate(zip(batch.positions, batch.names, strict=True))
-            single = [Batch(batch.images[i : i + 1], [position], [name], []) for i, (position, name) in places]
+            single = [batch.single(place) for place in range(len(batch.names))]
             with training.trainer.precision_plugin.forward_context():
                 alone = [one for one in single if not all_finite(training.terms_of(one).values())]
             names += [one.names[0] for one in alone or single]

@@ -1,7 +1,9 @@
 """The Lightning module: holds the networks, orders the update, says what is logged and what validation sees."""
 
 import math
+from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -25,10 +27,11 @@ from vae.models.autoencoder import AutoencoderKL
 from vae.models.discriminator import PatchDiscriminator
 from vae.models.posterior import DiagonalGaussian
 from vae.training import ranks
-from vae.training.counts import count_from_updates
+from vae.training.counts import count_from_updates, images_per_update
 from vae.training.ema import average_weights
+from vae.training.frozen import freeze, posterior_learns
 from vae.training.guard import Guard, all_finite
-from vae.training.noise import normal_for, uniform_for
+from vae.training.noise import LATENTS, uniform_for
 from vae.training.optim import build_optimiser
 from vae.training.set_metrics import SetMetrics
 from vae.training.step import AdversarialGame, Augment, Logs, single_pass, unchanged
@@ -45,13 +48,18 @@ class Training(lightning.LightningModule):
         self.config = config
         self.autoencoder = AutoencoderKL(config.model)
         self.average = deepcopy(self.autoencoder).requires_grad_(False)
+        freeze(self.autoencoder, config.frozen)
+        self.posterior_learns = posterior_learns(self.autoencoder)
+        self._encoding = nullcontext if self.posterior_learns else torch.no_grad
+        self._draw = LATENTS[config.latents]
         self.autoencoder.set_gradient_checkpointing(config.gradient_checkpointing)
         self.discriminator: PatchDiscriminator | None = None
         self.game: AdversarialGame | None = None
         if config.loss.weights.adversarial:
             self.discriminator = PatchDiscriminator(config.loss.discriminator, config.model.out_channels)
             self.game = AdversarialGame(self.discriminator, config.loss, self.autoencoder.decoder.conv_out)
-        self.objective = Objective(config.loss)
+        weights = config.loss.weights if self.posterior_learns else replace(config.loss.weights, kl=0.0)
+        self.objective = Objective(replace(config.loss, weights=weights))
         metrics = PairedMetrics(config.paired_metrics, shared=self.objective.lpips)
         self.validation = Validation(metrics, config.model.latent_channels, SetMetrics.of(config))
         self.validated_at = -1
@@ -74,12 +82,6 @@ class Training(lightning.LightningModule):
     def is_finite(self) -> bool:
         return all_finite(self.state_dict().values())
 
-    @property
-    def checkpoint_bytes(self) -> int:
-        """Of everything saved: weights, averages, and the optimiser's two moments of what is trained."""
-        trained = sum(parameter.nbytes for parameter in self.parameters() if parameter.requires_grad)
-        return sum(tensor.nbytes for tensor in self.state_dict().values()) + 2 * trained
-
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         config = self.config
         optimiser, schedule = build_optimiser(
@@ -99,7 +101,7 @@ class Training(lightning.LightningModule):
             raise InputError("the processes see different images: all must read the same files, of the same names")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        autoencode = partial(self.autoencode, batch.positions)
+        autoencode = partial(self.autoencode, batch.positions, moments=batch.moments)
         images, augment = self._images(batch), self._augment(batch)
         loss, logs = single_pass(images, autoencode, self.objective, self.game, self.updates, augment)
         self.guard.remember(batch, logs)
@@ -108,10 +110,16 @@ class Training(lightning.LightningModule):
             self.log(f"train/{name}", value, prog_bar=name in ON_THE_BAR)
         return loss
 
-    def autoencode(self, positions: list[int], images: Tensor) -> tuple[DiagonalGaussian, Tensor, Tensor]:
-        """(posterior, the last layer's input, reconstructions) of images with the noise of their positions."""
-        posterior = self.autoencoder.encode(images)
-        latents = posterior.reparameterize(normal_for(positions, self.config.seed, posterior.mean))
+    def autoencode(
+        self, positions: list[int], images: Tensor, moments: Tensor | None = None
+    ) -> tuple[DiagonalGaussian, Tensor, Tensor]:
+        """(posterior, the last layer's input, reconstructions) of images with the noise of their positions.
+
+        Where the posterior's `moments` (B, 2 * latent_channels, h, w) are known the encoder is not run.
+        """
+        with self._encoding():
+            posterior = self.autoencoder.encode(images) if moments is None else DiagonalGaussian.from_moments(moments)
+        latents = self._draw(posterior, positions, self.config.seed)
         features = self.autoencoder.decode_features(latents)
         return posterior, features, self.autoencoder.decoder.conv_out(features)
 
@@ -119,7 +127,7 @@ class Training(lightning.LightningModule):
     def terms_of(self, batch: Batch) -> Logs:
         """The reconstruction terms as the autoencoder is now, and what they come from."""
         images = self._images(batch)
-        posterior, _, reconstructions = self.autoencode(batch.positions, images)
+        posterior, _, reconstructions = self.autoencode(batch.positions, images, batch.moments)
         with torch.autocast(self.device.type, enabled=False):
             terms = self.objective(images, reconstructions.float(), posterior)
         return {"image": images, "posterior": posterior.mean, "reconstruction": reconstructions} | terms
@@ -189,8 +197,3 @@ class Training(lightning.LightningModule):
     def _images(self, batch: Batch) -> Tensor:
         images = to_model_range(batch.images)
         return images.contiguous(memory_format=torch.channels_last) if self.config.channels_last else images
-
-
-def images_per_update(config: TrainConfig, trainer: lightning.Trainer) -> int:
-    """Over all processes and accumulated batches."""
-    return config.data.batch_size * trainer.world_size * trainer.accumulate_grad_batches

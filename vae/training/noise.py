@@ -1,13 +1,26 @@
 """Random numbers of a training image as a function of (seed, its position), whatever its batch, rank or restart."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from vae.data.order import seed_for
+from vae.models.posterior import DiagonalGaussian
 
 POSTERIOR, AUGMENTATION = 1, 2  # one stream each; the images' own crops have none behind their position
+
+
+def sampled(posterior: DiagonalGaussian, positions: list[int], seed: int) -> Tensor:
+    return posterior.reparameterize(normal_for(positions, seed, posterior.mean))
+
+
+def mean(posterior: DiagonalGaussian, *_: object) -> Tensor:
+    return posterior.mode()
+
+
+Latents = Callable[[DiagonalGaussian, list[int], int], Tensor]  # (posterior, positions, seed) -> (B, C, h, w)
+LATENTS: dict[str, Latents] = {"sampled": sampled, "mean": mean}  # that the decoder is trained on
 
 
 def normal_for(positions: list[int], seed: int, like: Tensor) -> Tensor:

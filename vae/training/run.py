@@ -3,6 +3,7 @@
 import os
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import lightning
@@ -13,19 +14,22 @@ from torch.utils.data import DataLoader
 from vae.checkpoints.lock import locked
 from vae.config import AUTO, TrainConfig
 from vae.data.buckets import BucketOrder
-from vae.data.loading import Batch, shut_down, training_loader, validation_loader
+from vae.data.loading import Batch, TrainingImages, shut_down, training_loader, validation_loader
 from vae.data.opening import open_sources
 from vae.data.order import EndlessSampler, Order
 from vae.data.ordering import order_of, without_bucket
 from vae.data.sources import Source, checked
 from vae.errors import InputError, require
 from vae.training.best import Best
+from vae.training.counts import images_per_update
 from vae.training.export import export
 from vae.training.failures import told
 from vae.training.folder import RUN_NAME, TIME, folder_of, open_folder, read_progress
 from vae.training.left_out import TRAINING, LeftOutImages
 from vae.training.metrics_file import MetricsFile
-from vae.training.module import Training, images_per_update
+from vae.training.module import Training
+from vae.training.pairs import ImagesWithLatents
+from vae.training.start import Start, begin, start_of
 from vae.training.stopping import StopRequests
 from vae.training.terminal import announce, conclude, measuring
 from vae.training.trainer import build_trainer
@@ -50,6 +54,8 @@ def train(config: TrainConfig, sources: Sources | None = None) -> Path:
         else:
             images, held_out = map(checked, sources)
         folder = folder_of(config)
+        start = start_of(config, folder, images)
+        config = start.config
         left_out = LeftOutImages(folder, config.data.max_corrupt, len(images), requests)
         best = Best(folder, config.best_metric)
         trainer = build_trainer(config, folder, requests, left_out, best)
@@ -59,30 +65,29 @@ def train(config: TrainConfig, sources: Sources | None = None) -> Path:
             locked(folder, "training") if trainer.is_global_zero else nullcontext(),
             told(trainer, folder, config.timeout_minutes),
         ):
-            _run(config, trainer, (images, held_out), left_out, best)
+            _run(start, trainer, (images, held_out), left_out, best)
     return folder
 
 
-def _run(
-    config: TrainConfig, trainer: lightning.Trainer, sources: Sources, left_out: LeftOutImages, best: Best
-) -> None:
+def _run(start: Start, trainer: lightning.Trainer, sources: Sources, left_out: LeftOutImages, best: Best) -> None:
     started, folder, (images, held_out) = time.monotonic(), best.run, sources
+    config = start.config
     together, factor = images_per_update(config, trainer), config.model.downsample_factor
     show = measuring if trainer.is_global_zero else lambda sizes, _: sizes
     order = order_of(images, config.data, config.seed, together, factor, show)
-    digest = " ".join((images.fingerprint(), held_out.fingerprint(), order.fingerprint()))
+    digest = " ".join((images.fingerprint(), held_out.fingerprint(), order.fingerprint(), *start.fingerprint))
     checkpoint, notes = open_folder(config, folder, is_first=trainer.is_global_zero)
     done = _check_progress(config, trainer, checkpoint, digest) if checkpoint else 0
     lightning.seed_everything(config.seed, workers=True, verbose=False)
-    module = _build_module(config)
+    module = begin(start, build_module(config))
     module.images_digest = digest
     left_out.begin(trainer.global_rank, resumed=checkpoint is not None)
     if trainer.is_global_zero and isinstance(order, BucketOrder):
         left_out.add(without_bucket(images, order), TRAINING, done)
-    batches, validation = _loaders(config, trainer, sources, order, done)
+    batches, validation = _loaders(start, trainer, sources, order, done)
     if trainer.is_global_zero:
         best.begin(resumed=checkpoint is not None)
-        announce(config, module, folder, (len(images), len(held_out)), done, notes)
+        announce(config, module, folder, (len(images), len(held_out)), done, (*start.notes, *notes))
     for logger in trainer.loggers:
         if checkpoint and isinstance(logger, MetricsFile):
             logger.resume_at(done)
@@ -107,13 +112,14 @@ def _run(
 
 
 def _loaders(
-    config: TrainConfig, trainer: lightning.Trainer, sources: Sources, order: Order, done: int
+    start: Start, trainer: lightning.Trainer, sources: Sources, order: Order, done: int
 ) -> tuple[DataLoader[Batch], DataLoader[Batch]]:
     """Training batches from update `done` on, and this process's share of the validation images."""
-    images, held_out = sources
-    start, channels = done * images_per_update(config, trainer), config.model.in_channels
-    sampler = EndlessSampler(order, start, trainer.global_rank, trainer.world_size)
-    batches = training_loader(images, config.data, channels, config.seed, sampler)
+    (images, held_out), config = sources, start.config
+    first, channels = done * images_per_update(config, trainer), config.model.in_channels
+    sampler = EndlessSampler(order, first, trainer.global_rank, trainer.world_size)
+    kind = TrainingImages if start.latents is None else partial(ImagesWithLatents, start.latents)
+    batches = training_loader(kind(images, order, config.data, channels, config.seed), sampler)
     return batches, validation_loader(held_out, config.data, channels, trainer.global_rank, trainer.world_size)
 
 
@@ -129,9 +135,10 @@ def _check_progress(config: TrainConfig, trainer: lightning.Trainer, checkpoint:
     more = f"at least the {progress.updates} that are done"
     require(config.updates >= progress.updates, f"updates={config.updates}", more)
     if images != progress.images:
+        latents = "" if config.data.latents is None else f" and data.latents={config.data.latents!r}"
         raise InputError(
-            f"data.root={config.data.root!r}: images were added, removed, renamed or changed since the run began; "
-            "restore them or start a new run"
+            f"data.root={config.data.root!r}{latents}: images were added, removed, renamed or changed since the run "
+            "began; restore them or start a new run"
         )
     return progress.updates
 
@@ -152,7 +159,8 @@ def _check_enough(config: TrainConfig, training: Source, validation: Source, pro
     require(len(validation) >= processes, f"{len(validation)} validation images", fewest)
 
 
-def _build_module(config: TrainConfig) -> Training:
+def build_module(config: TrainConfig) -> Training:
+    """As a run has it, before weights are loaded."""
     module = Training(config)
     if config.channels_last:
         module.autoencoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

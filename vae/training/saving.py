@@ -55,7 +55,7 @@ class Checkpoints(Callback):
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             there = sum(path.stat().st_size for path in checkpoints_in(self.folder))
-            needed = (KEPT + 1) * pl_module.checkpoint_bytes - there
+            needed = (KEPT + 1) * checkpoint_bytes(pl_module) - there
             check_space(self.folder, needed + self.best.bytes_still_needed(pl_module), self.folder)
         self.requests.is_training = True
 
@@ -127,6 +127,12 @@ class Checkpoints(Callback):
             keep_newest(self.folder, KEPT)
         if wait:
             trainer.strategy.barrier()
+
+
+def checkpoint_bytes(training: Training) -> int:
+    """Of everything saved: weights, averages, and the optimiser's two moments of what is trained."""
+    trained = sum(parameter.nbytes for parameter in training.parameters() if parameter.requires_grad)
+    return bytes_in(training.state_dict()) + 2 * trained
 
 
 def bytes_in(tree: object) -> int:

@@ -54,6 +54,10 @@ def announce(  # noqa: PLR0917
         f"Autoencoder of {parameters:,} parameters, {images[0]} training and {images[1]} validation images at "
         f"{config.data.resolution} px{shape}, updates {done} to {config.updates}; everything goes to {folder}"
     )
+    if config.frozen:
+        learning = sum(parameter.numel() for parameter in training.autoencoder.parameters() if parameter.requires_grad)
+        made = "" if config.data.latents is None else f"; no image is encoded but to validate: {config.data.latents}"
+        say(f"{learning:,} of them learn: frozen are {', '.join(config.frozen)}{made}")
     if images[1] < FEW_IMAGES:
         say(f"note: {images[1]} validation images say little: raise data.validation_fraction, or name others")
     if config.model.out_channels == 3 and training.validation.sets.inception is None:
@@ -114,9 +118,10 @@ def conclude(
     }
     for label, text in left.items():
         say(f"{label:>10}  {text}")
-    scaling = 1.0 / after["val/latent_std"]
-    configured = config.model.scaling_factor
-    say(f"scaling factor {scaling:.5g}, measured, is in the export; configured was {configured:g}")
-    for warning in warnings_about(read_config(exports[0] / CONFIG_FILE)):
+    exported, configured = read_config(exports[0] / CONFIG_FILE), config.model.scaling_factor
+    is_kept = exported.scaling_factor == configured
+    whence = "as before, is in the export" if is_kept else f"measured, is in the export; configured was {configured:g}"
+    say(f"scaling factor {exported.scaling_factor:.5g}, {whence}")
+    for warning in warnings_about(exported):
         say(f"note: {warning}")
     say(pace)

@@ -61,9 +61,9 @@ def build_trainer(
 ) -> lightning.Trainer:
     """A Trainer that counts in updates, writes below `folder` and nowhere else, and leaves the data order alone."""
     arguments: dict[str, Any] = {"devices": 1, "log_every_n_steps": 10} | config.trainer
-    _check(arguments)
+    check_arguments(arguments)
     arguments["strategy"] = _strategy(arguments, config.timeout_minutes)
-    _quieten()
+    quieten()
     accumulate = arguments.get("accumulate_grad_batches", 1)
     has_batch_norm = bool(config.loss.weights.adversarial) and config.loss.discriminator.norm == "batch"
     bar = [Progress()] if arguments.get("enable_progress_bar", True) else []
@@ -111,7 +111,8 @@ def _strategy(arguments: dict[str, Any], timeout_minutes: float) -> str | DDPStr
     )
 
 
-def _check(arguments: dict[str, Any]) -> None:
+def check_arguments(arguments: dict[str, Any]) -> None:
+    """Of lightning.Trainer, as `trainer` has them."""
     known = set(inspect.signature(lightning.Trainer).parameters) - set(OWNED)
     for name, value in arguments.items():
         if name in OWNED:
@@ -128,7 +129,7 @@ def _check(arguments: dict[str, Any]) -> None:
     require(counted, f"trainer.devices={devices}", "1 or more, or -1 for all")
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """What Lightning says about itself, or about data loaders unlike ours, is not about the user's run."""
     for noisy in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

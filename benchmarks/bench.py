@@ -1,0 +1,151 @@
+"""What is promised of speed and memory, measured against the peers on this machine: `make bench`.
+
+python benchmarks/bench.py [--device cpu] [--side 128] [--output FILE]
+
+Each part is a script of this folder, run by itself, its variants in turns within one process; ratios are taken within a
+round. On a CPU the times are CPU times of one thread, which other work on the machine disturbs least. Prints each
+part's own tables, and then one with all that is promised, reached or not.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from measuring import ratio, table
+
+HERE = Path(__file__).resolve().parent
+SCRIPT, LDM, DIFFUSERS = "diffusers script", "LDM / sgm", "diffusers"
+WHOLE, STRIPS = "diffusers whole", "ours in strips"
+Line = dict[str, Any]  # of `timing.record`
+
+
+def _faster(line: Line, against: str) -> str:
+    return ratio(line["taken"][against], line["taken"]["ours"])
+
+
+def _smaller(line: Line, against: str) -> str:
+    return f"{line['peaks']['ours'] / line['peaks'][against]:.2f}"
+
+
+def _share(line: Line, _: str) -> str:
+    return f"{line['convolutions']['ours']:.2f}"
+
+
+def _strips_peak(line: Line, against: str) -> str:
+    return f"{line['peaks'][STRIPS] / line['peaks'][against]:.2f}"
+
+
+def _strips_time(line: Line, against: str) -> str:
+    return f"{line['seconds'][STRIPS] / line['seconds'][against]:.2f}"
+
+
+class Promise(NamedTuple):
+    """What is read of a line `kind`, and its limits by type of number."""
+
+    what: str
+    kind: str
+    against: str
+    read: Callable[[Line, str], str]
+    float32: float
+    bfloat16: float
+    is_most: bool = False
+
+    def row(self, line: Line) -> list[str]:
+        limit, measured = getattr(self, line["dtype"]), self.read(line, self.against)
+        value = float(measured.split()[0])
+        reached = value <= limit if self.is_most else value >= limit
+        said = f"{'at most' if self.is_most else 'at least'} {limit:g}"
+        return [self.what, self.against, line["size"], line["dtype"], said, measured, "" if reached else "not reached"]
+
+
+PROMISES = {
+    "cpu": (
+        Promise("training step, times faster", "step", SCRIPT, _faster, 1.9, 2.1),
+        Promise("training step, times faster", "step", LDM, _faster, 1.4, 1.5),
+        Promise("decode, times faster", "decode", DIFFUSERS, _faster, 1.4, 1.3),
+        Promise("encode, times faster", "encode", DIFFUSERS, _faster, 1.2, 1.2),
+        Promise("memory of a step, share", "step memory", SCRIPT, _smaller, 0.5, 0.5, is_most=True),
+        Promise("exact decode, memory, share", "exact decode", WHOLE, _strips_peak, 0.3, 0.3, is_most=True),
+        Promise("exact decode, time, share", "exact decode", WHOLE, _strips_time, 1.2, 1.2, is_most=True),
+        Promise("decode, share of convolutions", "decode", "the same shapes alone", _share, 0.75, 0.75),
+    ),
+    "cuda": (
+        Promise("training step, times faster", "step", SCRIPT, _faster, 2.5, 2.5),
+        Promise("training step, times faster", "step", LDM, _faster, 1.8, 1.8),
+        Promise("decode, times faster", "decode", DIFFUSERS, _faster, 1.6, 1.6),
+        Promise("encode, times faster", "encode", DIFFUSERS, _faster, 1.5, 1.5),
+        Promise("memory of a step, share", "step", SCRIPT, _smaller, 0.6, 0.6, is_most=True),
+        Promise("exact decode, memory, share", "exact decode", WHOLE, _strips_peak, 0.3, 0.3, is_most=True),
+        Promise("exact decode, time, share", "exact decode", WHOLE, _strips_time, 1.2, 1.2, is_most=True),
+        Promise("decode, share of convolutions", "decode", "the same shapes alone", _share, 0.6, 0.6),
+    ),
+}
+
+
+def main() -> None:
+    given = _arguments()
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "found.jsonl"
+        printed = [_part(script, [*map(str, options), "--record", str(file)]) for script, *options in _parts(given)]
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    found: list[Line] = list(map(json.loads, lines))
+    rows = [promise.row(line) for promise in PROMISES[given.device] for line in found if line["what"] == promise.kind]
+    titles = ["ours", "and", "size", "type", "promised", "measured", ""]
+    summary = f"## Promised and measured\n\n{table(titles, rows)}\n\nAll of it took {time.monotonic() - start:.0f} s."
+    print(f"\n{summary}", flush=True)
+    if given.output:
+        given.output.write_text("\n\n".join([summary, *printed]) + "\n", encoding="utf-8")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=list(PROMISES), default="cpu")
+    parser.add_argument("--model", default="sd")
+    parser.add_argument("--side", type=int, default=128, help="pixels of the training step")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--sides", type=int, default=256, help="pixels of encode, decode and the step's memory")
+    parser.add_argument("--large", type=int, default=1024, help="pixels of the exact decode")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="write all tables to this file too")
+    return parser.parse_args()
+
+
+def _parts(given: argparse.Namespace) -> Iterator[list[Any]]:
+    shared = ["--device", given.device, "--model", given.model]
+    for dtype in ("float32", "bfloat16"):
+        of = ["--dtype", dtype, "--rounds", given.rounds]
+        step = ["--resolution", given.side, "--batch", given.batch, "--variants", SCRIPT, LDM, "ours"]
+        yield ["step.py", *shared, *of, *step]
+        yield ["inference.py", *shared, *of, "--sizes", f"{given.sides}x{given.batch}"]
+        if given.device == "cpu":
+            memory = ["--resolution", given.sides, "--batch", given.batch, "--dtype", dtype]
+            yield ["step_memory.py", "--model", given.model, *memory, "--variants", SCRIPT, LDM, "ours"]
+    cases = ["--cases", WHOLE, "ours whole", STRIPS, "--maps"]
+    yield ["low_memory.py", *shared, "--dtype", "bfloat16", "--size", given.large, *cases]
+
+
+def _part(script: str, options: list[str]) -> str:
+    """What it printed, which is shown as it comes."""
+    words = [sys.executable, str(HERE / script), *options]
+    print(f"\n$ {script} {' '.join(options[:-2])}\n", flush=True)
+    lines: list[str] = []
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=HERE) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    if process.returncode:
+        lines.append(f"* {script} ended with status {process.returncode}\n")
+        print(lines[-1], flush=True)
+    return "".join(lines).strip()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""`vae plan`: what a training will need and take."""
+
+import dataclasses
+import json
+from typing import Annotated
+
+import typer
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="as of train.py: model=sd data.batch_size=8")]
+Json = Annotated[bool, typer.Option("--json", help="the numbers as JSON")]
+
+
+def plan(overrides: Overrides = None, as_json: Json = False) -> None:
+    """Say what `python train.py OVERRIDES` will need and take: parameters, operations, memory, disk, time.
+
+    No image is opened, nothing is written, and no weights are allocated but those of a small update for the time.
+
+    Example: vae plan model=sd data=folder data.root=photos data.batch_size=12 trainer=one_gpu
+    """
+    from vae.door import compose
+    from vae.training.planning.plan import plan
+    from vae.training.planning.show import show
+
+    planned = plan(compose(*(overrides or [])))
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(planned) | {"hours": planned.hours}, indent=2))
+    else:
+        show(planned)
