@@ -46,6 +46,7 @@ measure() {
     part "step, bfloat16" 50 step.md "${step[@]}" --batch "$batch" --rounds "$rounds" --variants "diffusers script" \
         "diffusers script, bfloat16 weights" "LDM / sgm" ours "ours, channels_last"
     part "inference, bfloat16" 60 inference.md "${infer[@]}" --sizes "${sizes[@]}" --rounds "$rounds"
+    part upsampling 30 upsampling.md "$PYTHON" "$HERE/upsampling.py" --device "$device" --dtype bfloat16 --batch "$batch"
     part profile 35 profile.md "$PYTHON" "$HERE/gpu_profile.py" --device "$device" --model "$model" \
         --decode "$profiled" --step "${side}x$batch" "${weights[@]}"
     part "step, compiled" 75 step.md "${step[@]}" --batch "$batch" --rounds "$rounds" --variants "${compiled[@]}"

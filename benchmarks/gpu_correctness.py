@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from vae.door import compose
 from vae.models.autoencoder import AutoencoderKL
+from vae.models.fast import layer_by_layer
 from vae.models.lpips import LPIPS
 
 Found = tuple[bool, str]  # passed, and the figure that says so
@@ -44,14 +46,16 @@ def main() -> None:
     without_tf32()
     checks: dict[str, Check] = {}
     for model in given.models:
-        checks[f"{model} {given.side} px equals diffusers, float32"] = partial(
-            equals_diffusers, model, given.side, device
-        )
-        for dtype in DECIBELS:
-            name = f"{model} {given.side} px, autocast {dtype} against float32"
-            checks[name] = partial(survives_autocast, model, given.side, dtype, device)
+        name = f"{model} {given.side} px equals diffusers, float32"
+        checks[name] = partial(equals_diffusers, model, given.side, device)
+    for model, dtype in product(given.models, DECIBELS):
+        name = f"{model} {given.side} px, autocast {dtype} against float32"
+        checks[name] = partial(survives_autocast, model, given.side, dtype, device)
     for dtype in GRADIENTS:
         checks[f"gradients of an update against the CPU's, {dtype}"] = partial(same_gradients, dtype, device)
+    for dtype, layout in product(DECIBELS, ("contiguous_format", "channels_last")):
+        name = f"fast layers against layer by layer, autocast {dtype}, {layout}"
+        checks[name] = partial(fast_as_plain, dtype, layout, device)
     checks["LPIPS alex against the CPU's"] = partial(same_distance, "alex", None, device)
     if given.perceptual_weights:
         checks["LPIPS vgg against the CPU's"] = partial(same_distance, "vgg", given.perceptual_weights, device)
@@ -119,6 +123,25 @@ def same_gradients(dtype: str, device: torch.device) -> Found:
         gradients.append([_gradient(network) for network in module.networks.values()])
     errors = [relative_error(there, here) for here, there in zip(*gradients, strict=True)]
     return max(errors) < GRADIENTS[dtype], f"relative: autoencoder {errors[0]:.1e}, discriminator {errors[1]:.1e}"
+
+
+def fast_as_plain(dtype: str, layout: str, device: torch.device) -> Found:
+    """Gradients under autocast, of both as far from those in float32."""
+    network = _network("tiny", device).to(memory_format=getattr(torch, layout))
+    images = _images(4, 64, device).contiguous(memory_format=getattr(torch, layout))
+
+    def gradient(autocast: torch.dtype | None) -> Tensor:
+        network.zero_grad()
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            reconstructions, posterior = network(images, torch.Generator(device).manual_seed(0))
+        (1e3 * reconstructions.float().square().mean() + posterior.kl().mean()).backward()  # 1e3: above float16's least
+        return _gradient(network)
+
+    exact, fast = gradient(None), gradient(getattr(torch, dtype))
+    with layer_by_layer():
+        plain = gradient(getattr(torch, dtype))
+    ours, theirs = relative_error(fast, exact), relative_error(plain, exact)
+    return ours < 1.5 * theirs, f"relative error against float32: fast {ours:.1e}, layer by layer {theirs:.1e}"
 
 
 @torch.no_grad()

@@ -10,8 +10,6 @@ of these sides. Prints markdown; errors are the largest differences from our who
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import subprocess
 import sys
@@ -23,8 +21,9 @@ from typing import Any
 
 import torch
 from measuring import table
+from resident import highest, resident, start_counting
 from theirs import authority
-from timing import DTYPES, MIB, failure, surroundings
+from timing import DTYPES, MIB, failure, record, surroundings
 from torch import Tensor
 
 from vae.door import compose
@@ -62,6 +61,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--growth", nargs="*", type=int, default=[])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--record", type=Path, help="append what was measured to this file, as JSON")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -71,10 +71,13 @@ def _comparison(given: argparse.Namespace, folder: Path) -> str:
     names = [*given.cases, *(f"{STRIPS}, {maps:g} maps" for maps in given.maps)]
     found = {name: _child(given, name, given.size, folder / str(i)) for i, name in enumerate(names)}
     outputs = {name: folder / str(i) for i, name in enumerate(names)}
+    done = {name: taken for name, taken in found.items() if taken is not None}
+    peaks = {name: taken["peak"] / MIB for name, taken in done.items()}
+    seconds = {name: taken["seconds" if given.device == "cuda" else "cpu"] for name, taken in done.items()}
+    what, size = f"exact {given.half}", f"{given.size} px"
+    record(given.record, what=what, dtype=given.dtype, size=size, peaks=peaks, seconds=seconds)
     first, rows = found.get(THEIRS), []
-    for name, taken in found.items():
-        if taken is None:
-            continue
+    for name, taken in done.items():
         ratios = [f"{taken[key] / first[key]:.2f}" if first else "" for key in ("peak", "seconds", "cpu")]
         error = _error(outputs[name], outputs[OURS]) if found.get(OURS) else ""
         numbers = [f"{taken['peak'] / MIB:.0f}", f"{taken['seconds']:.1f}", f"{taken['cpu']:.1f}"]
@@ -135,10 +138,10 @@ def _measured(given: argparse.Namespace) -> dict[str, float]:
 
     small, x = (given_of(size).to(device, DTYPES[given.dtype]) for size in (WARM_UP, given.size))
     call(small)
-    _start_counting(device)
-    before, start, cpu = _resident(device, "VmRSS"), time.perf_counter(), time.process_time()
+    start_counting(device)
+    before, start, cpu = resident(device), time.perf_counter(), time.process_time()
     made = call(x)
-    peak = _resident(device, "VmHWM")  # waits for the GPU too
+    peak = highest(device)  # waits for the GPU too
     taken = {"peak": peak - before, "seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
     torch.save(made.cpu(), given.output)
     return taken
@@ -164,26 +167,6 @@ def _call(given: argparse.Namespace, model: AutoencoderKL) -> Callable[[Tensor],
         return whole
     sides = (tile, model.config.sample_size)
     return lambda x: tiled(whole, x, *(sides if decodes else sides[::-1]))
-
-
-def _start_counting(device: torch.device) -> None:
-    """From here on the highest is of what follows."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed would be used again and not counted
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _resident(device: torch.device, key: str) -> int:
-    """Bytes there now (VmRSS), or the most there were (VmHWM)."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        return torch.cuda.memory_allocated(device) if key == "VmRSS" else torch.cuda.max_memory_allocated(device)
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
 
 
 def _error(made: Path, wanted: Path) -> str:

@@ -7,8 +7,6 @@ activations, gradients, what kernels ask for. The optimisers' moments, equal on 
 """
 
 import argparse
-import ctypes
-import gc
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -18,7 +16,8 @@ from typing import Any
 import torch
 from measuring import setting, table
 from ours import OurStep, build, step_config
-from timing import DTYPES, record
+from resident import highest, resident, start_counting
+from timing import DTYPES, MIB, record
 from torch import Tensor, nn
 
 from vae.config import TrainConfig
@@ -58,13 +57,12 @@ def _measured(name: str, model: str, resolution: int, batch: int, dtype: str) ->
     step(images[:, :, :WARM_UP, :WARM_UP])  # what libraries take once is nobody's
     for network in networks:
         network.zero_grad()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # begins the highest mark anew
-    before, start = _status("VmRSS"), time.perf_counter()
+    device = torch.device("cpu")
+    start_counting(device)
+    before, start = resident(device), time.perf_counter()
     step(images)
     took = time.perf_counter() - start
-    return _status("VmHWM") - before, took
+    return (highest(device) - before) / MIB, took
 
 
 def _step(name: str, config: TrainConfig, autocast: torch.dtype | None) -> tuple[Callable[[Tensor], object], list[Any]]:
@@ -87,12 +85,6 @@ def _step(name: str, config: TrainConfig, autocast: torch.dtype | None) -> tuple
         peer.judge(images)
 
     return both, list(networks)
-
-
-def _status(name: str) -> float:
-    """MiB"""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
 
 
 if __name__ == "__main__":

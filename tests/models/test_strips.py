@@ -15,7 +15,7 @@ from vae.errors import InputError
 from vae.models import stored
 from vae.models.autoencoder import AutoencoderConfig
 from vae.models.maps import Recent
-from vae.models.moments import Moments
+from vae.models.statistics import Statistics
 from vae.models.stored import Filed
 from vae.models.strips import decode_in_strips, encode_in_strips
 
@@ -161,12 +161,20 @@ def test_images_of_another_size_are_refused_as_by_the_model(perturbed):
     assert str(ours.value) == str(theirs.value)
 
 
-def test_moments_of_strips_are_those_of_the_whole_also_far_from_zero():
+def test_statistics_of_strips_are_those_of_the_whole_also_far_from_zero():
     x = torch.randn(1, 6, 50, 8, dtype=torch.float64) + 1000.0 * torch.arange(6).view(1, 6, 1, 1)
-    moments = Moments(x.float())
+    statistics = Statistics(x.float())
     for strip in x.float().split([1, 30, 19], dim=2):
-        moments.add(strip)
-    mean, variance = moments.of_groups(3)
+        statistics.add(strip)
+    mean, variance = statistics.of_groups(3)
     grouped = x.view(3, -1)
     torch.testing.assert_close(mean.view(3, 2)[:, 0].double(), grouped.mean(1), rtol=1e-6, atol=1e-4)
     torch.testing.assert_close(variance.view(3, 2)[:, 1].double(), grouped.var(1, correction=0), rtol=1e-5, atol=0)
+
+
+def test_autocast_changes_nothing_and_a_batch_may_be_empty(perturbed):
+    model, latents = perturbed(SMALL), torch.randn(2, SMALL.latent_channels, 6, 5)
+    expected = decode_in_strips(model, latents, _least(decode_in_strips, model, latents))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(decode_in_strips(model, latents, _least(decode_in_strips, model, latents)), expected)
+    assert decode_in_strips(model, latents[:0]).shape == (0, *expected.shape[1:])

@@ -142,6 +142,11 @@ def _more_images(_: Path, images: Path) -> None:
         save(images / "train", f"{number}.png", noise(32, 32, number))
 
 
+def _other_pictures(base: Path, images: Path) -> None:
+    for number in range(6):
+        save(images / "train" / "deep", f"{number}.png", noise(32, 32, 50 + number))
+
+
 @pytest.mark.parametrize(
     ("options", "changes", "happens", "message"),
     [
@@ -154,6 +159,7 @@ def _more_images(_: Path, images: Path) -> None:
         ),
         ({"sample": 0}, {}, None, "one sample of each posterior, where training draws anew"),
         ({}, {}, _other_encoder, "not of the encoder of init='.*base'; vae cache-latents .*base .*images/train FOLDER"),
+        ({}, {}, _other_pictures, "not of .*deep/[0-5].png as it is now; vae cache-latents"),
         ({}, {}, _more_images, "none for 2 of 8 training images, the first: 7.png; vae cache-latents"),
         ({}, {"frozen": ["encoder"]}, None, r"frozen=\['encoder'\] with data.latents, expected \[encoder,quant_conv\]"),
     ],

@@ -124,7 +124,7 @@ def test_parameters_and_what_learns_are_those_of_the_networks(config, planned):
     frozen = plan(replace(config, frozen=["encoder", "quant_conv"]))
     assert frozen.networks["encoder"].learning == 0
     assert frozen.networks["autoencoder"].flops < planned.networks["autoencoder"].flops
-    assert frozen.memory.parts["moments"] < planned.memory.parts["moments"]
+    assert frozen.memory.parts["optimiser"] < planned.memory.parts["optimiser"]
 
 
 def test_phases_are_those_of_the_schedule(config, planned):
@@ -216,6 +216,7 @@ def test_planning_says_what_it_found_and_writes_nothing(command, capsys, tmp_pat
         ("trainer.accelerator=tpu", "trainer.accelerator"),
         ("data.resolution=33", "data.resolution"),
         ("resume=/nowhere", "resume"),
+        ("init=/nowhere", "init"),
     ],
 )
 def test_what_a_run_refuses_a_plan_refuses(command, capsys, override, key):

@@ -1,16 +1,18 @@
 """A run that was interrupted ends with the bits of one that was not."""
 
+import json
 import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.training.harness import digest_of, small_run
-from vae.config import TrainConfig
+from vae.config import AUTO, TrainConfig
 from vae.data.sources import TRAINING_PHOTOS
 from vae.errors import InputError, Stopped
 from vae.training.manifest import checkpoints_in
@@ -79,13 +81,24 @@ def test_what_fails_within_an_update_is_saved_as_it_was_before_it(tmp_path, monk
 def test_auto_takes_the_newest_run_of_the_same_configuration_and_else_starts_one(tmp_path, monkeypatch):
     config = replace(small_run(tmp_path), name="first-{time}")
     other = replace(config, seed=1)
-    monkeypatch.setattr("time.strftime", lambda _: "one")
+    monkeypatch.setattr("vae.training.folder.time", SimpleNamespace(strftime=lambda _: "one"))
     cut_at(replace(config, name="first-one"), 4, monkeypatch)
-    monkeypatch.setattr("time.strftime", lambda _: "two")
+    monkeypatch.setattr("vae.training.folder.time", SimpleNamespace(strftime=lambda _: "two"))
     cut_at(replace(other, name="first-two"), 4, monkeypatch)
-    monkeypatch.setattr("time.strftime", lambda _: "three")
+    monkeypatch.setattr("vae.training.folder.time", SimpleNamespace(strftime=lambda _: "three"))
     assert train(config).name == "first-one"
     assert train(replace(config, seed=2)).name == "first-three"
+
+
+def test_a_run_goes_on_though_it_began_before_some_keys_were_there(tmp_path, monkeypatch):
+    config = small_run(tmp_path)
+    cut_at(config, 4, monkeypatch)
+    file = tmp_path / "run" / "config.json"
+    saved = json.loads(file.read_text())
+    for key in ("init", "frozen", "latents", "plan"):
+        del saved[key]
+    file.write_text(json.dumps(saved))
+    assert train(replace(config, resume=AUTO)) == tmp_path / "run"
 
 
 def test_auto_refuses_a_run_of_that_name_with_another_configuration(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ Json = Annotated[bool, typer.Option("--json", help="the numbers as JSON")]
 def plan(overrides: Overrides = None, as_json: Json = False) -> None:
     """Say what `python train.py OVERRIDES` will need and take: parameters, operations, memory, disk, time.
 
-    No image is opened, nothing is written, and no weights are allocated but those of a small update for the time.
+    No image is opened and nothing is written. Memory is taken for a small update, which is timed, and for `init`.
 
     Example: vae plan model=sd data=folder data.root=photos data.batch_size=12 trainer=one_gpu
     """

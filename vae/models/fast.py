@@ -2,7 +2,8 @@
 
 A norm, SiLU and a convolution keep nothing for backward but the norm's input: written as three layers, autograd keeps
 the input of each, but the other two are made again by passes over memory that cost little beside a convolution. About a
-third of a training step's activations is left. Up- and downsampling make no enlarged or padded copy of the image.
+third of a training step's activations is left. Downsampling makes no padded copy of the image, upsampling no enlarged
+one where it is a transposed convolution.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 TRANSPOSED_ON = ("cpu",)  # where upsampling by a transposed convolution was measured to be faster
 aten = torch.ops.aten
@@ -61,7 +61,7 @@ def pad_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """
     if _is_plain:
         return conv(F.pad(x, (0, 1, 0, 1)))
-    return F.conv2d(x, conv.weight, conv.bias, stride=2, padding=2)[:, :, 1:, 1:]
+    return _dense(F.conv2d(x, conv.weight, conv.bias, stride=2, padding=2)[:, :, 1:, 1:])
 
 
 def nearest_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -97,8 +97,8 @@ class _NormSilu(torch.autograd.Function):
         return F.silu(normed, inplace=True)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> Gradients:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *gradients: Tensor) -> Gradients:
+        _differentiate_once()
         x, gamma, beta, *moments = ctx.saved_tensors
         normed = _normalise_again(x, gamma, beta, *moments)
         return _to_input(ctx, gradients[0], normed, x, gamma, *moments)
@@ -116,8 +116,8 @@ class _NormSiluConv(torch.autograd.Function):
         return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> Gradients:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *gradients: Tensor) -> Gradients:
+        _differentiate_once()
         (gradient,) = gradients
         x, gamma, beta, weight, *moments = ctx.saved_tensors
         normed = _normalise_again(x, gamma, beta, *moments)
@@ -151,7 +151,7 @@ def _normalise_again(x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd:
     scale = (rstd[:, :, None] * gamma.view(groups, -1)).flatten(1)
     shift = beta - (mean[:, :, None] * scale.view(batch, groups, -1)).flatten(1)
     normed = torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None])
-    return normed.to(_as_taken(x, gamma).dtype)
+    return normed.to(_taken(x, gamma))
 
 
 def _convolved_in(weight: Tensor) -> torch.dtype:
@@ -168,8 +168,8 @@ def _to_input(  # noqa: PLR0917
     if gradient is None:
         return (None,) * 5
     (batch, channels, *size), groups = x.shape, mean.shape[1]
-    gradient = aten.silu_backward(gradient.to(normed.dtype), normed)
     x = _as_taken(x, gamma)
+    gradient = aten.silu_backward(gradient.to(normed.dtype), normed).contiguous(memory_format=_format(x))
     asked = list(ctx.needs_input_grad[:3])
     found = aten.native_group_norm_backward(
         gradient, x, mean, rstd, gamma, batch, channels, size[0] * size[1], groups, asked
@@ -178,5 +178,24 @@ def _to_input(  # noqa: PLR0917
 
 
 def _as_taken(x: Tensor, gamma: Tensor) -> Tensor:
+    """As the kernels of group norm take it, who check neither layout nor type everywhere."""
+    return (_dense(x) if x.device.type == "cpu" else x.contiguous()).to(_taken(x, gamma))
+
+
+def _taken(x: Tensor, gamma: Tensor) -> torch.dtype:
     """Half-precision activations with float32 parameters: only the CPU's kernels take both."""
-    return x if x.device.type == "cpu" else x.to(gamma.dtype)
+    return x.dtype if x.device.type == "cpu" else gamma.dtype
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Without gaps in memory, channels last where they are."""
+    return x.contiguous(memory_format=_format(x))
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if x.stride(1) == 1 and x.shape[1] > 1 else torch.contiguous_format
+
+
+def _differentiate_once() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError("second derivatives are taken within vae.models.fast.layer_by_layer() only")

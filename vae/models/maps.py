@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae.models.layers import Attention, Downsample, Upsample
-from vae.models.moments import Moments
+from vae.models.statistics import Statistics
 
 
 class Map:
@@ -66,9 +66,9 @@ class Recent(Map):
 class Normed(Map):
     """Group norm with statistics of the whole map, then SiLU: what batch norm in evaluation computes."""
 
-    def __init__(self, source: Map, norm: nn.GroupNorm, moments: Moments, *, silu: bool = True) -> None:
+    def __init__(self, source: Map, norm: nn.GroupNorm, statistics: Statistics, *, silu: bool = True) -> None:
         super().__init__(source.channels, source.height, source.width, source)
-        mean, variance = moments.of_groups(norm.num_groups)
+        mean, variance = statistics.of_groups(norm.num_groups)
         self.statistics = (mean, variance, norm.weight.to(mean), norm.bias.to(mean))
         self.eps, self.silu = norm.eps, silu
 
@@ -141,10 +141,10 @@ class Downsampled(Map):
 class Attended(Map):
     """Self-attention with its residual: all keys and values at once, `queries` of the queries."""
 
-    def __init__(self, source: Map, layer: Attention, moments: Moments) -> None:
+    def __init__(self, source: Map, layer: Attention, statistics: Statistics) -> None:
         super().__init__(source.channels, source.height, source.width, source)
         self.layer, self.queries = layer, 1
-        self.normed = Normed(source, layer.group_norm, moments, silu=False)
+        self.normed = Normed(source, layer.group_norm, statistics, silu=False)
         weight, tokens = layer.to_k.weight, source.height * source.width
         self.keys, self.values = (weight.new_empty(1, 1, tokens, source.channels) for _ in range(2))
 

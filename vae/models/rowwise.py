@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from vae.models.autoencoder import Decoder, Encoder
 from vae.models.layers import Attention, Downsample, ResnetBlock, Upsample
 from vae.models.maps import Attended, Convolved, Downsampled, Map, Normed, Recent, Sum, Upsampled
-from vae.models.moments import Moments
 from vae.models.stages import HALO, LEAST_ROWS, MOST_ROWS, Stage
+from vae.models.statistics import Statistics
 from vae.models.stored import Filed, Stored
 
 PRODUCTS = 3  # copies of attention's products, where torch has no kernel that goes without
@@ -48,7 +48,7 @@ class Work:
 
     def resnet(self, x: Map, layer: ResnetBlock) -> Map:
         """`hidden`, between the convolutions, is kept if it fits, else computed twice."""
-        hidden = Convolved(Normed(x, layer.norm1, self._moments(x)), layer.conv1)
+        hidden = Convolved(Normed(x, layer.norm1, self._statistics(x)), layer.conv1)
         skip = Convolved(x, layer.conv_shortcut) if isinstance(layer.conv_shortcut, nn.Conv2d) else x
         apart = skip is not x and isinstance(x, Stored)  # then x can be given up for the two
         parts = [hidden, skip] if apart else [hidden]
@@ -57,11 +57,11 @@ class Work:
             skip = others[0] if others else skip
         else:
             hidden = Recent(hidden)
-        branch = Convolved(Normed(hidden, layer.norm2, self._moments(hidden)), layer.conv2)
+        branch = Convolved(Normed(hidden, layer.norm2, self._statistics(hidden)), layer.conv2)
         return self._keep(Sum(branch, skip))[0]
 
     def attention(self, x: Map, layer: Attention) -> Map:
-        made = Attended(x, layer, self._moments(x))
+        made = Attended(x, layer, self._statistics(x))
         for top, bottom in self._strips(x):
             made.look(top, bottom)
         room = (self.memory - self.beside - self._held()) // 2
@@ -77,17 +77,17 @@ class Work:
         return self._keep(Downsampled(x, layer))[0]
 
     def _finish(self, x: Map, target: Tensor) -> None:
-        made = Convolved(Normed(x, self.half.conv_norm_out, self._moments(x)), self.half.conv_out)
+        made = Convolved(Normed(x, self.half.conv_norm_out, self._statistics(x)), self.half.conv_out)
         for top, bottom in self._strips(made, release=True):
             target[:, :, top:bottom] = made.rows(top, bottom)
 
-    def _moments(self, x: Map) -> Moments:
+    def _statistics(self, x: Map) -> Statistics:
         if isinstance(x, Stored):
-            return x.moments
-        moments = Moments(self.weight)
+            return x.statistics
+        statistics = Statistics(self.weight)
         for top, bottom in self._strips(x):
-            moments.add(x.rows(top, bottom))
-        return moments
+            statistics.add(x.rows(top, bottom))
+        return statistics
 
     def _keep(self, *maps: Map, release: bool = True) -> list[Stored]:
         """Compute them, and give up what they are made of."""

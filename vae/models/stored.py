@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vae.models.maps import Map
-from vae.models.moments import Moments
+from vae.models.statistics import Statistics
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's mallopt
 MIB = 2**20
@@ -21,7 +21,7 @@ class Stored(Map):
 
     def __init__(self, like: Map, weight: Tensor, place: torch.device) -> None:
         super().__init__(like.channels, like.height, like.width)
-        self.moments = Moments(weight)
+        self.statistics = Statistics(weight)
         self.device, self.dtype, self.place = weight.device, weight.dtype, place
         self.strips: list[tuple[int, Tensor]] = []  # the first row of each
         self.filled, self.is_closed = 0, False
@@ -34,7 +34,7 @@ class Stored(Map):
 
     def append(self, strip: Tensor) -> None:
         """The next rows (1, C, n, W)."""
-        self.moments.add(strip)
+        self.statistics.add(strip)
         self.write(strip)
         self.filled += strip.shape[2]
 

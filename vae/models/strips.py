@@ -21,6 +21,7 @@ from vae.models.rowwise import Work
 from vae.models.stages import USUAL_ROWS, planned
 from vae.models.stored import freed_at_once
 
+MB = 10**6
 Advance = Callable[[float], object]
 
 
@@ -59,10 +60,13 @@ def _in_strips(half: Encoder | Decoder, values: Tensor, memory: int | None, adva
     least = result + max(stage.strips(1) for stage in plan)
     usual = result + max(stage.maps + stage.strips(USUAL_ROWS) for stage in plan)
     allowed = usual if memory is None else memory
-    require(allowed >= least, f"memory={allowed} bytes", f"at least {least} for an input of {width}x{height}")
+    given = f"{'images' if isinstance(half, Encoder) else 'latents'} of {width}x{height}"
+    enough = f"at least {least} bytes ({math.ceil(least / MB)}MB) for {given}"
+    require(allowed >= least, f"memory={allowed} bytes", enough)
     made = weight.new_empty(shape)
-    with nullcontext() if memory is None else freed_at_once():
-        for image, target in zip(values.split(1), made.split(1), strict=True):
+    with torch.autocast(weight.device.type, enabled=False), nullcontext() if memory is None else freed_at_once():
+        for number in range(batch):
+            image, target = values[number : number + 1], made[number : number + 1]
             with closing(Work(half, plan, allowed - result)) as work:
                 for share in work.run(Given(image, weight), target):
                     if advance is not None:

@@ -140,9 +140,12 @@ def _refused(config: TrainConfig, saved: Path) -> list[str]:
 
 
 def _differences(config: TrainConfig, saved: Path) -> dict[str, str]:
-    """{key: what it was and is}. The architecture is that of `init`, where there is one."""
+    """{key: what it was and is}. The architecture is that of `init`, where there is one.
+
+    A key younger than the run had no other value than the default.
+    """
     try:
-        before = _flat(json.loads(saved.read_text(encoding="utf-8")))
+        before = _flat(asdict(TrainConfig())) | _flat(json.loads(saved.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{saved}: not readable as a run's configuration ({error}); restore it or start a new run"

@@ -15,9 +15,12 @@ from vae.data.loading import Sample, TrainingImages
 from vae.data.names import Names
 from vae.data.order import Order, Pick
 from vae.data.sources import Files, Source
-from vae.data.transforms import center_crop
+from vae.data.transforms import center_crop, to_model_range
 from vae.errors import InputError
 from vae.latents import unscale_moments
+from vae.models.autoencoder import AutoencoderKL
+
+TRIED, UNLIKE = 4, 0.25  # images encoded again; relative error, far above what half precision and other devices make
 
 
 class PairedLatents:
@@ -68,6 +71,8 @@ def pair(config: TrainConfig, images: Source, found: Found | None) -> PairedLate
     if wrong is None:
         rows = _rows(Names(images.names), stored)
         wrong = _missing(images, rows, stored)
+        if wrong is None and found is not None:
+            wrong = _of_others(config, images, PairedLatents(stored, rows), found.build())
     if wrong is not None:
         raise InputError(f"data.latents={config.data.latents!r}: {wrong}; {_remedy(config, images)}")
     return PairedLatents(stored, rows)
@@ -82,6 +87,8 @@ def _difference(config: TrainConfig, stored: StoredLatents, digest: str | None) 
         return f"of {stored.resolution} px, expected data.resolution={data.resolution}"
     if data.flip and f"{MOMENTS[0]}{FLIPPED}" not in stored.stored:
         return "none of mirrored images; set data.flip=false"
+    if digest is not None and stored.encoder is None:
+        return "made before caches told their encoder"
     if digest not in (None, stored.encoder):
         return f"not of the encoder of init={config.init!r}"
     return None
@@ -95,6 +102,22 @@ def _missing(images: Source, rows: np.ndarray, stored: StoredLatents) -> str | N
     if not absent:
         return None
     return f"none for {len(absent):,} of {len(images):,} training images, the first: {printable(absent[0])}"
+
+
+@torch.no_grad()
+def _of_others(config: TrainConfig, images: Source, latents: PairedLatents, model: AutoencoderKL) -> str | None:
+    """Names may be of other pictures than they were: a few are encoded to see."""
+    for number in np.flatnonzero(latents.rows >= 0)[:: max(1, len(latents.rows) // TRIED)][:TRIED].tolist():
+        try:
+            pixels = images.open(number, model.config.in_channels)
+        except ImageError:  # left out when it is its turn
+            continue
+        square = to_model_range(center_crop(pixels, config.data.resolution))[None]
+        stored, expected = latents.moments(number, mirrored=False), model.encode(square).mean
+        assert stored is not None
+        if (stored[None, : expected.shape[1]] - expected).norm() > UNLIKE * expected.norm():
+            return f"not of {printable(images.label(number))} as it is now"
+    return None
 
 
 def _remedy(config: TrainConfig, images: Source) -> str:

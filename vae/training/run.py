@@ -46,6 +46,7 @@ def train(config: TrainConfig, sources: Sources | None = None) -> Path:
     Raises `Stopped` where the run ends before its last update: by a signal, by the clock, by what is not finite, by the
     loss of a process. What it had learned is in a checkpoint then.
     """
+    require(not config.plan, "plan=true", "false to train; vae.training.planning.plan makes plans")
     with StopRequests(config.max_minutes) as requests:
         if sources is None:
             images, held_out = open_sources(config.data)

@@ -60,6 +60,7 @@ def begin(start: Start, training: Training) -> Training:
     if start.found is not None:
         training.autoencoder.load_state_dict(start.found.state)
         training.average.load_state_dict(start.found.state)
+        start.found.state.clear()  # else held for the whole run
     return training
 
 

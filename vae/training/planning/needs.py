@@ -74,7 +74,7 @@ class Sizing:
             "averages": bytes_in(training.average.state_dict()),
             "LPIPS": 0 if lpips is None else bytes_in(lpips.state_dict()),
             "gradients": self.dry.gradients,
-            "moments": self.dry.moments,
+            "optimiser": self.dry.moments,
             "activations": self.cost.saved,
         }
         parts |= {"temporary": self.cost.peak - sum(parts.values()), "program": self.program}

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 
 from vae.config import TrainConfig
-from vae.data.config import DataConfig
-from vae.data.opening import open_sources
 from vae.errors import require
 from vae.training.best import Best
 from vae.training.folder import folder_of
@@ -66,10 +64,7 @@ def _devices(given: Any) -> int:
 def checked(config: TrainConfig, target: Target) -> TrainConfig:
     """With the architecture that `init` has. The Trainer is built as for one CPU where the run is for GPUs."""
     folder = folder_of(config)
-    if config.init is not None:
-        elsewhere = open_sources(DataConfig(source="photos"))[0]  # not looked at without latents
-        begun = start_of(replace(config, data=replace(config.data, latents=None)), folder, elsewhere).config
-        config = replace(begun, data=config.data)
+    config = start_of(config, folder).config
     here = ONE_CPU if target.device == "cuda" else {}
     as_if = replace(config, logger="csv", trainer=config.trainer | here)
     requests = StopRequests(config.max_minutes)
@@ -98,7 +93,7 @@ def name_of(target: Target) -> str:
 def notes_about(config: TrainConfig, target: Target) -> Iterator[str]:
     """What the numbers leave out."""
     if target.device == "cuda" and not torch.cuda.is_available():
-        yield "without a GPU here an update is followed as a CPU makes it; memory differs somewhat, time is not told"
+        yield "without a GPU an update is followed as a CPU makes it: operations and memory differ; time is not told"
         if str(config.trainer.get("devices")) in ALL:
             yield "trainer.devices=-1 is counted as one"
     if config.compile:

@@ -6,7 +6,7 @@ from torch import Tensor
 from vae.models.posterior import at_least_float32
 
 
-class Moments:
+class Statistics:
     """Of each channel. Strips are merged in float64 by the formula of Chan, Golub and LeVeque (1983)."""
 
     def __init__(self, weight: Tensor) -> None:
