@@ -37,6 +37,7 @@ from vae.training.set_metrics import SetMetrics
 from vae.training.step import AdversarialGame, Augment, Logs, single_pass, unchanged
 from vae.training.validation import Validation
 
+FUSED_ON = ("cuda", "cpu")  # where torch walks through weights and moments once
 ON_THE_BAR = frozenset({"pixel", "perceptual", "adversarial", "discriminator"})
 
 
@@ -90,7 +91,7 @@ class Training(lightning.LightningModule):
             self.discriminator,
             config.updates,
             config.loss.discriminator_start,
-            fused=self.device.type == "cuda" and config.trainer.get("precision") != "16-mixed",
+            fused=self.device.type in FUSED_ON and config.trainer.get("precision") != "16-mixed",
         )
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
