@@ -27,7 +27,8 @@ class _Half(nn.Module):
 
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, use_reentrant=False)  # pyright: ignore[reportReturnType]
+            # No block draws random numbers, whose state would be waited for.
+            return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
         return block(x)
 
 

@@ -22,6 +22,7 @@ from vae.models.stages import USUAL_ROWS, planned
 from vae.models.stored import freed_at_once
 
 MB = 10**6
+SMALL = 2**28  # bytes: below, returning memory at once takes longer than it is worth
 Advance = Callable[[float], object]
 
 
@@ -64,7 +65,8 @@ def _in_strips(half: Encoder | Decoder, values: Tensor, memory: int | None, adva
     enough = f"at least {least} bytes ({math.ceil(least / MB)}MB) for {given}"
     require(allowed >= least, f"memory={allowed} bytes", enough)
     made = weight.new_empty(shape)
-    with torch.autocast(weight.device.type, enabled=False), nullcontext() if memory is None else freed_at_once():
+    is_small = memory is None and usual < SMALL
+    with torch.autocast(weight.device.type, enabled=False), nullcontext() if is_small else freed_at_once():
         for number in range(batch):
             image, target = values[number : number + 1], made[number : number + 1]
             with closing(Work(half, plan, allowed - result)) as work:
