@@ -3,6 +3,7 @@
 python benchmarks/list_start.py [LINES]
 """
 
+import argparse
 import json
 import resource
 import subprocess
@@ -22,7 +23,9 @@ KINDS = {  # first line, line
 
 
 def main() -> None:
-    lines = int(sys.argv[1]) if len(sys.argv) > 1 else LINES
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lines", nargs="?", type=int, default=LINES)
+    lines = parser.parse_args().lines
     with tempfile.TemporaryDirectory() as folder:
         for kind in KINDS:
             file = Path(folder) / f"images.{kind}"

@@ -69,6 +69,7 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 REFUSED = {
     "modle=3": "modle: Key 'modle' not in 'TrainConfig'; did you mean model?",
     "model.latent_chanels=3": "model.latent_chanels: Key 'latent_chanels' not in 'AutoencoderConfig'; did you mean lat",
+    "frozen=encoder": "expected a list: 'frozen=[...]'",
     "model.latent_channels=abc": "model.latent_channels: Value 'abc' of type 'str' could not be converted to Integer",
     "updates=1.5": "updates: Value '1.5' of type 'float' could not be converted to Integer",
     "model=sdd": "Could not find 'model/sdd'",

@@ -136,6 +136,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _suggestion(error: OmegaConfBaseException) -> str:
+    if "is not a ListConfig" in str(error):
+        return f"; expected a list: '{error.full_key}=[...]'"
     owner = error.object_type
     if owner is None or not is_dataclass(owner) or not isinstance(error.key, str):
         return ""

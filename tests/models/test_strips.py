@@ -178,3 +178,16 @@ def test_autocast_changes_nothing_and_a_batch_may_be_empty(perturbed):
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(decode_in_strips(model, latents, _least(decode_in_strips, model, latents)), expected)
     assert decode_in_strips(model, latents[:0]).shape == (0, *expected.shape[1:])
+
+
+@pytest.mark.parametrize(
+    ("given", "memory", "message"),
+    [
+        (torch.zeros(4, 6, 5), None, r"a tensor of \(4, 6, 5\), expected \(batch, 4, height, width\)"),
+        (torch.zeros(1, 3, 6, 5), None, r"a tensor of \(1, 3, 6, 5\), expected \(batch, 4, height, width\)"),
+        (torch.zeros(1, 4, 6, 5), "2GB", r"memory='2GB', expected a number of bytes"),
+    ],
+)
+def test_what_is_no_latents_or_no_bytes_is_refused(perturbed, given, memory, message):
+    with pytest.raises(InputError, match=message):
+        decode_in_strips(perturbed(SMALL), given, memory)

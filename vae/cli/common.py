@@ -70,7 +70,7 @@ def bytes_named(memory: str | None) -> int | None:
     if memory is None:
         return None
     number = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})", memory.strip(), re.IGNORECASE)
-    require(number is not None, f"--memory {memory}", "a number with a unit, as 500MB or 2GB, MiB or GiB")
+    require(number is not None, f"--memory {memory}", "a number of MB, GB, MiB or GiB, as 500MB")
     assert number is not None
     return int(float(number[1]) * UNITS[number[2].upper()])
 

@@ -22,7 +22,7 @@ from vae.cli.common import (
     read,
     say,
 )
-from vae.cli.running import decoded, encoded, place_of
+from vae.cli.running import about, decoded, encoded, place_of
 from vae.errors import InputError
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ def encode(
         for name, path, image in opened(files, config.in_channels):
             factor = config.downsample_factor
             pixels = center_crop(image, resolution) if resolution else crop_to_multiple(image, factor, path)
-            posterior = encoded(autoencoder, to_model_range(pixels)[None], allowed, advance)
+            with about(path):
+                posterior = encoded(autoencoder, to_model_range(pixels)[None], allowed, advance)
             generator = torch.Generator(place_of(autoencoder))
             generator.manual_seed(seed_for(sample or 0, crc32(name.encode())))
             latents = posterior.mode() if sample is None else posterior.sample(generator)
@@ -99,7 +100,8 @@ def decode(
         for name, path in files.items():
             values, scaled = read_latents(path, autoencoder.config.latent_channels)
             raw = unscale_latents(values, autoencoder.config) if scaled else values
-            pictures = to_uint8(decoded(autoencoder, raw, allowed, advance)).cpu()
+            with about(path):
+                pictures = to_uint8(decoded(autoencoder, raw, allowed, advance)).cpu()
             for number, pixels in enumerate(pictures):
                 _save(to_picture(pixels), output / f"{name}{f'_{number}' if len(pictures) > 1 else ''}.png")
     say(f"{len(files)} latents decoded to {output}")

@@ -17,11 +17,18 @@ def plan(overrides: Overrides = None, as_json: Json = False) -> None:
 
     Example: vae plan model=sd data=folder data.root=photos data.batch_size=12 trainer=one_gpu
     """
+    from vae.config import AUTO
     from vae.door import compose
+    from vae.errors import require
     from vae.training.planning.plan import plan
     from vae.training.planning.show import show
 
-    planned = plan(compose(*(overrides or [])))
+    config = compose(*(overrides or []))
+    here = config.resume in (None, AUTO)
+    require(
+        here, f"resume={config.resume}", f"python train.py resume={config.resume} plan=true, of that run's own values"
+    )
+    planned = plan(config)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(planned) | {"hours": planned.hours}, indent=2))
     else:

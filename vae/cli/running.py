@@ -1,7 +1,11 @@
 """A model run as a command asks: whole, or in strips within a bound of memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from vae.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -11,6 +15,15 @@ if TYPE_CHECKING:
     from vae.models.posterior import DiagonalGaussian
 
 Advance = Callable[[float], object]
+
+
+@contextmanager
+def about(path: Path) -> Iterator[None]:
+    """Errors within the block are about this file."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def place_of(autoencoder: "AutoencoderKL") -> "torch.device":

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vae.errors import require
 from vae.models.autoencoder_config import AutoencoderConfig
-from vae.models.fast import laid_out, norm_silu
+from vae.models.fast import norm_silu
 from vae.models.layers import DownBlock, MidBlock, UpBlock, group_norm
 from vae.models.posterior import DiagonalGaussian
 
@@ -49,7 +49,7 @@ class Encoder(_Half):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.conv_in(laid_out(images))
+        x = self.conv_in(images)
         for block in self.down_blocks:
             x = self._run(block, x)
         x = self._run(self.mid_block, x)
@@ -76,7 +76,7 @@ class Decoder(_Half):
 
     def features(self, latents: Tensor) -> Tensor:
         """Everything before `conv_out`: (B, block_out_channels[0], H, W), the input of the last layer."""
-        x = self._run(self.mid_block, self.conv_in(laid_out(latents)))
+        x = self._run(self.mid_block, self.conv_in(latents))
         for block in self.up_blocks:
             x = self._run(block, x)
         return norm_silu(self.conv_norm_out, x)
@@ -109,7 +109,7 @@ class AutoencoderKL(nn.Module):
     def encode(self, images: Tensor) -> DiagonalGaussian:
         """Images (B, C, H, W) in [-1, 1]; H and W multiples of `config.downsample_factor`."""
         self.check_size(images)
-        return DiagonalGaussian.from_moments(self.quant_conv(self.encoder(images)).contiguous())
+        return DiagonalGaussian.from_moments(self.quant_conv(self.encoder(images)))
 
     def check_size(self, images: Tensor) -> None:
         """Raises InputError where H or W is no multiple of `config.downsample_factor`."""
@@ -119,7 +119,7 @@ class AutoencoderKL(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Raw latents (B, latent_channels, h, w) -> images (B, C, f * h, f * w), about [-1, 1] and not clamped."""
-        return self.decoder.conv_out(self.decode_features(latents)).contiguous()
+        return self.decoder.conv_out(self.decode_features(latents))
 
     def decode_features(self, latents: Tensor) -> Tensor:
         """`decode` without the last layer."""

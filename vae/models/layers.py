@@ -43,7 +43,7 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # (B, 1, HW, C): one head
+        tokens = self.group_norm(x.contiguous()).flatten(2).transpose(1, 2)[:, None]  # (B, 1, HW, C): one head
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
         attended = self.to_out(F.scaled_dot_product_attention(q, k, v))[:, 0]
         return x + attended.transpose(1, 2).unflatten(2, x.shape[2:])

@@ -37,6 +37,7 @@ def decode_in_strips(
     gets shares of the work that add up to 1. Raises InputError where `memory` is too little, with the least that would
     do.
     """
+    _check(latents, model.config.latent_channels, memory)
     latents = model.post_quant_conv(latents.to(model.decoder.conv_in.weight))
     return _in_strips(model.decoder, latents, memory, advance)
 
@@ -49,8 +50,15 @@ def encode_in_strips(
 
     `memory`, `advance` and errors are those of `decode_in_strips`.
     """
+    _check(images, model.config.in_channels, memory)
     model.check_size(images)
     return DiagonalGaussian.from_moments(model.quant_conv(_in_strips(model.encoder, images, memory, advance)))
+
+
+def _check(values: Tensor, channels: int, memory: int | None) -> None:
+    fits = values.dim() == 4 and values.shape[1] == channels
+    require(fits, f"a tensor of {tuple(values.shape)}", f"(batch, {channels}, height, width)")
+    require(memory is None or type(memory) is int, f"memory={memory!r}", "a number of bytes, as 2 * 10**9")
 
 
 def _in_strips(half: Encoder | Decoder, values: Tensor, memory: int | None, advance: Advance | None) -> Tensor:

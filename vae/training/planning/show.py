@@ -28,6 +28,7 @@ def show(plan: Plan) -> None:
     table = Table("memory of a process at its peak", "")
     for name, size in plan.memory.parts.items():
         table.add_row(name, _bytes(size))
+    table.add_row("together", _bytes(sum(plan.memory.parts.values())))
     console.print(table)
     lines = {
         "device": plan.device if plan.processes == 1 else f"{plan.processes} processes, each on {plan.device}",
@@ -62,7 +63,7 @@ def _fits(fits: bool) -> str:
 
 def _images(plan: Plan) -> str:
     epochs = "" if plan.epochs is None else f", {plan.epochs:,.0f} epochs"
-    return f"{plan.images_per_update} an update, {plan.images_seen:,} in all{epochs}"
+    return f"{plan.images_per_update:,} an update, {plan.images_seen:,} in all{epochs}"
 
 
 def _time(plan: Plan) -> str:
@@ -79,7 +80,7 @@ def _time(plan: Plan) -> str:
 def _duration(seconds: float) -> str:
     for least, unit, name in DURATIONS:
         if seconds >= least:
-            return f"{seconds / unit:.1f} {name}"
+            return f"{seconds / unit:,.1f} {name}"
     return f"{seconds:.3g} s"
 
 

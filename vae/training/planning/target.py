@@ -105,3 +105,4 @@ def notes_about(config: TrainConfig, target: Target) -> Iterator[str]:
     if target.processes > 1:
         yield "the exchange of gradients is not in the time"
     yield f"{1 + -(-config.updates // config.validate_every)} validations, and waiting for images, come on top"
+    yield "images, data.latents and the run's folder are looked at when it begins; a run that goes on is planned whole"
