@@ -6,7 +6,8 @@ python benchmarks/low_memory.py [--model sd] [--half decode] [--size 2048] [--dt
 Every case is a process of its own. Peak memory is what the call took above what was there before it: of a GPU
 torch's count, else resident memory, where Linux forgets its highest on request. A map is the activations of full
 resolution and the fewest channels; `--maps` are further allowances for strips. `--growth` is strips only, of squares
-of these sides. Prints markdown; errors are the largest differences from our whole result, where there is one.
+of these sides. `--model` may have overrides behind it: "sd model.layers_per_block=1". Prints markdown; errors are the
+largest differences from our whole result, where there is one.
 """
 
 import argparse
@@ -125,7 +126,7 @@ def _measured(given: argparse.Namespace) -> dict[str, float]:
     device = torch.device(given.device)
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
-    model = AutoencoderKL(compose(f"model={given.model}").model).eval().to(device, DTYPES[given.dtype])
+    model = AutoencoderKL(compose(*f"model={given.model}".split()).model).eval().to(device, DTYPES[given.dtype])
     call = _call(given, model)
     factor, latent_channels = model.config.downsample_factor, model.config.latent_channels
 

@@ -143,10 +143,11 @@ def test_without_an_adversarial_weight_there_is_no_discriminator(tiny_run):
     assert not any(name.startswith("discriminator") for name in _checkpoint(folder)["state_dict"])
 
 
-SWITCHES: dict[str, tuple[dict[str, Any], Callable[[Tensor], bool]]] = {  # what is seen at the decoder's last layer
-    "bf16-mixed": ({"trainer": {"precision": "bf16-mixed"}}, lambda x: x.dtype == torch.bfloat16),
-    "channels_last": ({"channels_last": True}, lambda x: x.is_contiguous(memory_format=torch.channels_last)),
-    "gradient_checkpointing": ({"gradient_checkpointing": True}, lambda x: x.dtype == torch.float32),
+Seen = Callable[[Tensor, Tensor], bool]  # the input of the decoder's last layer, and its weights
+SWITCHES: dict[str, tuple[dict[str, Any], Seen]] = {
+    "bf16-mixed": ({"trainer": {"precision": "bf16-mixed"}}, lambda x, _: x.dtype == torch.bfloat16),
+    "channels_last": ({"channels_last": True}, lambda _, w: w.is_contiguous(memory_format=torch.channels_last)),
+    "gradient_checkpointing": ({"gradient_checkpointing": True}, lambda x, _: x.dtype == torch.float32),
 }
 
 
@@ -159,7 +160,7 @@ def test_the_switches_take_effect_and_train_to_the_end(tiny_run, monkeypatch, ch
     def watched(self: AutoencoderKL, latents: Tensor) -> Tensor:
         features = original(self, latents)
         if torch.is_grad_enabled():
-            seen.append(is_effective(features))
+            seen.append(is_effective(features, self.decoder.conv_out.weight))
             recomputed.append(self.decoder.gradient_checkpointing)
         return features
 
@@ -187,6 +188,7 @@ def test_float16_gradients_are_unscaled_before_they_are_clipped(tiny_run, monkey
             scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
             plugin = MixedPrecision("16-mixed", "cpu", scaler)
             monkeypatch.setattr("vae.training.trainer.CheckedCheckpointIO", partial(lambda given: given, plugin))
+            monkeypatch.setattr("vae.training.module.FUSED_ON", ())  # as 16-mixed has it
         folder = train(config)
         norms.append(_columns(folder)["train/autoencoder_gradient_norm"][0])
         monkeypatch.undo()
