@@ -1,6 +1,6 @@
 """What is promised of speed and memory, measured against the peers on this machine: `make bench`.
 
-python benchmarks/bench.py [--device cpu] [--model sd] [--step 128x1] [--size 256x1] [--large 1024] [--rounds 3]
+python benchmarks/bench.py [--device cpu] [--model sd] [--step 128x1] [--size 256x1] [--large 768] [--rounds 3]
     [--photos FOLDER] [--output FILE]
 
 Sizes are pixels and batch: of the training step; of encode, decode and the memory of a step; pixels of the exact
@@ -125,7 +125,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="sd")
     parser.add_argument("--step", default="128x1")
     parser.add_argument("--size", default="256x1")
-    parser.add_argument("--large", type=int, default=1024)
+    parser.add_argument("--large", type=int, default=768)
     parser.add_argument("--photos")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="write all tables to this file too")
@@ -139,11 +139,11 @@ def _parts(given: argparse.Namespace) -> Iterator[list[Any]]:
         of = ["--dtype", dtype, "--rounds", given.rounds]
         step = ["--resolution", step_side, "--batch", step_batch, "--variants", SCRIPT, LDM, "ours"]
         yield ["step.py", *shared, *of, *step]
-        yield ["inference.py", *shared, *of, "--sizes", given.size]
+        yield ["inference.py", *shared, *of, "--sizes", given.size, "--variants", DIFFUSERS, "ours"]
         if given.device == "cpu":
             memory = ["--resolution", side, "--batch", batch, "--dtype", dtype]
             yield ["step_memory.py", "--model", given.model, *memory, "--variants", SCRIPT, LDM, "ours"]
-    cases = ["--cases", WHOLE, "ours whole", STRIPS, "--maps", 1.5]
+    cases = ["--cases", WHOLE, "ours whole", STRIPS, "--maps"]
     yield ["low_memory.py", *shared, "--dtype", "bfloat16", "--size", given.large, *cases]
 
 
