@@ -142,7 +142,7 @@ def _parts(given: argparse.Namespace) -> Iterator[list[Any]]:
         yield ["inference.py", *shared, *of, "--sizes", given.size, "--variants", DIFFUSERS, "ours"]
         if given.device == "cpu":
             memory = ["--resolution", side, "--batch", batch, "--dtype", dtype]
-            yield ["step_memory.py", "--model", given.model, *memory, "--variants", SCRIPT, LDM, "ours"]
+            yield ["step_memory.py", "--model", given.model, *memory, "--variants", SCRIPT, "ours"]
     cases = ["--cases", WHOLE, "ours whole", STRIPS, "--maps"]
     yield ["low_memory.py", *shared, "--dtype", "bfloat16", "--size", given.large, *cases]
 
