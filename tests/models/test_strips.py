@@ -12,12 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vae.errors import InputError
-from vae.models import stored
 from vae.models.autoencoder import AutoencoderConfig
-from vae.models.maps import Recent
-from vae.models.statistics import Statistics
-from vae.models.stored import Filed
-from vae.models.strips import decode_in_strips, encode_in_strips
+from vae.models.strips import decode_in_strips, encode_in_strips, stored
+from vae.models.strips.maps import Recent
+from vae.models.strips.statistics import Statistics
+from vae.models.strips.stored import Filed
 
 ARCHITECTURES = {
     "sd": AutoencoderConfig(block_out_channels=[8, 16, 16, 24], norm_num_groups=4),

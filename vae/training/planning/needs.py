@@ -77,7 +77,9 @@ class Sizing:
             "optimiser": self.dry.moments,
             "activations": self.cost.saved,
         }
-        parts |= {"temporary": self.cost.peak - sum(parts.values()), "program": self.program}
+        parts["temporary"] = self.cost.peak - sum(parts.values())
+        if self.program:
+            parts["program"] = self.program
         needed = self.needed(self.batch)
         if available is None:
             return Memory(parts, needed, None, None, None, [])

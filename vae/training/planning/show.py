@@ -69,7 +69,8 @@ def _images(plan: Plan) -> str:
 def _time(plan: Plan) -> str:
     """With how it was predicted."""
     if plan.pace is None or plan.hours is None:
-        return "not predicted: no such device here, or no memory for a small update"
+        is_here = plan.memory.available is not None
+        return "not predicted: " + ("not even a small update fits" if is_here else "no such device here")
     pace, (height, width) = plan.pace, plan.pace.size
     return (
         f"about {_duration(3600 * plan.hours)}, predicted by the operations from real updates of up to "

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae.models.layers import Attention, Downsample, Upsample
-from vae.models.statistics import Statistics
+from vae.models.strips.statistics import Statistics
 
 
 class Map:

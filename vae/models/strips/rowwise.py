@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from vae.models.autoencoder import Decoder, Encoder
 from vae.models.layers import Attention, Downsample, ResnetBlock, Upsample
-from vae.models.maps import Attended, Convolved, Downsampled, Map, Normed, Recent, Sum, Upsampled
-from vae.models.stages import HALO, LEAST_ROWS, MOST_ROWS, Stage
-from vae.models.statistics import Statistics
-from vae.models.stored import Filed, Stored
+from vae.models.strips.maps import Attended, Convolved, Downsampled, Map, Normed, Recent, Sum, Upsampled
+from vae.models.strips.stages import HALO, LEAST_ROWS, MOST_ROWS, Stage
+from vae.models.strips.statistics import Statistics
+from vae.models.strips.stored import Filed, Stored
 
 PRODUCTS = 3  # copies of attention's products, where torch has no kernel that goes without
 

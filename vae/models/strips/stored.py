@@ -9,8 +9,8 @@ from tempfile import TemporaryFile
 import torch
 from torch import Tensor
 
-from vae.models.maps import Map
-from vae.models.statistics import Statistics
+from vae.models.strips.maps import Map
+from vae.models.strips.statistics import Statistics
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's mallopt
 MIB = 2**20

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from vae.errors import require
 from vae.models.autoencoder import AutoencoderKL, Decoder, Encoder
-from vae.models.maps import Given
 from vae.models.posterior import DiagonalGaussian
-from vae.models.rowwise import Work
-from vae.models.stages import USUAL_ROWS, planned
-from vae.models.stored import freed_at_once
+from vae.models.strips.maps import Given
+from vae.models.strips.rowwise import Work
+from vae.models.strips.stages import USUAL_ROWS, planned
+from vae.models.strips.stored import freed_at_once
 
 MB = 10**6
 SMALL = 2**28  # bytes: below, returning memory at once takes longer than it is worth
