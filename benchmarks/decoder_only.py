@@ -7,13 +7,12 @@ One process, in turns; LPIPS, GAN and adaptive weight are active. Averaged weigh
 markdown, and nothing where the decoder's gradient is not the same in all three.
 """
 
-import argparse
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
 import torch
-from ours import Autoencode, OurStep, build, step_config
+from ours import Autoencode, OurStep, build, step_config, step_parser
 from timing import (
     DTYPES,
     MIB,
@@ -49,7 +48,8 @@ class PartStep(OurStep):
 
 
 def main() -> None:
-    given = _arguments()
+    small = {"model": "tiny", "resolution": 64, "batch": 2, "dtype": "float32", "perceptual": "alex"}
+    given = step_parser(__doc__, **small).parse_args()
     device = device_as_asked(given)
     config = step_config(given.model, given.resolution, given.perceptual, given.perceptual_weights)
     size = f"{given.resolution} px, batch {given.batch}, {given.dtype}"
@@ -70,21 +70,6 @@ def main() -> None:
     peak = peak_memory if device.type == "cuda" else lambda call, _: _peak_on_cpu(call)
     peaks = {name: peak(call, device) for name, call in calls.items()}
     print(f"\n{comparison(size, in_turns(calls, device, given.rounds), peaks, given.batch)}", flush=True)
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--perceptual", choices=["vgg", "alex"], default="alex")
-    parser.add_argument("--perceptual-weights")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--cudnn-benchmark", action="store_true")
-    return parser.parse_args()
 
 
 @torch.no_grad()

@@ -73,16 +73,16 @@ def _comparison(given: argparse.Namespace, folder: Path) -> str:
     found = {name: _child(given, name, given.size, folder / str(i)) for i, name in enumerate(names)}
     outputs = {name: folder / str(i) for i, name in enumerate(names)}
     done = {name: taken for name, taken in found.items() if taken is not None}
+    errors = {name: _error(outputs[name], outputs[OURS]) if OURS in done else "" for name in done}
     peaks = {name: taken["peak"] / MIB for name, taken in done.items()}
     seconds = {name: taken["seconds" if given.device == "cuda" else "cpu"] for name, taken in done.items()}
-    what, size = f"exact {given.half}", f"{given.size} px"
-    record(given.record, what=what, dtype=given.dtype, size=size, peaks=peaks, seconds=seconds)
+    facts = {"dtype": given.dtype, "size": f"{given.size} px", "peaks": peaks, "seconds": seconds, "errors": errors}
+    record(given.record, what=f"exact {given.half}", **facts)
     first, rows = found.get(THEIRS), []
     for name, taken in done.items():
         ratios = [f"{taken[key] / first[key]:.2f}" if first else "" for key in ("peak", "seconds", "cpu")]
-        error = _error(outputs[name], outputs[OURS]) if found.get(OURS) else ""
         numbers = [f"{taken['peak'] / MIB:.0f}", f"{taken['seconds']:.1f}", f"{taken['cpu']:.1f}"]
-        rows.append([name, *(cell for pair in zip(numbers, ratios, strict=True) for cell in pair), error])
+        rows.append([name, *(cell for pair in zip(numbers, ratios, strict=True) for cell in pair), errors[name]])
     titles = [
         f"{given.size} px",
         "peak MiB",

@@ -1,5 +1,6 @@
 """Our training step as `vae.train` does it, without Lightning around it and without the average of the weights."""
 
+import argparse
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -69,3 +70,20 @@ def build(
     module.to(device)
     module.objective.to(device)
     return module
+
+
+def step_parser(description: str | None, **defaults: object) -> argparse.ArgumentParser:
+    """The options of every script that times a training step."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="sd")
+    parser.add_argument("--resolution", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--perceptual", choices=["vgg", "alex"], default="vgg")
+    parser.add_argument("--perceptual-weights")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cudnn-benchmark", action="store_true")
+    parser.set_defaults(**defaults)
+    return parser

@@ -131,7 +131,7 @@ def _member(given: argparse.Namespace, side: int, batch: int, rank: int, count: 
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     dist.init_process_group("nccl" if on_gpu else "gloo", init_method=where, rank=rank, world_size=count)
     step = _step(given, device, side)
-    wrapped = DistributedDataParallel(_Pass(step), broadcast_buffers=False, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(_Pass(step), gradient_as_bucket_view=True)  # without buffers
     images, taken = _images(side, batch, device), []
     for shares in (False, True)[:count]:
         times = []

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from ours import OurStep, build, step_config
+from ours import OurStep, build, step_config, step_parser
 from theirs import LdmStep, PeerStep, ScriptStep, authority
 from timing import (
     DTYPES,
@@ -62,24 +62,17 @@ def main() -> None:
             print(failure(name, error), flush=True)
     peaks: Peaks = {name: peak_memory(call, device) for name, call in calls.items() if device.type == "cuda"}
     taken = in_turns(calls, device, given.rounds)
-    record(given.record, what="step", dtype=given.dtype, size=size, taken=taken, peaks=peaks)
+    facts = {"dtype": given.dtype, "size": size.removesuffix(f", {given.dtype}"), "peaks": peaks}
+    record(given.record, what="step", taken=taken, **facts)
+    if peaks:
+        record(given.record, what="step memory", **facts)
     print(f"\n{comparison(size, taken, peaks, given.batch)}", flush=True)
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="sd")
-    parser.add_argument("--resolution", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser = step_parser(__doc__)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
-    parser.add_argument("--perceptual", choices=["vgg", "alex"], default="vgg")
-    parser.add_argument("--perceptual-weights")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--record", type=Path, help="append what was measured to this file, as JSON")
-    parser.add_argument("--cudnn-benchmark", action="store_true")
     return parser.parse_args()
 
 

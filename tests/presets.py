@@ -10,6 +10,21 @@ from vae.models.autoencoder import AutoencoderConfig
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 PRESETS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
 
+NETWORKS = {  # small ones, one of each kind
+    "sd-like": AutoencoderConfig(block_out_channels=[16, 32, 32], layers_per_block=1, norm_num_groups=4),
+    "one level": AutoencoderConfig(block_out_channels=[16], norm_num_groups=4),
+    "no attention, no quant convolutions": AutoencoderConfig(
+        block_out_channels=[8, 16],
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ),
+    "attention in levels": AutoencoderConfig(
+        block_out_channels=[8, 16, 16], norm_num_groups=4, attention_levels=[1, 2]
+    ),
+}
+
 
 def preset(name: str) -> AutoencoderConfig:
     merged = OmegaConf.merge(

@@ -7,28 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.presets import NETWORKS
 from vae.audit.activations import peaks_of, rounding
 from vae.audit.drift import latent_drift
 from vae.audit.precision import FLOAT16_MAX, HEADROOM, audit_precision, audit_steps
 from vae.audit.rescale import factor_for, rescale
-from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from vae.models.autoencoder import AutoencoderKL
 from vae.models.fast import layer_by_layer
 from vae.models.layers import Attention, ResnetBlock
-
-NETWORKS = {
-    "sd-like": AutoencoderConfig(block_out_channels=[16, 32, 32], layers_per_block=1, norm_num_groups=4),
-    "one level": AutoencoderConfig(block_out_channels=[16], norm_num_groups=4),
-    "no attention, no quant convolutions": AutoencoderConfig(
-        block_out_channels=[8, 16],
-        norm_num_groups=4,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    ),
-    "attention in levels": AutoencoderConfig(
-        block_out_channels=[8, 16, 16], norm_num_groups=4, attention_levels=[1, 2]
-    ),
-}
 
 
 @pytest.fixture

@@ -12,23 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.presets import NETWORKS
 from vae.models import fast
 from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from vae.models.fast import aten, layer_by_layer, nearest_conv, norm_silu_conv, pad_conv, transposed_kernel
 
-NETWORKS = {
-    "sd-like": AutoencoderConfig(block_out_channels=[16, 32, 32], layers_per_block=1, norm_num_groups=4),
-    "attention in levels": AutoencoderConfig(
-        block_out_channels=[8, 16, 16], norm_num_groups=4, attention_levels=[1, 2]
-    ),
-    "no attention, no quant convolutions": AutoencoderConfig(
-        block_out_channels=[8, 16],
-        norm_num_groups=8,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    ),
-}
 MOST = {torch.float64: 1e-12, torch.float32: 1e-5}  # relative error
 
 

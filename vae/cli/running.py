@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from vae.errors import InputError
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vae.models.posterior import DiagonalGaussian
 
 Advance = Callable[[float], object]
+Made = TypeVar("Made")
 
 
 @contextmanager
@@ -36,9 +37,7 @@ def encoded(autoencoder: "AutoencoderKL", images: "Tensor", memory: int | None, 
 
     if memory is not None:
         return encode_in_strips(autoencoder, images, memory, advance)
-    posterior = autoencoder.encode(images.to(place_of(autoencoder)))
-    advance(1)
-    return posterior
+    return _whole(autoencoder.encode, autoencoder, images, advance)
 
 
 def decoded(autoencoder: "AutoencoderKL", latents: "Tensor", memory: int | None, advance: Advance) -> "Tensor":
@@ -47,6 +46,10 @@ def decoded(autoencoder: "AutoencoderKL", latents: "Tensor", memory: int | None,
 
     if memory is not None:
         return decode_in_strips(autoencoder, latents, memory, advance)
-    images = autoencoder.decode(latents.to(place_of(autoencoder)))
+    return _whole(autoencoder.decode, autoencoder, latents, advance)
+
+
+def _whole(half: "Callable[[Tensor], Made]", autoencoder: "AutoencoderKL", given: "Tensor", advance: Advance) -> "Made":
+    made = half(given.to(place_of(autoencoder)))
     advance(1)
-    return images
+    return made
