@@ -21,7 +21,7 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# What is promised of speed and memory, beside diffusers and LDM, on this machine's CPU: a quarter of an hour.
+# What is promised of speed and memory, beside diffusers and LDM, on this machine's CPU: about twenty minutes.
 bench: .venv/installed
 	$(BIN)/python benchmarks/bench.py
 
