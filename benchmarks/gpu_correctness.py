@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from vae.door import compose
 from vae.models.autoencoder import AutoencoderKL
 from vae.models.fast import layer_by_layer
+from vae.models.interface import Autoencoder
 from vae.models.lpips import LPIPS
+from vae.training.step import Pass
 
 Found = tuple[bool, str]  # passed, and the figure that says so
 Check = Callable[[], Found]
@@ -154,10 +156,10 @@ def same_distance(net: str, weights: str | None, device: torch.device) -> Found:
     return error < DISTANCE, f"max-abs {error:.1e} of {here.mean().item():.3f}"
 
 
-def _autoencode(network: AutoencoderKL, noise: Tensor, images: Tensor) -> object:
+def _autoencode(network: Autoencoder, noise: Tensor, images: Tensor) -> Pass:
     posterior = network.encode(images)
     features = network.decode_features(posterior.reparameterize(noise))
-    return posterior, features, network.decoder.conv_out(features)
+    return Pass(posterior, features, network.to_images(features))
 
 
 def _gradient(network: nn.Module) -> Tensor:

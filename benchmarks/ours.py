@@ -28,7 +28,7 @@ class OurStep:
     def backward(self, images: Tensor, autoencode: Autoencode | None = None) -> dict[str, Tensor]:
         """Leaves gradients; returns the terms."""
         module = self.module
-        autoencode = autoencode or partial(module.autoencode, list(range(len(images))))
+        autoencode = autoencode or partial(module.autoencoding, list(range(len(images))))
         with torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             loss, logs = single_pass(images, autoencode, module.objective, module.game, 0)
         loss.backward()

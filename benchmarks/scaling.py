@@ -95,7 +95,7 @@ class _Pass(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         (step,), module = self.step, self.step[0].module
-        autoencode = partial(module.autoencode, list(range(len(images))))
+        autoencode = partial(module.autoencoding, list(range(len(images))))
         with torch.autocast(images.device.type, dtype=step.autocast, enabled=step.autocast is not None):
             return single_pass(images, autoencode, module.objective, module.game, 0)[0]
 

@@ -16,19 +16,19 @@ from torch import Tensor, nn
 from vae.checkpoints.diffusers import to_diffusers_config
 from vae.config import TrainConfig
 from vae.losses.adversarial import ADAPTIVE_EPS, hinge_discriminator_loss
-from vae.models.autoencoder import AutoencoderKL
+from vae.models.interface import Autoencoder
 from vae.models.lpips import LPIPS
 from vae.models.posterior import at_least_float32
 
 Terms = dict[str, Tensor]
 
 
-def authority(ours: AutoencoderKL) -> Any:
+def authority(ours: Autoencoder) -> Any:
     """diffusers' own network of the same architecture with the same weights (untyped upstream)."""
     set_verbosity_error()  # it warns at every change of type
     theirs: Any = Authority.from_config(to_diffusers_config(ours.config))
     theirs.load_state_dict(ours.state_dict(), strict=True)
-    return theirs.to(ours.decoder.conv_in.weight)
+    return theirs.to(next(ours.parameters()))
 
 
 class PeerStep:

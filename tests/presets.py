@@ -1,5 +1,6 @@
 """The model presets as the YAML says, read the way users get them."""
 
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -8,7 +9,8 @@ from omegaconf import OmegaConf
 from vae.models.autoencoder import AutoencoderConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-PRESETS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
+TINY_PRESETS = ("taef2", "taesd", "taesd3")
+PRESETS = sorted({path.stem for path in (CONFIGS / "model").glob("*.yaml")} - {*TINY_PRESETS})  # of KL autoencoders
 
 NETWORKS = {  # small ones, one of each kind
     "sd-like": AutoencoderConfig(block_out_channels=[16, 32, 32], layers_per_block=1, norm_num_groups=4),
@@ -24,6 +26,18 @@ NETWORKS = {  # small ones, one of each kind
         block_out_channels=[8, 16, 16], norm_num_groups=4, attention_levels=[1, 2]
     ),
 }
+
+TINY = partial(  # widths of 8, of the tiny architecture
+    AutoencoderConfig,
+    architecture="tiny",
+    block_out_channels=[8] * 4,
+    layers_per_block=3,
+    use_quant_conv=False,
+    use_post_quant_conv=False,
+    mid_block_add_attention=False,
+    scaling_factor=1.0,
+    force_upcast=False,
+)
 
 
 def preset(name: str) -> AutoencoderConfig:

@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from vae.latents import LatentStatistics, scale_latents, unscale_latents
+from tests.presets import TINY
+from vae.latents import LatentStatistics, latents_for, scale_latents, unscale_latents
 from vae.models.autoencoder import AutoencoderConfig
 from vae.models.posterior import DiagonalGaussian
 
@@ -53,3 +56,11 @@ def test_the_spread_of_the_posterior_counts():
     statistics.update(posterior)
     assert statistics.std == pytest.approx(posterior.sample().std().item(), rel=1e-2)
     assert statistics.scaling_factor == pytest.approx(1 / statistics.std)
+
+
+def test_latents_between_a_kl_and_a_tiny_autoencoder_are_those_a_diffusion_model_sees(tiny):
+    kl, small, latents = replace(tiny, scaling_factor=0.5, shift_factor=0.25), TINY(), torch.randn(2, 3, 4, 4)
+    there = latents_for(small, latents, kl)
+    assert torch.equal(there, scale_latents(latents, kl))
+    torch.testing.assert_close(latents_for(kl, there, small), latents)
+    assert latents_for(replace(kl, scaling_factor=2.0), latents, kl) is latents

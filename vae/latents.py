@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from vae.models.autoencoder import AutoencoderConfig
+from vae.models.interface import Autoencoder
 from vae.models.posterior import LOGVAR_RANGE, DiagonalGaussian
 
 
@@ -25,6 +26,18 @@ def unscale_latents(latents: Tensor, config: AutoencoderConfig) -> Tensor:
     """The inverse of `scale_latents`."""
     shift, scale = _shift_and_scale(config, latents)
     return latents / scale + shift
+
+
+def latents_for(reader: AutoencoderConfig, latents: Tensor, maker: AutoencoderConfig) -> Tensor:
+    """The `maker`'s raw latents as raw latents of the `reader`.
+
+    They are the same where both are of one architecture: a decoder of the same family, or a fine-tuned one, takes them
+    as they are whatever scale is written beside it. Between a KL and a tiny autoencoder, whose latents are scaled, they
+    are those that a diffusion model sees alike.
+    """
+    if reader.architecture == maker.architecture:
+        return latents
+    return unscale_latents(scale_latents(latents, maker), reader)
 
 
 def scale_moments(mean: Tensor, logvar: Tensor, config: AutoencoderConfig) -> tuple[Tensor, Tensor]:
@@ -133,8 +146,14 @@ class LatentStatistics:
         """Of the log-variances, how many stand at the bounds of LOGVAR_RANGE, where they have no gradient."""
         return self._clamped / (self.count * len(self._mean))
 
+    @property
+    def has_width(self) -> bool:
+        """False where every log-variance is the least there is, as a tiny autoencoder's are: their KL says nothing."""
+        return bool((self._noise / self.count > 2 * math.exp(LOGVAR_RANGE[0])).any())
+
     def summary(self) -> dict[str, Any]:
         """Everything measured, as plain numbers; `latents_mean` and `latents_std` are per channel."""
+        kl = {"kl_per_channel": self.channel_kl.tolist()} if self.has_width else {}
         return {
             "scaling_factor": self.scaling_factor,
             "shift_factor": self.mean,
@@ -142,14 +161,14 @@ class LatentStatistics:
             "std": self.std,
             "latents_mean": self.channel_mean.tolist(),
             "latents_std": self.channel_std.tolist(),
-            "kl_per_channel": self.channel_kl.tolist(),
+            **kl,
             "active_channels": int(self.channel_is_active.sum()),
             "values_per_channel": self.count,
         }
 
 
 @torch.no_grad()
-def measure_latents(model: AutoencoderKL, batches: Iterable[Tensor]) -> LatentStatistics:
+def measure_latents(model: Autoencoder, batches: Iterable[Tensor]) -> LatentStatistics:
     """Of the posteriors of `batches`, images (B, C, H, W) in [-1, 1] on the model's device."""
     statistics = LatentStatistics(model.config.latent_channels)
     for images in batches:

@@ -86,6 +86,7 @@ def test_weights_beyond_float16_are_refused_in_it_and_leave_the_folder_without_t
     with pytest.warns(UserWarning, match="no float16 variant"):
         save_autoencoder(model, tmp_path / "folder")
     assert {path.name for path in (tmp_path / "folder").iterdir()} == {
+        "README.md",
         "config.json",
         "diffusion_pytorch_model.safetensors",
     }
@@ -157,7 +158,7 @@ def test_unusable_weights_are_refused_with_file_and_reason(tmp_path, tiny, damag
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"_class_name": "AutoencoderTiny"}, "another kind of model"),
+        ({"_class_name": "AutoencoderDC"}, "another kind of model"),
         ({"act_fn": "relu"}, "act_fn is 'relu'"),
         ({"down_block_types": ["CrossAttnDownBlock2D"]}, "not supported"),
         ({"block_out_channels": [7]}, "block_out_channels"),

@@ -66,9 +66,9 @@ SINGLE: dict[str, tuple[Callable[[State], State], str]] = {
     ),
     "TAESD of diffusers": (
         _tensors("decoder.layers.0.weight", "encoder.layers.0.weight"),
-        r"looks like a tiny autoencoder \(TAESD\), which is another architecture",
+        "2 tensors of a tiny autoencoder .* that are not a whole one; is it one half",
     ),
-    "TAESD's own file": (_tensors("1.weight", "3.conv.0.weight"), "2 tensors are not a KL autoencoder's"),
+    "TAESD's own file": (_tensors("1.weight", "3.conv.0.weight"), "one half of a tiny autoencoder; name the two"),
     "an encoder alone": (
         lambda s: {name: tensor for name, tensor in s.items() if name.startswith("encoder.")},
         "an encoder alone; the whole autoencoder is needed",

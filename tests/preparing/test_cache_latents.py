@@ -19,6 +19,7 @@ from vae.data.images import open_image
 from vae.data.order import seed_for
 from vae.data.transforms import center_crop, to_model_range
 from vae.models.autoencoder import AutoencoderKL
+from vae.models.interface import Autoencoder
 from vae.models.posterior import DiagonalGaussian
 
 NAMES = sorted(SIZES)
@@ -36,7 +37,7 @@ def squares(pictures: Path) -> Tensor:
 
 
 @torch.no_grad()
-def posterior_of(model: AutoencoderKL, images: Tensor) -> DiagonalGaussian:
+def posterior_of(model: Autoencoder, images: Tensor) -> DiagonalGaussian:
     """In the batches that the command makes: others may differ in the last bit."""
     posteriors = [model.encode(images[batch]) for batch in BATCHES]
     return DiagonalGaussian(*(torch.cat([getattr(p, name) for p in posteriors]) for name in ("mean", "logvar")))

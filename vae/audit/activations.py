@@ -7,16 +7,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from vae.models.autoencoder import AutoencoderKL
 from vae.models.fast import layer_by_layer
+from vae.models.interface import Autoencoder
 from vae.models.layers import Attention, ResnetBlock
+from vae.models.tiny import TinyBlock
 
-WRITERS = (nn.Conv2d, nn.Linear, nn.GroupNorm, ResnetBlock, Attention)  # modules whose output lies in memory
+WRITERS = (nn.Conv2d, nn.Linear, nn.GroupNorm, ResnetBlock, Attention, TinyBlock)  # modules whose output lies in memory
 QUERIES_AT_ONCE = 1024
 
 
 @contextmanager
-def observed(model: AutoencoderKL, change: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
+def observed(model: Autoencoder, change: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
     """Within the block `change(name, output)` sees the output of every layer, and may replace it."""
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
@@ -33,7 +34,7 @@ def observed(model: AutoencoderKL, change: Callable[[str, Tensor], Tensor | None
 
 
 @contextmanager
-def peaks_of(model: AutoencoderKL) -> Iterator[dict[str, float]]:
+def peaks_of(model: Autoencoder) -> Iterator[dict[str, float]]:
     """{layer: largest absolute value it put out} over everything that goes through `model` within the block.
 
     `NAME.scores` are an attention's products of queries and keys before they are scaled down, as the original LDM code
@@ -56,7 +57,7 @@ def peaks_of(model: AutoencoderKL) -> Iterator[dict[str, float]]:
 
 
 @contextmanager
-def rounding(model: AutoencoderKL, dtype: torch.dtype) -> Iterator[None]:
+def rounding(model: Autoencoder, dtype: torch.dtype) -> Iterator[None]:
     """Within the block `model`, in float32, computes as accelerators do in `dtype`.
 
     Weights and every layer's output are rounded to it, sums within a layer are in float32. So it runs at full speed on

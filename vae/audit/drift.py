@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vae.models.autoencoder import AutoencoderKL
+from vae.latents import scale_latents
+from vae.models.interface import Autoencoder
 
 TOLERATED = 0.02  # of the latents' own spread; what drop-in replacements stay within
 
@@ -37,21 +38,33 @@ class Drift:
 
 
 @torch.no_grad()
-def latent_drift(base: AutoencoderKL, model: AutoencoderKL, images: Sequence[Tensor]) -> Drift:
-    """Both encode `images`, each (B, C, H, W) in [-1, 1]. Their configurations have the same latents."""
+def latent_drift(base: Autoencoder, model: Autoencoder, images: Sequence[Tensor]) -> Drift:
+    """Both encode `images`, each (B, C, H, W) in [-1, 1]. Their configurations have latents of the same shape.
+
+    Of two architectures the latents are compared as diffusion models see them: a tiny autoencoder has no others.
+    """
+    unlike = base.config.architecture != model.config.architecture
     theirs, ours = _encoder_of(base), _encoder_of(model)
-    changed = [name for name in theirs if name not in ours or not torch.equal(theirs[name], ours[name])]
-    before = torch.cat([base.encode(image).mean.transpose(0, 1).flatten(1) for image in images], dim=1)
-    after = torch.cat([model.encode(image).mean.transpose(0, 1).flatten(1) for image in images], dim=1)
+    shared = theirs.keys() & ours.keys()
+    changed = [name for name in theirs | ours if name not in shared or not torch.equal(theirs[name], ours[name])]
+    before, after = (
+        torch.cat([_latents(one, image, scaled=unlike) for image in images], dim=1) for one in (base, model)
+    )
     spread = before.std()
     return Drift(
         changed=changed,
-        encoder_tensors=len(theirs),
+        encoder_tensors=len(theirs | ours),
         rms=((after - before).square().mean().sqrt() / spread).item(),
         shift=((after.mean(dim=1) - before.mean(dim=1)).abs().max() / spread).item(),
         stretch=(after.std(dim=1) / before.std(dim=1) - 1.0).abs().max().item(),
     )
 
 
-def _encoder_of(model: AutoencoderKL) -> dict[str, Tensor]:
+def _latents(model: Autoencoder, image: Tensor, *, scaled: bool) -> Tensor:
+    """(latent_channels, elements)"""
+    latents = model.encode(image).mean
+    return (scale_latents(latents, model.config) if scaled else latents).transpose(0, 1).flatten(1)
+
+
+def _encoder_of(model: Autoencoder) -> dict[str, Tensor]:
     return {name: t for name, t in model.state_dict().items() if name.startswith(("encoder.", "quant_conv."))}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vae.audit.activations import peaks_of, rounding
 from vae.latents import unscale_latents
-from vae.models.autoencoder import AutoencoderKL
+from vae.models.interface import Autoencoder
 
 FLOAT16_MAX = 65504.0
 HEADROOM = 4.0  # how many times larger than everything seen an activation must still be able to become
@@ -64,7 +64,7 @@ class PrecisionAudit:
 
 @torch.no_grad()
 def audit_precision(
-    model: AutoencoderKL, images: Sequence[Tensor], advance: Callable[[], object] = lambda: None
+    model: Autoencoder, images: Sequence[Tensor], advance: Callable[[], object] = lambda: None
 ) -> PrecisionAudit:
     """Encode and decode `images`, each (B, C, H, W) in [-1, 1], in float32, float16 and bfloat16.
 
@@ -110,7 +110,7 @@ def _extremes(like: Tensor) -> list[Tensor]:
     return [white, stripes, noise]
 
 
-def _prior(model: AutoencoderKL, like: Tensor) -> Tensor:
+def _prior(model: Autoencoder, like: Tensor) -> Tensor:
     """Raw latents whose scaled form is N(0, PRIOR_SPREAD^2)."""
     noise = torch.randn(like[:1].shape, generator=torch.Generator().manual_seed(0)).to(like)
     return unscale_latents(PRIOR_SPREAD * noise, model.config)

@@ -8,8 +8,9 @@ the difference, which is why nothing is scaled further than it must be.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from vae.audit.precision import FLOAT16_MAX, HEADROOM, PrecisionAudit
 from vae.models.autoencoder import AutoencoderKL, Decoder, Encoder
 from vae.models.layers import Attention, Downsample, ResnetBlock, Upsample
+
+EQUAL = 1e-4  # largest difference of images in [-1, 1] that an exact rescaling may leave
 
 
 @dataclass
@@ -29,6 +32,34 @@ class _Stream:
 
     def peak(self, audit: PrecisionAudit) -> float:
         return max(audit.peaks.get(name, 0.0) for name in (self.begins, *self.writers, *self.sums))
+
+
+class Rescaled(NamedTuple):
+    """How many `layers` were rescaled, and by how much images and latents differ by it at most."""
+
+    layers: int
+    images: float
+    latents: float
+    largest_latent: float
+
+    @property
+    def is_exact(self) -> bool:
+        """False also where something is NaN."""
+        return self.images <= EQUAL and self.latents <= EQUAL * max(1.0, self.largest_latent)
+
+
+@torch.no_grad()
+def rescale_checked(model: AutoencoderKL, audit: PrecisionAudit, images: Sequence[Tensor]) -> Rescaled:
+    """`rescale`, and what that does to `images`, each (B, C, H, W) in [-1, 1], and to their latents."""
+    latents = [model.encode(image).mode() for image in images]
+    exact = [model.decode(latent) for latent in latents]
+    changed = rescale(model, audit)
+    return Rescaled(
+        layers=len(changed),
+        images=max(float((model.decode(a) - b).abs().max()) for a, b in zip(latents, exact, strict=True)),
+        latents=max(float((model.encode(a).mode() - b).abs().max()) for a, b in zip(images, latents, strict=True)),
+        largest_latent=max(float(latent.abs().max()) for latent in latents),
+    )
 
 
 @torch.no_grad()

@@ -9,16 +9,20 @@ from typing import NamedTuple
 
 import torch
 
+from vae.checkpoints.card import CARD_FILE, may_be_written, model_card
 from vae.checkpoints.detect import find_autoencoder
-from vae.checkpoints.diffusers import CONFIG_FILE, WEIGHTS_FILE, to_diffusers_config
+from vae.checkpoints.diffusers import CONFIG_FILE, KINDS, WEIGHTS_FILE, to_diffusers_config
+from vae.checkpoints.exports import find_export
 from vae.checkpoints.files import PREFERRED, read_source
 from vae.checkpoints.found import Found, check_complete, check_finite
 from vae.checkpoints.ldm import to_ldm
 from vae.checkpoints.metadata import ASSUMED, Notes, read_json, to_metadata
 from vae.checkpoints.safe import State, WeightsError, replacing
-from vae.checkpoints.writing import pieces_of, write_pieces, write_safetensors
+from vae.checkpoints.tiny import PAIR_FILE, SCALE, to_combined, to_pair
+from vae.checkpoints.writing import Piece, pieces_of, write_pieces
 from vae.errors import InputError
-from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from vae.models.autoencoder import AutoencoderConfig
+from vae.models.interface import Autoencoder
 
 __all__ = [
     "FORMATS",
@@ -31,45 +35,55 @@ __all__ = [
     "save_found",
 ]
 
-FORMATS = ("diffusers", "ldm")
+FORMATS = ("diffusers", "ldm", "taesd")
+ONE_FILE = {"kl": "ldm", "tiny": "taesd"}  # architecture: the format that is not a folder
 SINGLE_FILE = ".safetensors"
 OTHER_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".sft", ".gguf")  # files that are never written
 HALF_FILE = WEIGHTS_FILE.replace(".safetensors", ".fp16.safetensors")
 
 
 def save_autoencoder(
-    model: AutoencoderKL,
+    model: Autoencoder,
     path: str | Path,
     format: str = "diffusers",
     dtype: torch.dtype = torch.float32,
     notes: Notes | None = None,
+    *,
+    family: str | None = None,
 ) -> Path:
-    """Write `model` to a diffusers folder or to one LDM file (`NAME.safetensors`); returns the path.
+    """Write `model` to a diffusers folder or to one file, `NAME.safetensors` in LDM's names; returns the path.
 
-    The folder has the float16 variant beside the plain weights, for those who ask for it and those who do not. An
-    existing file is replaced only when the new one is complete. `notes` go into the metadata with the configuration.
+    A tiny one's file has `format="taesd"`: ComfyUI's names, or, called `NAME_decoder.safetensors` or
+    `NAME_encoder.safetensors`, the published pair, both of which are written. The folder has the float16 variant beside
+    the plain weights, for those who ask for it and those who do not. An existing file is replaced only when the new one
+    is complete. `notes` go into the metadata with the configuration. `family`, "sd" or another of `FAMILIES`, is whose
+    latents a tiny one has: ComfyUI's file needs it said.
     """
     path = Path(path)
     if format not in FORMATS:
         raise InputError(f"format={format!r}, expected one of {list(FORMATS)}")
-    if format == "ldm" and path.suffix != SINGLE_FILE:
+    if format not in ("diffusers", ONE_FILE[model.config.architecture]):
+        fitting = ONE_FILE[model.config.architecture]
+        raise InputError(f"format={format!r}, expected 'diffusers' or {fitting!r} for this architecture")
+    if format != "diffusers" and path.suffix != SINGLE_FILE:
         raise InputError(f"{path}: name it NAME.vae{SINGLE_FILE}; web UIs refuse other kinds of file")
-    _write(path, format, _Export(dict(model.state_dict()), model.config, notes or Notes()), dtype)
+    _write(path, format, _Export(dict(model.state_dict()), model.config, notes or Notes(), family), dtype)
     return path
 
 
 def save_found(found: Found, path: Path, dtype: torch.dtype | None = None) -> str:
     """Write what was read to another place, in the layout that `path` asks for by its name; returns that layout.
 
-    `NAME.safetensors` is one LDM file, all else a diffusers folder. Without a `dtype` every tensor keeps its own.
+    `NAME.safetensors` is one file, all else a diffusers folder, as in `save_autoencoder`. Without a `dtype` every
+    tensor keeps its own.
     """
     if path.suffix in OTHER_SUFFIXES:
         raise InputError(f"{path}: name it NAME.vae{SINGLE_FILE} for one file, or without suffix for a folder")
     if found.others and path.exists() and path.resolve() in (found.file.resolve(), found.file.resolve().parent):
         raise InputError(f"{path}: holds {found.others} tensors beside the autoencoder, which would be lost")
-    format = "ldm" if path.suffix == SINGLE_FILE else "diffusers"
+    format = ONE_FILE[found.config.architecture] if path.suffix == SINGLE_FILE else "diffusers"
     notes = found.notes if found.scale_is_known else replace(found.notes, latents=found.notes.latents | ASSUMED)
-    _write(path, format, _Export(found.state, found.config, notes), dtype)
+    _write(path, format, _Export(found.state, found.config, notes, found.family), dtype)
     return format
 
 
@@ -79,13 +93,15 @@ def load_autoencoder(
     *,
     config: AutoencoderConfig | None = None,
     ema: bool = False,
-) -> AutoencoderKL:
+) -> Autoencoder:
     """The autoencoder in any published layout, in eval mode, on the CPU; nothing in the file is executed.
 
-    A diffusers folder, an LDM file, or a full SD checkpoint; safetensors or PyTorch's pickles. `config` replaces the
-    architecture found beside, inside or by the tensors; `ema` takes a training checkpoint's averaged weights.
+    A run's directory (its newest export), a diffusers folder, an LDM file, or a full SD checkpoint; of tiny ones a
+    diffusers folder, either file of the published pair, or ComfyUI's one file. Safetensors or PyTorch's pickles.
+    `config` replaces the architecture found beside, inside or by the tensors; `ema` takes a training checkpoint's
+    averaged weights.
     """
-    return read_autoencoder(path, config=config, ema=ema).build(dtype)
+    return read_autoencoder(find_export(path, "path"), config=config, ema=ema).build(dtype)
 
 
 def read_autoencoder(
@@ -108,20 +124,32 @@ class _Export(NamedTuple):
     state: State
     config: AutoencoderConfig
     notes: Notes
+    family: str | None = None
 
 
 def _write(path: Path, format: str, export: _Export, dtype: torch.dtype | None) -> None:
+    if format == "diffusers":
+        return _write_folder(path, export, dtype)
     if format == "ldm":
-        pieces = pieces_of(path, to_ldm(export.state, export.config), dtype)
-        write_safetensors(path, pieces, to_metadata(export.config, export.notes))
+        files = {path: to_ldm(export.state, export.config)}
+    elif PAIR_FILE.fullmatch(path.name):
+        files = to_pair(export.state, path)
     else:
-        _write_folder(path, export, dtype)
+        files = {path: to_combined(export.state, export.family)}
+    written = {file: pieces_of(file, state, dtype) for file, state in files.items()}
+    for file, state in files.items():
+        written[file] |= {name: Piece.of(state[name]) for name in SCALE if name in state}  # no weights: never cast
+    with ExitStack() as opened:
+        for file, pieces in written.items():
+            write_pieces(opened.enter_context(replacing(file)), pieces, to_metadata(export.config, export.notes), file)
+    return None
 
 
 def _write_folder(folder: Path, export: _Export, dtype: torch.dtype | None) -> None:
     """All files are written before the first takes its name, and the configuration takes its own last."""
-    _check_folder(folder)
+    _check_folder(folder, KINDS[export.config.architecture])
     state, metadata = export.state, to_metadata(export.config, export.notes)
+    config = json.dumps(to_diffusers_config(export.config), indent=2) + "\n"
     plain, half = folder / WEIGHTS_FILE, folder / HALF_FILE
     try:
         in_half = pieces_of(half, state, torch.float16)
@@ -133,16 +161,20 @@ def _write_folder(folder: Path, export: _Export, dtype: torch.dtype | None) -> N
         for path, pieces in ((plain, pieces_of(plain, state, dtype)), (half, in_half)):
             if pieces is not None:
                 write_pieces(files.enter_context(replacing(path)), pieces, metadata, path)
-        described.write_text(json.dumps(to_diffusers_config(export.config), indent=2) + "\n", encoding="utf-8")
+        described.write_text(config, encoding="utf-8")
+        if may_be_written(folder / CARD_FILE):
+            parameters = sum(tensor.numel() for tensor in state.values())
+            card = files.enter_context(replacing(folder / CARD_FILE))
+            card.write_text(model_card(export.config, export.notes, parameters), encoding="utf-8")
     if in_half is None:
         half.unlink(missing_ok=True)
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, kind: str) -> None:
     """Refuse a folder whose other contents diffusers would mix up with ours, or that is another thing's."""
     others = [name for name in PREFERRED if name not in (WEIGHTS_FILE, HALF_FILE) and (folder / name).exists()]
     if others:
         raise InputError(f"{folder}: has {others[0]}, which diffusers may load instead; choose another folder")
     described = folder / CONFIG_FILE
-    if described.exists() and read_json(described).get("_class_name") != "AutoencoderKL":
+    if described.exists() and read_json(described).get("_class_name") != kind:
         raise InputError(f"{folder}: its {CONFIG_FILE} is another thing's and would be lost; choose another folder")

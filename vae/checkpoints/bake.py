@@ -42,6 +42,8 @@ def bake(found: Found, checkpoint: Path, target: Path, advance: Callable[[int], 
     Old autoencoder tensors are all removed first, the new ones take the checkpoint's precision. `advance` is told of
     the bytes written.
     """
+    if found.config.architecture == "tiny":
+        raise WeightsError(f"{found.file}: a tiny autoencoder, which no checkpoint has a place for; bake a KL one")
     if target.suffix != ".safetensors":
         raise WeightsError(f"{target}: name it NAME.safetensors; what is written is never a pickle")
     pieces, metadata = _read(checkpoint)

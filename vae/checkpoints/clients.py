@@ -9,11 +9,15 @@ from vae.checkpoints.found import Found
 from vae.models.autoencoder import AutoencoderConfig
 
 ANY_NETWORK = ["diffusers", "kohya sd-scripts (folder)"]
+TINY_WIDTHS, TINY_LAYERS = [64] * 4, 3
 WEB_UIS = ["Forge", "SD.Next", "kohya sd-scripts"]
 
 
 def clients_of(config: AutoencoderConfig) -> list[str]:
     """The programs that load such a network."""
+    if config.architecture == "tiny":
+        theirs = [] if oddities(config) else ["ComfyUI (newer ones, as taef2)" if config.mid_block_pool else "ComfyUI"]
+        return theirs if config.mid_block_pool else ["diffusers", *theirs]
     if oddities(config):
         return ANY_NETWORK
     clients, latent, widths = ["diffusers"], config.latent_channels, config.block_out_channels
@@ -29,11 +33,13 @@ def clients_of(config: AutoencoderConfig) -> list[str]:
 
 def oddities(config: AutoencoderConfig) -> list[str]:
     """What no web UI has."""
+    is_kl = config.architecture == "kl"
+    widths, layers = ((SD_WIDTHS, X4_WIDTHS), 2) if is_kl else ((TINY_WIDTHS,), TINY_LAYERS)
     found = {
-        f"widths {config.block_out_channels}": config.block_out_channels not in (SD_WIDTHS, X4_WIDTHS),
-        f"{config.layers_per_block} layers per block": config.layers_per_block != 2,
-        f"groups of {config.norm_num_groups}": config.norm_num_groups != 32,
-        "no attention in the middle": not config.mid_block_add_attention,
+        f"widths {config.block_out_channels}": config.block_out_channels not in widths,
+        f"{config.layers_per_block} layers per block": config.layers_per_block != layers,
+        f"groups of {config.norm_num_groups}": is_kl and config.norm_num_groups != 32,
+        "no attention in the middle": is_kl and not config.mid_block_add_attention,
         "attention in levels": bool(config.attention_levels),
         f"{config.in_channels} image channels": (config.in_channels, config.out_channels) != (3, 3),
     }
@@ -42,6 +48,9 @@ def oddities(config: AutoencoderConfig) -> list[str]:
 
 def warnings_of(found: Found, family: str | None = None) -> list[str]:
     """What somebody who hands `found` over must know, to a diffusion model of `family` if that is known."""
+    if found.config.architecture == "tiny" and found.family is None and families_of(found.config):
+        whose = f"whose latents it has the file does not tell ({' or '.join(families_of(found.config))})"
+        return [*warnings_about(found.config), f"{whose}: ComfyUI must know it of one file; --family says which"]
     if found.scale_is_known:
         return warnings_about(found.config, family)
     fitting, lines = families_of(found.config), _about_clients(found.config)
@@ -58,6 +67,9 @@ def warnings_about(config: AutoencoderConfig, family: str | None = None) -> list
 
 def _about_clients(config: AutoencoderConfig) -> list[str]:
     clients, odd = clients_of(config), oddities(config)
+    if config.architecture == "tiny":
+        able = f"only {' and '.join(clients)} can" if clients else "no other program can"
+        return [f"{able} load it ({', '.join(odd)}); the others expect a published tiny network"] if odd else []
     if not set(WEB_UIS) <= set(clients):
         why = ", ".join(odd) or f"f{config.downsample_factor} with {config.latent_channels} latent channels"
         return [f"only {' and '.join(clients)} can load it ({why}); the other programs expect a known family's network"]
@@ -69,6 +81,9 @@ def _about_clients(config: AutoencoderConfig) -> list[str]:
 
 def _about_scale(config: AutoencoderConfig, family: str | None) -> list[str]:
     families = families_of(config) if family is None else [family]
+    if config.architecture == "tiny":
+        scaled = f"programs take a tiny autoencoder's latents as scaled: scaling_factor {config.scaling_factor:.5g}"
+        return [] if config.scaling_factor == 1.0 else [f"{scaled} is for a diffusion model of your own"]
     if not families or oddities(config):
         return []
     lines = []

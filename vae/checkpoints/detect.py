@@ -10,6 +10,7 @@ from vae.checkpoints.families import FAMILIES, SIGNS, looks_like
 from vae.checkpoints.found import Found, Source
 from vae.checkpoints.ldm import as_linear, from_ldm, is_projection
 from vae.checkpoints.safe import State, WeightsError
+from vae.checkpoints.tiny import find_tiny, tiny_names
 from vae.models.autoencoder import AutoencoderConfig
 
 PREFIXES = ("vae.", "first_stage_model.", "")  # FLUX and most later families; SD checkpoints; standalone files
@@ -33,6 +34,13 @@ def find_autoencoder(source: Source, config: AutoencoderConfig | None, *, ema: b
     has no others.
     """
     path, config = source.file, config or source.config
+    tiny = find_tiny(source, config)
+    if tiny is not None:
+        if ema:
+            raise WeightsError(f"{path}: a tiny autoencoder without averaged weights beside; load the live ones")
+        return tiny
+    if config is not None and config.architecture == "tiny":
+        raise WeightsError(f"{path}: the configuration is a tiny autoencoder's, its tensors are not; leave that out")
     stated = config is not None
     family = family_of(source.state)
     live, shadow = _autoencoder_tensors(path, source.state)
@@ -63,7 +71,7 @@ def autoencoder_names(names: Iterable[str]) -> set[str]:
     names = list(names)
     prefix = prefix_of(names) or ""
     starts = tuple(prefix + part for part in (*PARTS, SHADOW))
-    return {name for name in names if name.startswith(starts) or name in PLAYGROUND}
+    return {name for name in names if name.startswith(starts) or name in PLAYGROUND} | tiny_names(names)
 
 
 def prefix_of(names: Iterable[str]) -> str | None:

@@ -18,4 +18,7 @@ def find_export(path: str | Path, key: str = "model") -> Path:
         path = exports[-1]
     if (path / "checkpoints").is_dir():
         raise InputError(f"{key}={str(path)!r}: a run without an export; vae export {path} makes one of its checkpoint")
-    return path / "diffusers" if (path / "diffusers").is_dir() else path
+    if (path / "diffusers").is_dir():
+        return path / "diffusers"
+    single = sorted(path.glob("*.vae.safetensors")) if path.parent.name == "exports" else []
+    return single[0] if single else path  # diffusers cannot hold every tiny one

@@ -34,7 +34,8 @@ LOOKS = {  # what a file without an autoencoder is, by a part of its names; the 
     "transformer_blocks.": "a diffusion model in diffusers' layout",
     "text_model.": "a text encoder",
     ".SelfAttention.": "a text encoder",
-    "decoder.layers.": "a tiny autoencoder (TAESD), which is another architecture",
+    "taesd_": "a part of a tiny autoencoder (TAESD); the whole of it is needed",
+    "decoder.layers.": "a part of a tiny autoencoder (TAESD); the whole of it is needed",
     "encoder.": "an encoder alone; the whole autoencoder is needed",
     "decoder.": "another kind of autoencoder",
 }
@@ -52,7 +53,7 @@ def has_scale_of(family: str, config: AutoencoderConfig) -> bool:
 
 
 def looks_like(names: Iterable[str]) -> str:
-    """A sentence about a file that has no KL autoencoder."""
+    """A sentence about a file that has no autoencoder."""
     names = sorted(names)
     for sign, kind in LOOKS.items():
         if any(sign in name for name in names):

@@ -9,6 +9,7 @@ from vae.checkpoints.metadata import config_in, read_json, read_notes
 from vae.checkpoints.pickles import read_pickle
 from vae.checkpoints.safe import State, WeightsError
 from vae.checkpoints.tensorfile import read_safetensors
+from vae.checkpoints.tiny import HALVES, file_of_half, from_pair, is_half, pair_in
 
 STEM = WEIGHTS_FILE.removesuffix(".safetensors")
 PREFERRED = (  # of a folder's weights: full precision first, safetensors before pickles, whole before sharded
@@ -29,18 +30,31 @@ def read_source(path: Path) -> Source:
         state, metadata = read_file(path)
         beside = path.parent / CONFIG_FILE
         in_folder = path.name in PREFERRED and beside.is_file()
+        state = _whole(path) if is_half(state) else state
         config = read_config(beside) if in_folder else config_in(path, metadata)
         return Source(path, state, config, read_notes(path, metadata))
     if not (path / CONFIG_FILE).is_file() and (path / PIPELINE_PART / CONFIG_FILE).is_file():
         path = path / PIPELINE_PART
     config = read_config(path / CONFIG_FILE) if (path / CONFIG_FILE).is_file() else None
     file = next((path / name for name in PREFERRED if (path / name).is_file()), None)
+    pair = pair_in(path) if file is None and config is None else None
+    if pair is not None:
+        return read_source(pair)
     if file is None:
         raise WeightsError(f"{path / WEIGHTS_FILE}: no such file, nor {', '.join(PREFERRED[1:])}; fetch it again")
     if file.suffix == ".json":
         return Source(file, _read_shards(file), config)
     state, metadata = read_file(file)
     return Source(file, state, config, read_notes(file, metadata))
+
+
+def _whole(half: Path) -> State:
+    """The tensors of a published pair, of which `half` is one."""
+    files = [file_of_half(half, which) for which in HALVES]
+    for file in files:
+        if not file.is_file():
+            raise WeightsError(f"{half}: one half of a tiny autoencoder; put the other, {file.name}, beside it")
+    return from_pair(*(read_file(file)[0] for file in files))
 
 
 def is_pickle(path: Path) -> bool:

@@ -9,7 +9,9 @@ import torch
 from vae.checkpoints.families import FAMILIES
 from vae.checkpoints.metadata import ASSUMED, Notes
 from vae.checkpoints.safe import State, WeightsError
-from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from vae.models.architectures import build_autoencoder
+from vae.models.autoencoder import AutoencoderConfig
+from vae.models.interface import Autoencoder
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,9 @@ class Found:
     file: Path
     state: State
     config: AutoencoderConfig
-    layout: str  # "diffusers" or "ldm"
+    layout: str  # "diffusers", "ldm" or "taesd"
     weights: str  # "live" or "EMA"
-    family: str | None  # of the diffusion model beside it; None where the file has none
+    family: str | None  # of the diffusion model beside it, or whose latents a tiny one has; None where nothing tells
     stated: bool  # whether the configuration came from a file, and not from the tensors
     others: int  # tensors in the file beside these
     notes: Notes
@@ -43,11 +45,15 @@ class Found:
 
     @property
     def scale_is_known(self) -> bool:
-        """A standalone file of somebody else's does not tell SD from SDXL, or SD3 from FLUX."""
+        """Not of a standalone file: SD and SDXL, or SD3 and FLUX, look alike there. Tiny ones need no scale."""
+        if self.config.architecture == "tiny":
+            return True
         return (self.stated or self.family is not None) and not self.notes.latents.keys() & ASSUMED.keys()
 
     def of_family(self, family: str) -> "Found":
         """The same with the constants of `family`, which somebody who knows has named."""
+        if self.config.architecture == "tiny":
+            return replace(self, family=family)
         scaling, shift = FAMILIES[family]
         notes = replace(self.notes, latents={k: v for k, v in self.notes.latents.items() if k not in ASSUMED})
         config = replace(self.config, scaling_factor=scaling, shift_factor=shift)
@@ -61,10 +67,10 @@ class Found:
             sizes[tensor.dtype] += tensor.numel()
         return sizes.most_common(1)[0][0]
 
-    def build(self, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
+    def build(self, dtype: torch.dtype = torch.float32) -> Autoencoder:
         """The model, in eval mode."""
         with torch.device("meta"):
-            model = AutoencoderKL(self.config)
+            model = build_autoencoder(self.config)
         state = {name: tensor.to(dtype) for name, tensor in self.state.items()}
         model.load_state_dict(state, strict=True, assign=True)
         return model.requires_grad_(True).eval()
@@ -73,12 +79,13 @@ class Found:
 def check_complete(found: Found) -> None:
     """Every tensor of the architecture, of its shape, and no other."""
     with torch.device("meta"):
-        expected = AutoencoderKL(found.config).state_dict()
+        expected = build_autoencoder(found.config).state_dict()
+    kind = {"kl": "KL", "tiny": "tiny"}[found.config.architecture]
     missing, extra = sorted(expected.keys() - found.state.keys()), sorted(found.state.keys() - expected.keys())
     if missing or extra:
         raise WeightsError(
             f"{found.file}: {len(missing)} keys missing (first {missing[:3]}) and {len(extra)} unknown (first "
-            f"{extra[:3]}) for this architecture; check that it is a complete KL autoencoder of its configuration"
+            f"{extra[:3]}) for this architecture; check that it is a complete {kind} autoencoder of its configuration"
         )
     for name, tensor in found.state.items():
         shape = expected[name].shape

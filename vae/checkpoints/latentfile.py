@@ -17,6 +17,7 @@ SUFFIX = ".latent"
 RAW = "latent_tensor"  # ComfyUI's key, for raw latents
 MARK = "latent_format_version_0"  # without this empty tensor ComfyUI takes them for scaled by SD's factor
 SCALED = "scaled_latents"  # a key of ours, so that nobody takes scaled latents for raw ones
+DESCRIBED = "vae.latents"  # key of the metadata
 SCALE_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
@@ -25,7 +26,22 @@ def write_latents(path: Path, latents: Tensor, config: AutoencoderConfig, *, sca
     tensors = {SCALED: latents} if scaled else {RAW: latents, MARK: torch.empty(0)}
     scale = {key: value for key, value in asdict(config).items() if key in SCALE_KEYS}
     described = json.dumps({"scaled": scaled, "drawn": drawn, **scale}, sort_keys=True)
-    write_safetensors(path, {name: Piece.of(tensor) for name, tensor in tensors.items()}, {"vae.latents": described})
+    write_safetensors(path, {name: Piece.of(tensor) for name, tensor in tensors.items()}, {DESCRIBED: described})
+
+
+def scale_in(path: Path, channels: int) -> AutoencoderConfig | None:
+    """A configuration that has the scale of what made the latents in a file; None where that does not tell.
+
+    Raises WeightsError where what it tells cannot be.
+    """
+    described = read_index(path).metadata.get(DESCRIBED)
+    if described is None:
+        return None
+    try:
+        about = json.loads(described)
+        return AutoencoderConfig(latent_channels=channels, **{key: about[key] for key in SCALE_KEYS})
+    except (TypeError, ValueError, LookupError, RecursionError) as error:
+        raise WeightsError(f"{path}: its {DESCRIBED} is not readable ({error}); encode the image again") from error
 
 
 def read_latents(path: Path, channels: int) -> tuple[Tensor, bool]:

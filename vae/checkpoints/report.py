@@ -6,29 +6,32 @@ from typing import Any
 import torch
 
 from vae.checkpoints.clients import clients_of, oddities
+from vae.checkpoints.diffusers import KINDS
 from vae.checkpoints.families import families_of, has_scale_of
 from vae.checkpoints.found import Found
 
 HALF = torch.finfo(torch.float16)
+LAYOUTS = {"ldm": "LDM names, as in web UIs", "diffusers": "diffusers names", "taesd": "TAESD's names, as in ComfyUI"}
 FAMILY_NAMES = {"sd": "SD 1.x/2.x", "sdxl": "SDXL", "x4": "the x4 upscaler", "sd3": "SD3", "flux": "FLUX.1"}
 
 
 def title_of(found: Found) -> str:
     config = found.config
-    return f"AutoencoderKL f{config.downsample_factor}c{config.latent_channels}, {family_words(found)}"
+    return f"{KINDS[config.architecture]} f{config.downsample_factor}c{config.latent_channels}, {family_words(found)}"
 
 
 def facts_of(found: Found) -> dict[str, Any]:
     """About the file and its weights."""
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in found.state.values())
+    groups = ", in groups of 32" if found.config.architecture == "kl" else ""
     tensors, parameters = len(found.state), sum(tensor.numel() for tensor in found.state.values())
     return {
-        "layout": {"ldm": "LDM names, as in web UIs", "diffusers": "diffusers names"}[found.layout],
+        "layout": LAYOUTS[found.layout],
         "weights": {"EMA": "averaged (EMA)"}.get(found.kind, found.kind),
         "stored as": ", ".join(f"{dtype} ({count} tensors)" for dtype, count in dtypes.items()),
         "parameters": f"{parameters:,} in {tensors} tensors",
-        "loads in": ", ".join(clients_of(found.config)),
-        "architecture": "stated by its configuration" if found.stated else "read from the tensors, in groups of 32",
+        "loads in": ", ".join(clients_of(found.config)) or "no other program",
+        "configuration": "stated" if found.stated else f"read from the tensors{groups}",
     }
 
 
@@ -40,6 +43,8 @@ def notes_of(found: Found) -> dict[str, str]:
 
 def family_words(found: Found) -> str:
     """The family where the file tells it, else those that it may be of."""
+    if found.family is not None and found.config.architecture == "tiny":
+        return f"for the latents of {FAMILY_NAMES[found.family]}"
     if found.family is not None:
         return f"of the {FAMILY_NAMES[found.family]} checkpoint it is in"
     config = found.config

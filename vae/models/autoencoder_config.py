@@ -1,4 +1,4 @@
-"""The shape of an AutoencoderKL, refused where it cannot be one."""
+"""The shape of an autoencoder, refused where it cannot be one."""
 
 import math
 from dataclasses import dataclass, field
@@ -14,15 +14,26 @@ LIMITS = {
     "norm_num_groups": MOST_CHANNELS,
     "sample_size": 65_536,
 }
-SWITCHES = ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention", "force_upcast")
+SWITCHES = ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention", "force_upcast", "mid_block_pool")
+ARCHITECTURES = ("kl", "tiny")
+KL_ONLY = {
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "mid_block_add_attention": False,
+    "attention_levels": [],
+}
 
 
 @dataclass
 class AutoencoderConfig:
-    """The shape of an AutoencoderKL and the facts that travel with its weights. Defaults are SD 1.x and 2.x.
+    """The shape of an autoencoder and the facts that travel with its weights. Defaults are SD 1.x and 2.x.
 
     `attention_levels` names the levels (0 = full resolution) whose every resnet is followed by attention, as in LDM's
     kl-f16 and kl-f32. Diffusion models see `(latents - shift_factor) * scaling_factor`; the autoencoder never does.
+
+    `architecture` is "kl" for AutoencoderKL, or "tiny" for AutoencoderTiny, whose latents are scaled already: it has
+    one width, `layers_per_block` blocks at each level but one at full resolution, and no groups. With `mid_block_pool`
+    its blocks at the lowest resolution pool over the image.
     """
 
     in_channels: int = 3
@@ -41,9 +52,13 @@ class AutoencoderConfig:
     latents_std: list[float] | None = None
     force_upcast: bool = True
     sample_size: int = 512
+    architecture: str = "kl"
+    mid_block_pool: bool = False
 
     def __post_init__(self) -> None:
         """Types too: a configuration may come out of somebody's file."""
+        known = self.architecture in ARCHITECTURES
+        require(known, f"model.architecture={self.architecture!r}", f"one of {list(ARCHITECTURES)}")
         for name, most in LIMITS.items():
             value = getattr(self, name)
             require(
@@ -51,13 +66,15 @@ class AutoencoderConfig:
             )
         for name in SWITCHES:
             require(type(getattr(self, name)) is bool, f"model.{name}={getattr(self, name)!r}", "true or false")
-        widths, groups = self.block_out_channels, self.norm_num_groups
+        is_tiny = self.architecture == "tiny"
+        widths, groups = self.block_out_channels, 1 if is_tiny else self.norm_num_groups
+        grouped = "" if is_tiny else f"a multiple of model.norm_num_groups={groups} and "
         require(
             isinstance(widths, list)
             and 1 <= len(widths) <= MOST_LEVELS
             and all(type(w) is int and 1 <= w <= MOST_CHANNELS and w % groups == 0 for w in widths),
             f"model.block_out_channels={widths}",
-            f"1 to {MOST_LEVELS} widths, each a multiple of model.norm_num_groups={groups} and at most {MOST_CHANNELS}",
+            f"1 to {MOST_LEVELS} widths, each {grouped}at most {MOST_CHANNELS}",
         )
         levels = range(len(widths))
         require(
@@ -66,7 +83,20 @@ class AutoencoderConfig:
             f"model.attention_levels={self.attention_levels}",
             f"levels among {list(levels)}",
         )
+        self._check_architecture()
         self._check_scale()
+
+    def _check_architecture(self) -> None:
+        """What the other one has must be off."""
+        if self.architecture != "tiny":
+            require(not self.mid_block_pool, "model.mid_block_pool=True", "false: model.architecture=tiny alone has it")
+            return
+        for name, off in KL_ONLY.items():
+            given = getattr(self, name)
+            require(given == off, f"model.{name}={given} with model.architecture=tiny", f"{off}, as model=taesd has it")
+        widths = self.block_out_channels
+        one = f"one width at all levels, as {[widths[0]] * len(widths)}"
+        require(len(set(widths)) == 1, f"model.block_out_channels={widths} with model.architecture=tiny", one)
 
     def _check_scale(self) -> None:
         positive = _is_number(self.scaling_factor) and self.scaling_factor > 0

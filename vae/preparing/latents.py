@@ -20,7 +20,7 @@ from vae.data.order import seed_for
 from vae.data.transforms import to_model_range
 from vae.errors import InputError, require
 from vae.latents import scale_latents, scale_moments
-from vae.models.autoencoder import AutoencoderKL
+from vae.models.interface import Autoencoder
 from vae.preparing.jobs import Job, Json, Made, make
 from vae.preparing.processes import Advance
 from vae.preparing.reading import Read, Squares, collate
@@ -52,7 +52,7 @@ class Encoding:
         names = MOMENTS if self.sample is None else DRAWN
         return (*names, *(f"{name}{FLIPPED}" for name in names)) if self.flip else names
 
-    def described(self, model: AutoencoderKL) -> Json:
+    def described(self, model: Autoencoder) -> Json:
         """With the scale on top, under the names that .latent files have for it."""
         factor, config = model.config.downsample_factor, asdict(model.config)
         require(self.resolution % factor == 0, f"--resolution {self.resolution}", f"a multiple of {factor}")
@@ -63,7 +63,7 @@ class Encoding:
 
 @torch.no_grad()
 def encode_shards(
-    job: Job, encoding: Encoding, model: AutoencoderKL, shards: Sequence[int], *, workers: int, advance: Advance
+    job: Job, encoding: Encoding, model: Autoencoder, shards: Sequence[int], *, workers: int, advance: Advance
 ) -> None:
     """Make the given shards of a job whose options are `encoding.described(model)`; `workers` decode the images."""
     squares = Squares(job.source, encoding.resolution, model.config.in_channels)
@@ -90,9 +90,9 @@ def _batches(numbers: range, size: int) -> list[range]:
     return [numbers[start : start + size] for start in range(0, len(numbers), size)]
 
 
-def _encoded(model: AutoencoderKL, batch: Read, encoding: Encoding) -> dict[str, Tensor]:
+def _encoded(model: Autoencoder, batch: Read, encoding: Encoding) -> dict[str, Tensor]:
     """{name: float32 (B, C, h, w)} on the model's device."""
-    images = to_model_range(batch.images.to(model.decoder.conv_in.weight.device))
+    images = to_model_range(batch.images.to(next(model.parameters()).device))
     views = {"": images, FLIPPED: images.flip(3)} if encoding.flip else {"": images}
     found = {}
     for salt, (suffix, view) in enumerate(views.items()):

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from vae.errors import require
-from vae.models.autoencoder import AutoencoderKL, Decoder, Encoder
+from vae.models.architectures import as_kl
+from vae.models.autoencoder import Decoder, Encoder
+from vae.models.interface import Autoencoder
 from vae.models.posterior import DiagonalGaussian
 from vae.models.strips.maps import Given
 from vae.models.strips.rowwise import Work
@@ -24,11 +26,12 @@ from vae.models.strips.stored import freed_at_once
 MB = 10**6
 SMALL = 2**28  # bytes: below, returning memory at once takes longer than it is worth
 Advance = Callable[[float], object]
+TINY = ("strips (--memory)", "none: it takes little memory whole")  # what is refused, and the remedy
 
 
 @torch.no_grad()
 def decode_in_strips(
-    model: AutoencoderKL, latents: Tensor, memory: int | None = None, advance: Advance | None = None
+    model: Autoencoder, latents: Tensor, memory: int | None = None, advance: Advance | None = None
 ) -> Tensor:
     """`model.decode(latents)`: raw latents (B, latent_channels, h, w) -> images (B, C, f * h, f * w).
 
@@ -37,6 +40,7 @@ def decode_in_strips(
     gets shares of the work that add up to 1. Raises InputError where `memory` is too little, with the least that would
     do.
     """
+    model = as_kl(model, *TINY)
     _check(latents, model.config.latent_channels, memory)
     latents = model.post_quant_conv(latents.to(model.decoder.conv_in.weight))
     return _in_strips(model.decoder, latents, memory, advance)
@@ -44,12 +48,13 @@ def decode_in_strips(
 
 @torch.no_grad()
 def encode_in_strips(
-    model: AutoencoderKL, images: Tensor, memory: int | None = None, advance: Advance | None = None
+    model: Autoencoder, images: Tensor, memory: int | None = None, advance: Advance | None = None
 ) -> DiagonalGaussian:
     """`model.encode(images)`: images (B, C, H, W) in [-1, 1] -> posterior. They may stay in the host's memory.
 
     `memory`, `advance` and errors are those of `decode_in_strips`.
     """
+    model = as_kl(model, *TINY)
     _check(images, model.config.in_channels, memory)
     model.check_size(images)
     return DiagonalGaussian.from_moments(model.quant_conv(_in_strips(model.encoder, images, memory, advance)))
