@@ -16,7 +16,7 @@ from vae import compose, door
 from vae.config import EvaluateConfig, TrainConfig
 from vae.errors import Stopped
 from vae.losses.objective import LossConfig
-from vae.models.autoencoder import AutoencoderKL
+from vae.models.architectures import build_autoencoder
 from vae.models.discriminator import PatchDiscriminator
 from vae.training.optim import build_optimiser
 
@@ -27,11 +27,12 @@ VARIANTS = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONFI
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_composes_and_builds(variant):
     extra = ["data.root=photos"] if variant.startswith("data=") and variant != "data=photos" else []
-    config = compose(variant, *extra)
+    asked = ["init=base", "teacher=teacher"] if variant.startswith("experiment=") else []
+    config = compose(variant, *extra, *asked)
     with torch.device("meta"):
-        autoencoder = AutoencoderKL(config.model)
+        autoencoder = build_autoencoder(config.model)
         discriminator = PatchDiscriminator(config.loss.discriminator)
-    build_optimiser(config.optim, autoencoder, discriminator, config.updates, config.loss.discriminator_start)
+    build_optimiser(config.optim, autoencoder, discriminator, config.updates, config.loss.starts)
 
 
 def test_the_defaults_of_the_yaml_are_those_of_the_dataclasses():

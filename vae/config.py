@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from vae.checkpoints.card import LICENSE
+from vae.checkpoints.facts import LONGEST
 from vae.data.config import DataConfig
 from vae.errors import require
 from vae.evaluation.protocol import DEFAULT_V1, PROTOCOLS
@@ -26,10 +28,14 @@ class TrainConfig:
 
     With `plan` nothing is trained: what the run would need and take is said.
 
-    `init` names weights to begin from, whose architecture `model` is then: a file, an export or a run. `frozen` are the
-    parts that do not learn, by the names of their modules; where the encoder and `quant_conv` are, its posteriors have
-    no gradient, the KL term is not computed, and the scaling factor stays. `latents` that are decoded in training are
-    "sampled" from the posteriors, or their "mean".
+    `init` names weights to begin from, whose architecture `model` is then: a file, an export or a run. With
+    `latent_channels` they are inflated or sliced to so many; with `fp16_safe` they are rescaled before, the function
+    being the same, until float16 can hold their activations. `frozen` are the parts that do not learn, by the names of
+    their modules, or `trained` are the only ones that do; where encoder and `quant_conv` do not, posteriors have no
+    gradient, the KL term is not computed, and the scaling factor stays. `latents` that are decoded in training are
+    "sampled" from the posteriors, or their "mean". `teacher` names an autoencoder whose latents are learned: the
+    decoder decodes its latents, and the encoder learns to make them. With `compare_with_init` a run of `train.py` that
+    began from `init` ends with an evaluation of both: is what it made harmless where that was in use?
 
     `name` may hold `{time}`, when the run begins. `resume` names the directory of a run to go on with, or is "auto":
     the newest run of that name and this configuration, a new one where there is none. A checkpoint is written at every
@@ -37,6 +43,9 @@ class TrainConfig:
     processes wait for one of them. `keep_best` is the validation's metric by which `exports/best` is chosen, null for
     none; auto is LPIPS where the perceptual loss brings it, else PSNR. `inception` names the weights of rFID and KID;
     null looks for them in torch hub's folder. `trainer` holds further keyword arguments of lightning.Trainer.
+
+    `license` and `about` go into the model cards of its exports: an identifier of the hub (apache-2.0; null: not
+    stated), and a sentence on the data and the purpose.
     """
 
     name: str = "{time}"
@@ -44,12 +53,19 @@ class TrainConfig:
     seed: int = 0
     plan: bool = False
     init: str | None = None
+    latent_channels: int | None = None
+    fp16_safe: bool = False
+    teacher: str | None = None
     frozen: list[str] = field(default_factory=list)
+    trained: list[str] = field(default_factory=list)
+    compare_with_init: bool = True
     latents: str = "sampled"
     updates: int = 100_000
     validate_every: int = 5_000
     keep_best: str | None = AUTO
     inception: str | None = None
+    license: str | None = None
+    about: str = ""
     logger: str = "csv"
     resume: str | None = None
     checkpoint_minutes: float = 30.0
@@ -75,6 +91,9 @@ class TrainConfig:
         for key in ("checkpoint_minutes", "max_minutes", "timeout_minutes"):
             minutes = getattr(self, key)
             require(minutes is None or 0 < minutes < math.inf, f"{key}={minutes}", "a positive number of minutes")
+        identifier = self.license is None or LICENSE.fullmatch(self.license) is not None
+        require(identifier, f"license={self.license!r}", "an identifier of the hub, as apache-2.0 or other, or null")
+        require(len(self.about) <= LONGEST, f"about, {len(self.about)} characters", f"{LONGEST} at most")
         check_start(self)
         if self.init is None:
             self.check_model()
@@ -110,7 +129,8 @@ class TrainConfig:
 
 @dataclass
 class EvaluateConfig:
-    """`model`: one autoencoder or a list of several, each an export, a weights file or a run's directory.
+    """`model`: one autoencoder or a list of several, each an export, a weights file or a run's directory. `base` is
+    one more, that these are held against: are their latents its latents, and is anything worse?
 
     `datasets` are values of `data.root` in place of the one, `cross` measures each encoder with the decoders of the
     others too. With another number of the CPU's `threads` sums end in other bits. The first `probe_images` images are
@@ -120,6 +140,7 @@ class EvaluateConfig:
     """
 
     model: Any = None  # str | list[str]; OmegaConf has no such union
+    base: str | None = None
     name: str = "evaluation"
     output: str = "evaluations"
     device: str = "auto"
@@ -137,7 +158,7 @@ class EvaluateConfig:
     data: DataConfig = field(default_factory=lambda: DataConfig(source="photos"))
 
     def __post_init__(self) -> None:
-        named = bool(self.models) and all(isinstance(model, str) for model in self.models)
+        named = bool(self.model) and all(isinstance(model, str) for model in self.models)
         require(named, f"model={self.model!r}", "a path or a list of paths, e.g. model=runs/first")
         whole = not self.data.bucket_resolutions
         require(whole, f"data.bucket_resolutions={self.data.bucket_resolutions}", "none: squares are measured")
@@ -172,4 +193,6 @@ class EvaluateConfig:
 
     @property
     def models(self) -> list[str]:
-        return self.model if isinstance(self.model, list) else [self.model]
+        """All that are measured, `base` first."""
+        given = self.model if isinstance(self.model, list) else [self.model]
+        return given if self.base is None else [self.base, *given]

@@ -26,10 +26,12 @@ from vae.checkpoints.safe import WeightsError
 from vae.config import TrainConfig
 from vae.data.sources import TRAINING_PHOTOS
 from vae.errors import InputError, Stopped
+from vae.training.autoencoding import Autoencoding
 from vae.training.guard import Culprits, nearest_causes
 from vae.training.manifest import HashingFile, checkpoints_in, newest_whole
 from vae.training.module import Training
 from vae.training.run import train
+from vae.training.step import Pass
 
 HARNESS = Path(__file__).with_name("harness.py")
 ELSEWHERE = Path("/dev/shm")  # another filesystem, where there is one
@@ -259,16 +261,16 @@ def test_a_bad_update_is_left_out_where_that_is_asked_for_and_the_run_ends_finit
 def test_a_skipped_update_leaves_nothing_in_a_batch_norm(tmp_path, monkeypatch):
     config = replace(small_run(tmp_path), guard=replace(small_run(tmp_path).guard, on_non_finite="skip"))
     config = replace(config, loss=replace(config.loss, discriminator=replace(config.loss.discriminator, norm="batch")))
-    original, done = Training.autoencode, []
+    original, done = Autoencoding.__call__, []
 
-    def once(self: Training, *arguments: Any, **named: Any) -> Any:
-        posterior, features, reconstructions = original(self, *arguments, **named)
-        if self.updates == 7 and not done:
+    def once(self: Autoencoding, positions: list[int], *arguments: Any, **named: Any) -> Pass:
+        passed = original(self, positions, *arguments, **named)
+        if positions[0] >= 7 * config.data.batch_size and not done:
             done.append(1)
-            reconstructions = reconstructions * float("nan")
-        return posterior, features, reconstructions
+            return passed._replace(reconstructions=passed.reconstructions * float("nan"))
+        return passed
 
-    monkeypatch.setattr(Training, "autoencode", once)
+    monkeypatch.setattr(Autoencoding, "__call__", once)
     state = torch.load(newest_whole(train(config) / "checkpoints")[0], weights_only=True)
     assert state["left_out"] == 1
 

@@ -11,7 +11,7 @@ from vae.training.optim import OptimConfig, build_optimiser
 
 def _rates(config: OptimConfig, updates: int, start: int = 0) -> tuple[list[float], list[float]]:
     """The learning rates of autoencoder and discriminator at every update."""
-    optimiser, schedule = build_optimiser(config, nn.Linear(1, 1), nn.Linear(1, 1), updates, start)
+    optimiser, schedule = build_optimiser(config, nn.Linear(1, 1), nn.Linear(1, 1), updates, (0, start))
     ours, theirs = [], []
     for _ in range(updates):
         rates = [group["lr"] for group in optimiser.param_groups]
@@ -44,7 +44,7 @@ def test_the_cosine_falls_from_one_to_nothing():
 
 def test_every_trainable_parameter_is_in_exactly_one_group():
     autoencoder, discriminator = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 1)
-    optimiser, _ = build_optimiser(OptimConfig(), autoencoder, discriminator, 10, 0)
+    optimiser, _ = build_optimiser(OptimConfig(), autoencoder, discriminator, 10, (0, 0))
     grouped = [id(parameter) for group in optimiser.param_groups for parameter in group["params"]]
     wanted = [id(parameter) for network in (autoencoder, discriminator) for parameter in network.parameters()]
     assert sorted(grouped) == sorted(wanted)

@@ -21,6 +21,7 @@ from vae.checkpoints.ldm import to_ldm
 from vae.config import TrainConfig
 from vae.errors import InputError
 from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from vae.models.interface import Autoencoder
 from vae.training.export import export_checkpoint
 from vae.training.manifest import newest_whole
 from vae.training.module import Training
@@ -50,7 +51,7 @@ def decoder_only(tmp_path: Path, tiny_run: TrainConfig, base: Path) -> TrainConf
     return replace(run, init=str(base), frozen=ENCODING, model=AutoencoderConfig(), updates=4)
 
 
-def _bits(model: AutoencoderKL) -> dict[str, torch.Tensor]:
+def _bits(model: Autoencoder) -> dict[str, torch.Tensor]:
     return {name: tensor.view(torch.int32) for name, tensor in model.state_dict().items()}
 
 
@@ -89,7 +90,7 @@ class Cost:
 
         def autoencode(images: torch.Tensor) -> Any:
             with saved_tensors_hooks(pack, lambda tensor: tensor):
-                return training.autoencode([0, 1], images, moments)
+                return training.autoencoding([0, 1], images, moments)
 
         with FlopCounterMode(display=False) as counter:
             loss, _ = single_pass(images, autoencode, training.objective, None, 0)
@@ -122,7 +123,7 @@ def test_what_is_decoded_is_the_mean_where_that_is_asked_for(tiny_run):
     for latents in ("sampled", "mean"):
         torch.manual_seed(0)
         training = Training(replace(tiny_run, latents=latents))
-        posterior, _, decoded[latents] = training.autoencode([4, 5], images)
+        posterior, _, decoded[latents], _ = training.autoencoding([4, 5], images)
     expected = training.autoencoder.decode(posterior.mode())  # pyright: ignore[reportPossiblyUnbound]
     assert torch.equal(decoded["mean"], expected)
     assert not torch.allclose(decoded["sampled"], expected)

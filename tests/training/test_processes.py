@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.conftest import without_adversary
 from tests.training.harness import small_run
+from vae.checkpoints import save_autoencoder
 from vae.config import TrainConfig
+from vae.models.autoencoder import AutoencoderKL
 from vae.training.manifest import checkpoints_in, newest_whole
 
 DRIVEN = Path(__file__).with_name("driven.py")
@@ -93,6 +96,28 @@ def test_two_processes_train_as_one_with_the_double_batch(tmp_path, compiled):
     for name in ("val/psnr", "val/ssim", "val/latent_std"):
         one, two = (float(rows[-1].split(",")[columns.index(name)]) for rows in metrics)
         assert one == pytest.approx(two, rel=1e-6), name
+
+
+@pytest.mark.parametrize("kind", ["the discriminator first", "a teacher", "the encoder alone to a teacher"])
+def test_two_processes_train_as_one_where_parts_sleep_or_have_a_teacher(tmp_path, kind):
+    """Each pass must give every parameter that learns a gradient, or processes wait for each other."""
+    config = replace(small_run(tmp_path, accumulate=2), updates=6, validate_every=6, resume=None)
+    loss = replace(config.loss, discriminator_start=0, adversarial_start=4, augment=[])
+    config = replace(config, loss=replace(loss, autoencoder_start=3))
+    if "teacher" in kind:
+        teacher = str(save_autoencoder(AutoencoderKL(config.model), tmp_path / "teacher"))
+        init = str(save_autoencoder(AutoencoderKL(config.model), tmp_path / "init"))
+        config = replace(config, loss=loss, teacher=teacher, init=init)
+    if "alone" in kind:
+        config = replace(without_adversary(config), trained=["encoder", "quant_conv"])
+    folders = {
+        count: run(
+            of_processes(replace(config, output=str(tmp_path / str(count))), count, precision="64-true"), "double"
+        )
+        for count in (1, 2)
+    }
+    assert outcome(folders[2], 0)["sha256"] == outcome(folders[2], 1)["sha256"]
+    assert max(differences(folders).values()) < (1e-4 if "teacher" in kind else 1e-6)  # a teacher is in float32
 
 
 def test_processes_whose_gradients_are_not_reduced_are_caught(tmp_path):

@@ -11,7 +11,8 @@ from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from vae.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from vae.models.lpips import LPIPS
 from vae.models.posterior import DiagonalGaussian
-from vae.training.step import AdversarialGame, single_pass
+from vae.training.game import AdversarialGame
+from vae.training.step import Pass, single_pass
 
 CONFIG = LossConfig(
     perceptual_net="alex",
@@ -80,7 +81,7 @@ def _run_single_pass(model, discriminator, objective, images, noise, updates, co
     def autoencode(images):
         posterior = model.encode(images)
         features = model.decode_features(posterior.reparameterize(noise))
-        return posterior, features, model.decoder.conv_out(features)
+        return Pass(posterior, features, model.decoder.conv_out(features))
 
     game = AdversarialGame(discriminator, config, model.decoder.conv_out)
     loss, logs = single_pass(images, autoencode, objective, game, updates)

@@ -126,7 +126,7 @@ def test_the_adaptive_weight_is_computed_in_float32_whatever_the_autocast_dtype(
     assert 0 < expected < 0.9 * maximum
     _the_adaptive_weight_is(expected, bench, dtype)
     if dtype == torch.float16:
-        monkeypatch.setattr("vae.training.step.last_layer_gradient", _in_half)
+        monkeypatch.setattr("vae.training.game.last_layer_gradient", _in_half)
         with pytest.raises(AssertionError, match=rf"the adaptive weight\n.* {maximum}"):
             _the_adaptive_weight_is(expected, bench, dtype)
 

@@ -17,8 +17,8 @@ from vae.losses.objective import LossConfig, LossWeights
 from vae.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from vae.models.posterior import LOGVAR_RANGE, DiagonalGaussian
 from vae.training.advice import WINDOW, Advice
+from vae.training.game import AdversarialGame
 from vae.training.module import Training
-from vae.training.step import AdversarialGame
 
 
 def moves_once_an_update(mean: RunningMean) -> None:

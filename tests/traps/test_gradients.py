@@ -23,7 +23,7 @@ from vae.losses.objective import LossConfig, Objective
 from vae.models.autoencoder import AutoencoderKL
 from vae.models.lpips import LPIPS
 from vae.models.posterior import DiagonalGaussian
-from vae.training.step import AdversarialGame
+from vae.training.game import AdversarialGame
 
 # --------------------------------------------------------------------------------------------------------- T5: leaks
 

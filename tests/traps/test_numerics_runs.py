@@ -214,8 +214,8 @@ def measuring_takes_the_mode(decoded: list[Decoded]) -> None:
 def decodings_of_a_run(config: TrainConfig, watch: Watch) -> list[Decoded]:
     run = train(config)
     with watch.during("evaluation"):
-        output, data = f"{config.output}-measured", config.data
-        evaluate(EvaluateConfig(str(run), config.name, output, metrics=["psnr"], probe_images=0, data=data))
+        given = {"name": config.name, "output": f"{config.output}-measured", "data": config.data}
+        evaluate(EvaluateConfig(str(run), metrics=["psnr"], probe_images=0, **given))  # pyright: ignore[reportArgumentType]
     return watch.take()
 
 

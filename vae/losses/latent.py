@@ -1,4 +1,4 @@
-"""What the posterior costs."""
+"""What the posterior costs, and how far it is from a teacher's."""
 
 from torch import Tensor
 
@@ -11,3 +11,12 @@ def kl_per_element(posterior: DiagonalGaussian, images: Tensor) -> Tensor:
     Divided like the pixel term, so that a weight of 1e-6 means what it means in LDM, which sums both over the image.
     """
     return posterior.kl().mean() / images[0].numel()
+
+
+def latent_distance(posterior: DiagonalGaussian, target: DiagonalGaussian) -> Tensor:
+    """Squared 2-Wasserstein distance of the two, mean over all latent elements.
+
+    For Gaussians with diagonal covariance |m1 - m2|^2 + |s1 - s2|^2 (Dowson and Landau, "The Frechet distance between
+    multivariate normal distributions", 1982). A target without width is no singularity, as it is for the KL divergence.
+    """
+    return ((posterior.mean - target.mean).square() + (posterior.std - target.std).square()).mean()

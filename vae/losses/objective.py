@@ -24,12 +24,16 @@ from vae.models.posterior import DiagonalGaussian
 
 @dataclass
 class LossWeights:
-    """Zero means not computed. The defaults are LDM's."""
+    """Zero means not computed. The defaults are LDM's; `latent` counts where there is a teacher, `activation` where
+    float16 is to be made safe.
+    """
 
     pixel: float = 1.0
     perceptual: float = 1.0
     kl: float = 1.0e-6
     adversarial: float = 0.5
+    latent: float = 1.0
+    activation: float = 0.0
 
     def __post_init__(self) -> None:
         for term in fields(self):
@@ -48,10 +52,13 @@ class LossConfig:
     `adaptive_smoothing` is the decay of its running mean (0: each update's own, as LDM).
 
     `discriminator_start` and `adversarial_start` count `updates`: the discriminator learns from the first on, the
-    autoencoder feels it from the second on, at full weight after `adversarial_ramp` more. The KL term is at full weight
-    after `kl_warmup` updates. `r1` (its gamma), `lecam` (its lambda) and `augment` (of DiffAugment) restrain the
-    discriminator; 0 and [] are off. `perceptual_channels` are the three that LPIPS sees; null: grey repeated, RGBA
-    composited on white, of more than four the first three.
+    autoencoder feels it from the second on, at full weight after `adversarial_ramp` more. Before `autoencoder_start`
+    the autoencoder stays as it is: a discriminator that begins from nothing learns against it first. The KL term is at
+    full weight after `kl_warmup` updates. Activations are held below `activation_limit`, an eighth of float16's range:
+    a safe model has a quarter, on other images too. `r1` (its gamma), `lecam` (its lambda) and `augment` (of
+    DiffAugment) restrain the discriminator; 0 and [] are off.
+    `perceptual_channels` are the three that LPIPS sees; null: grey repeated, RGBA composited on white, of more than
+    four the first three.
     """
 
     pixel: str = "l1"
@@ -62,10 +69,12 @@ class LossConfig:
     adaptive: bool = True
     adaptive_maximum: float = 1.0e4
     adaptive_smoothing: float = 0.9
+    autoencoder_start: int = 0
     discriminator_start: int = 45_000
     adversarial_start: int = 50_000
     adversarial_ramp: int = 1_000
     kl_warmup: int = 0
+    activation_limit: float = 8_188.0
     r1: float = 0.0
     lecam: float = 0.0
     augment: list[str] = field(default_factory=list)
@@ -89,7 +98,24 @@ class LossConfig:
         smoothing = self.adaptive_smoothing
         require(0 <= smoothing < 1, f"loss.adaptive_smoothing={smoothing}", "from 0 (none) to below 1")
         require(self.kl_warmup >= 0, f"loss.kl_warmup={self.kl_warmup}", "0 or more updates")
+        self._check_warm_up()
         self._check_restraints()
+
+    @property
+    def starts(self) -> tuple[int, int]:
+        """The update at which the autoencoder begins to learn, and the discriminator."""
+        return self.autoencoder_start, self.discriminator_start
+
+    def _check_warm_up(self) -> None:
+        start, adversarial = self.autoencoder_start, bool(self.weights.adversarial)
+        given = f"loss.autoencoder_start={start}"
+        alone = "loss.autoencoder_start=0 with loss.weights.adversarial=0: nothing would learn before it"
+        require(start == 0 or adversarial, given, alone)
+        first = f"0 with loss.discriminator_start={self.discriminator_start}: nothing would learn at first"
+        require(start == 0 or self.discriminator_start == 0, given, first)
+        require(0 <= start <= self.adversarial_start, given, f"at most loss.adversarial_start={self.adversarial_start}")
+        limit = self.activation_limit
+        require(0 < limit < math.inf, f"loss.activation_limit={limit}", "a positive number")
 
     def _check_restraints(self) -> None:
         for key in ("r1", "lecam"):

@@ -77,6 +77,8 @@ class Advice(Callback):
         assert isinstance(pl_module, Training)
         if not trainer.is_global_zero or pl_module.updates == 0 or not pl_module.posterior_learns:
             return
+        if not pl_module.autoencoder.is_variational:
+            return
         latents = pl_module.validation.latents
         before, self._idle = self._idle, set((~latents.channel_is_active).nonzero().flatten().tolist())
         if self._idle & before:

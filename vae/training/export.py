@@ -9,13 +9,14 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-import vae
 from vae.audit.precision import audit_precision
-from vae.checkpoints import Found, Notes, save_autoencoder
+from vae.checkpoints import ONE_FILE, Found, Notes, save_autoencoder
+from vae.checkpoints.card import CARD_FILE, may_be_written, model_card
 from vae.checkpoints.detect import find_autoencoder
 from vae.checkpoints.found import Source, check_complete, check_finite
 from vae.checkpoints.metadata import read_json
 from vae.checkpoints.pickles import read_pickle
+from vae.checkpoints.safe import write_text
 from vae.config import CONFIG_FILE
 from vae.data.config import DataConfig
 from vae.data.loading import first_images, validation_loader
@@ -23,14 +24,22 @@ from vae.data.opening import open_sources
 from vae.data.transforms import to_model_range
 from vae.errors import InputError
 from vae.latents import LatentStatistics, measure_latents
-from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from vae.models.architectures import build_autoencoder
+from vae.models.autoencoder import AutoencoderConfig
+from vae.models.interface import Autoencoder
+from vae.training.counts import images_per_update
 from vae.training.folder import read_progress
 from vae.training.frozen import freeze, posterior_learns
 from vae.training.manifest import step_name
 from vae.training.module import Training
+from vae.training.provenance import as_logged, describe, logged_at, validation_of
 from vae.training.validation import AUDITED
 
 EXPORTS = "exports"  # of a run, in its directory
+LATER: dict[str, Any] = dict.fromkeys(("init", "latent_channels", "teacher")) | {
+    "frozen": [],
+    "trained": [],
+}  # not in older runs
 Part = TypeVar("Part")
 
 
@@ -38,16 +47,19 @@ def export(training: Training, run: Path, name: str | None = None) -> list[Path]
     """The averaged weights of `training`, as its last validation found them: `exports/NAME`, else by their update."""
     config = training.config
     with torch.device("meta"):
-        model = AutoencoderKL(config.model)
+        model = build_autoencoder(config.model)
     model.load_state_dict(training.average.state_dict(), strict=True, assign=True)
-    summary = describe(asdict(config), training.updates)
+    images = images_per_update(config, training.trainer)
+    summary = describe(asdict(config), run, training.updates, images, training.autoencoder)
     folder, validation = run / EXPORTS / (name or step_name(training.updates)), training.validation
-    scale_stays = config.init is not None and not training.posterior_learns
+    summary |= _validation(as_logged(validation.measured), validation.latents, config.data, config.model)
+    keeps = config.init is not None and config.latent_channels is None and not training.posterior_learns
+    scale_stays = keeps or config.teacher is not None
     return publish(model.eval(), folder, summary, validation.latents, validation.audited, scale_stays=scale_stays)
 
 
 def publish(
-    model: AutoencoderKL,
+    model: Autoencoder,
     folder: Path,
     summary: dict[str, Any],
     statistics: LatentStatistics,
@@ -55,40 +67,29 @@ def publish(
     *,
     scale_stays: bool,
 ) -> list[Path]:
-    """`model` as a diffusers folder and as one LDM file for `models/VAE`, in `folder`, one of a run's exports.
+    """`model` as a diffusers folder, where that can hold it, and as one file, in `folder`, one of a run's exports.
 
+    The card is in the diffusers folder, or else beside the file. Returns the paths of the weights.
     The scaling factor is the measured one, 1 / std of the validation latents; so is the shift where the model has one.
     With `scale_stays` they are the model's: its latents are those of a published one, and of diffusion models for that.
+    So are a tiny one's, which are scaled.
     `force_upcast` says whether float16 is unsafe, as found on `images` (B, C, H, W) in [-1, 1], where they are.
     """
     shift = None if model.config.shift_factor is None else statistics.mean
+    scale_stays = scale_stays or model.config.architecture == "tiny"
     measured = {} if scale_stays else {"scaling_factor": statistics.scaling_factor, "shift_factor": shift}
     model.config = replace(model.config, sample_size=summary["resolution"], **measured)
     audit = audit_precision(model.to(images.device), list(images[:AUDITED].split(1)))
     model.config = replace(model.config, force_upcast=not audit.is_safe)
     notes = Notes(latents=statistics.summary(), training=summary | {"precision": audit.verdict})
-    return [
-        save_autoencoder(model, folder / "diffusers", format="diffusers", notes=notes),
-        save_autoencoder(model, folder / f"{folder.parents[1].name}.vae.safetensors", format="ldm", notes=notes),
-    ]
-
-
-def describe(config: dict[str, Any], updates: int, weights: str = "EMA") -> dict[str, Any]:
-    """How the `weights` came to be, for those they are handed to: no paths, no names of machines."""
-    data, loss, optim = config["data"], config["loss"], config["optim"]
-    return {
-        "weights": weights,
-        "updates": updates,
-        "resolution": data["resolution"],
-        "batch_size_per_process": data["batch_size"],
-        "loss": {"pixel": loss["pixel"], "weights": loss["weights"]},
-        "learning_rate": optim["learning_rate"],
-        "ema_decay": optim["ema_decay"],
-        "seed": config["seed"],
-        "frozen": config["frozen"],
-        "vae": vae.__version__,
-        "torch": torch.__version__,
-    }
+    places = {} if model.config.mid_block_pool else {folder / "diffusers": "diffusers"}
+    places |= {folder / f"{folder.parents[1].name}.vae.safetensors": ONE_FILE[model.config.architecture]}
+    family = summary.get("family")
+    paths = [save_autoencoder(model, path, format, notes=notes, family=family) for path, format in places.items()]
+    if len(paths) == 1 and may_be_written(folder / CARD_FILE):
+        parameters = sum(tensor.numel() for tensor in model.state_dict().values())
+        write_text(folder / CARD_FILE, model_card(model.config, notes, parameters))
+    return paths
 
 
 def export_checkpoint(
@@ -98,7 +99,7 @@ def export_checkpoint(
 
     Measured on the run's validation images, or on those of the folder `images`. Returns the configuration too.
     """
-    config = {"init": None, "frozen": []} | read_json(run / CONFIG_FILE)  # older runs had neither
+    config = LATER | read_json(run / CONFIG_FILE)
     found = _weights(run, checkpoint, config, "autoencoder." if live else "average.")
     data = _part(run, config, "data", DataConfig)
     if images is not None:
@@ -109,15 +110,26 @@ def export_checkpoint(
     model = found.build().to(device)
     whole = (to_model_range(batch.images.to(device)) for batch in batches if len(batch.images))
     statistics = measure_latents(model, whole)
-    updates = read_progress(checkpoint).updates
-    summary = describe(config, updates, "live" if live else "EMA")
+    freeze(model, config["frozen"], config["trained"])
+    learns, (updates, together, _) = posterior_learns(model), read_progress(checkpoint)
+    summary = describe(config, run, updates, together, model, "live" if live else "EMA")
+    if images is None and not live:  # else they are not those that were validated
+        summary |= _validation(logged_at(run, updates), statistics, data, model.config)
     judged = to_model_range(first_images(held_out, data, channels).to(device))
     mark = "live_" if live else ""  # beside the averaged ones, and never taken for them
     folder = run / EXPORTS / f"{mark}{step_name(updates)}"
-    freeze(model, config["frozen"])
-    scale_stays = config["init"] is not None and not posterior_learns(model)
+    keeps = config["init"] is not None and config["latent_channels"] is None and not learns
+    scale_stays = keeps or config["teacher"] is not None
     paths = publish(model, folder, summary, statistics, judged, scale_stays=scale_stays)
     return paths, model.config
+
+
+def _validation(
+    measured: dict[str, float], statistics: LatentStatistics, data: DataConfig, model: AutoencoderConfig
+) -> dict[str, Any]:
+    """Images that could not be read were not measured, so they are counted by their latents."""
+    images = statistics.count // (data.resolution // model.downsample_factor) ** 2
+    return validation_of(measured, images, data.resolution)
 
 
 def _weights(run: Path, checkpoint: Path, config: dict[str, Any], prefix: str) -> Found:

@@ -27,7 +27,10 @@ MAY_CHANGE = (  # at resume, and is listed then: where it runs, how long, in whi
     "updates",
     "validate_every",
     "keep_best",
+    "license",
+    "about",
     "inception",
+    "compare_with_init",
     "checkpoint_minutes",
     "max_minutes",
     "timeout_minutes",
@@ -39,6 +42,7 @@ MAY_CHANGE = (  # at resume, and is listed then: where it runs, how long, in whi
     "data.root",  # the images may have moved: their names and number must be the same
     "data.validation_root",
     "data.latents",
+    "teacher",
     "data.cache",
     "data.workers",
     "data.max_corrupt",

@@ -1,7 +1,6 @@
 """The Lightning module: holds the networks, orders the update, says what is logged and what validation sees."""
 
 import math
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from datetime import timedelta
@@ -23,18 +22,19 @@ from vae.errors import InputError
 from vae.losses.augment import DRAWS, diff_augment
 from vae.losses.objective import Objective
 from vae.metrics.paired import PairedMetrics
-from vae.models.autoencoder import AutoencoderKL
+from vae.models.architectures import build_autoencoder
 from vae.models.discriminator import PatchDiscriminator
-from vae.models.posterior import DiagonalGaussian
 from vae.training import ranks
+from vae.training.autoencoding import Autoencoding
 from vae.training.counts import count_from_updates, images_per_update
 from vae.training.ema import average_weights
-from vae.training.frozen import freeze, posterior_learns
+from vae.training.frozen import freeze, learning
+from vae.training.game import AdversarialGame, Augment, Logs, unchanged
 from vae.training.guard import Guard, all_finite
-from vae.training.noise import LATENTS, uniform_for
+from vae.training.noise import uniform_for
 from vae.training.optim import build_optimiser
 from vae.training.set_metrics import SetMetrics
-from vae.training.step import AdversarialGame, Augment, Logs, single_pass, unchanged
+from vae.training.step import detached, regularise, single_pass, warm_up
 from vae.training.validation import Validation
 
 FUSED_ON = ("cuda", "cpu")  # where torch walks through weights and moments once
@@ -47,19 +47,19 @@ class Training(lightning.LightningModule):
     def __init__(self, config: TrainConfig) -> None:
         super().__init__()
         self.config = config
-        self.autoencoder = AutoencoderKL(config.model)
+        self.autoencoder = build_autoencoder(config.model)
         self.average = deepcopy(self.autoencoder).requires_grad_(False)
-        freeze(self.autoencoder, config.frozen)
-        self.posterior_learns = posterior_learns(self.autoencoder)
-        self._encoding = nullcontext if self.posterior_learns else torch.no_grad
-        self._draw = LATENTS[config.latents]
+        freeze(self.autoencoder, config.frozen, config.trained)
+        self.autoencoding = Autoencoding(self.autoencoder, config)
+        self.posterior_learns = self.autoencoding.posterior_learns
         self.autoencoder.set_gradient_checkpointing(config.gradient_checkpointing)
         self.discriminator: PatchDiscriminator | None = None
         self.game: AdversarialGame | None = None
-        if config.loss.weights.adversarial:
+        if config.loss.weights.adversarial and self.autoencoding.decodes:
             self.discriminator = PatchDiscriminator(config.loss.discriminator, config.model.out_channels)
-            self.game = AdversarialGame(self.discriminator, config.loss, self.autoencoder.decoder.conv_out)
-        weights = config.loss.weights if self.posterior_learns else replace(config.loss.weights, kl=0.0)
+            self.game = AdversarialGame(self.discriminator, config.loss, self.autoencoder.last_layer)
+        is_free = self.posterior_learns and config.teacher is None and self.autoencoder.is_variational
+        weights = config.loss.weights if is_free else replace(config.loss.weights, kl=0.0)
         self.objective = Objective(replace(config.loss, weights=weights))
         metrics = PairedMetrics(config.paired_metrics, shared=self.objective.lpips)
         self.validation = Validation(metrics, config.model.latent_channels, SetMetrics.of(config))
@@ -90,53 +90,52 @@ class Training(lightning.LightningModule):
             self.autoencoder,
             self.discriminator,
             config.updates,
-            config.loss.discriminator_start,
+            config.loss.starts,
             fused=self.device.type in FUSED_ON and config.trainer.get("precision") != "16-mixed",
         )
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
         self.objective.to(self.device)
+        self.autoencoding.to(self.device)
         self.council.convene(timedelta(minutes=self.config.timeout_minutes))
         if len(set(self.council.all_of(self.images_digest))) > 1:
             raise InputError("the processes see different images: all must read the same files, of the same names")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        autoencode = partial(self.autoencode, batch.positions, moments=batch.moments)
-        images, augment = self._images(batch), self._augment(batch)
-        loss, logs = single_pass(images, autoencode, self.objective, self.game, self.updates, augment)
+        loss, logs = self._pass(batch)
         self.guard.remember(batch, logs)
         logs["learning_rate"] = torch.tensor(self.trainer.optimizers[0].param_groups[0]["lr"])
         for name, value in logs.items():
             self.log(f"train/{name}", value, prog_bar=name in ON_THE_BAR)
         return loss
 
-    def autoencode(
-        self, positions: list[int], images: Tensor, moments: Tensor | None = None
-    ) -> tuple[DiagonalGaussian, Tensor, Tensor]:
-        """(posterior, the last layer's input, reconstructions) of images with the noise of their positions.
-
-        Where the posterior's `moments` (B, 2 * latent_channels, h, w) are known the encoder is not run.
-        """
-        with self._encoding():
-            posterior = self.autoencoder.encode(images) if moments is None else DiagonalGaussian.from_moments(moments)
-        latents = self._draw(posterior, positions, self.config.seed)
-        features = self.autoencoder.decode_features(latents)
-        return posterior, features, self.autoencoder.decoder.conv_out(features)
+    def _pass(self, batch: Batch) -> tuple[Tensor, Logs]:
+        """What is learned in this update, as a scalar to call backward on, and its terms."""
+        images, augment = self._images(batch), self._augment(batch)
+        autoencode = partial(self.autoencoding, batch.positions, moments=batch.moments)
+        if not self.autoencoding.decodes:
+            terms = self.autoencoding.encode(images)
+            return regularise(terms, self.objective, self.updates), detached(terms)
+        autoencoder, discriminator = self.config.loss.starts
+        if self.game is not None and discriminator <= self.updates < autoencoder:
+            return warm_up(images, autoencode, self.game, learning(self.autoencoder), augment)
+        return single_pass(images, autoencode, self.objective, self.game, self.updates, augment)
 
     @torch.no_grad()
     def terms_of(self, batch: Batch) -> Logs:
         """The reconstruction terms as the autoencoder is now, and what they come from."""
         images = self._images(batch)
-        posterior, _, reconstructions = self.autoencode(batch.positions, images, batch.moments)
+        posterior, _, reconstructions, beside = self.autoencoding(batch.positions, images, batch.moments)
         with torch.autocast(self.device.type, enabled=False):
-            terms = self.objective(images, reconstructions.float(), posterior)
+            terms = self.objective(images, reconstructions.float(), posterior) | dict(beside)
         return {"image": images, "posterior": posterior.mean, "reconstruction": reconstructions} | terms
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        if self.discriminator is not None and self.updates < self.config.loss.discriminator_start:
-            for parameter in self.discriminator.parameters():
-                parameter.grad = None  # zeros would advance Adam's clock and its decay
+        for network, start in zip(self.networks.values(), self.config.loss.starts, strict=False):
+            if self.updates < start:
+                for parameter in network.parameters():
+                    parameter.grad = None  # zeros would advance Adam's clock and its decay
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

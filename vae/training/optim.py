@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from vae.errors import require
+from vae.training.frozen import learning
 
 OPTIMISERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
@@ -61,19 +62,19 @@ def build_optimiser(  # noqa: PLR0917
     autoencoder: nn.Module,
     discriminator: nn.Module | None,
     updates: int,
-    discriminator_start: int,
+    starts: tuple[int, int],
     fused: bool = False,
 ) -> tuple[Optimizer, LambdaLR]:
     """The optimiser and the schedule that is stepped once an update, for a run of `updates`.
 
+    The networks begin to learn at `starts`, autoencoder and discriminator.
+
     `fused` must not be used under float16's loss scaling: a fused step unscales by itself, after the clipping.
     """
-    networks = [(autoencoder, config.learning_rate, 0)]
+    networks = [(autoencoder, config.learning_rate, starts[0])]
     if discriminator is not None:
-        networks.append((discriminator, config.discriminator_learning_rate, discriminator_start))
-    groups = [
-        {"params": [p for p in network.parameters() if p.requires_grad], "lr": rate} for network, rate, _ in networks
-    ]
+        networks.append((discriminator, config.discriminator_learning_rate, starts[1]))
+    groups = [{"params": learning(network), "lr": rate} for network, rate, _ in networks]
     optimiser = OPTIMISERS[config.name](
         groups,
         betas=(config.betas[0], config.betas[1]),

@@ -18,7 +18,7 @@ from vae.data.sources import Files, Source
 from vae.data.transforms import center_crop, to_model_range
 from vae.errors import InputError
 from vae.latents import unscale_moments
-from vae.models.autoencoder import AutoencoderKL
+from vae.models.interface import Autoencoder
 
 TRIED, UNLIKE = 4, 0.25  # images encoded again; relative error, far above what half precision and other devices make
 
@@ -105,7 +105,7 @@ def _missing(images: Source, rows: np.ndarray, stored: StoredLatents) -> str | N
 
 
 @torch.no_grad()
-def _of_others(config: TrainConfig, images: Source, latents: PairedLatents, model: AutoencoderKL) -> str | None:
+def _of_others(config: TrainConfig, images: Source, latents: PairedLatents, model: Autoencoder) -> str | None:
     """Names may be of other pictures than they were: a few are encoded to see."""
     for number in np.flatnonzero(latents.rows >= 0)[:: max(1, len(latents.rows) // TRIED)][:TRIED].tolist():
         try:

@@ -29,6 +29,7 @@ from vae.training.left_out import TRAINING, LeftOutImages
 from vae.training.metrics_file import MetricsFile
 from vae.training.module import Training
 from vae.training.pairs import ImagesWithLatents
+from vae.training.provenance import record_origin
 from vae.training.start import Start, begin, start_of
 from vae.training.stopping import StopRequests
 from vae.training.terminal import announce, conclude, measuring
@@ -88,6 +89,7 @@ def _run(start: Start, trainer: lightning.Trainer, sources: Sources, left_out: L
     batches, validation = _loaders(start, trainer, sources, order, done)
     if trainer.is_global_zero:
         best.begin(resumed=checkpoint is not None)
+        record_origin(start, folder, (images, held_out), resumed=checkpoint is not None)
         announce(config, module, folder, (len(images), len(held_out)), done, (*start.notes, *notes))
     for logger in trainer.loggers:
         if checkpoint and isinstance(logger, MetricsFile):
@@ -107,8 +109,8 @@ def _run(start: Start, trainer: lightning.Trainer, sources: Sources, left_out: L
     if trainer.is_global_zero:
         after = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
         shut_down(validation)
-        minutes, updates = (time.monotonic() - started) / 60, trainer.global_step - done
-        pace = f"{updates} updates in {minutes:.1f} minutes, start-up included"
+        minutes = (time.monotonic() - started) / 60
+        pace = f"{trainer.global_step - done} updates in {minutes:.1f} minutes, start-up included"
         conclude(config, export(module, folder), (before, after), best, pace)
 
 
@@ -136,10 +138,12 @@ def _check_progress(config: TrainConfig, trainer: lightning.Trainer, checkpoint:
     more = f"at least the {progress.updates} that are done"
     require(config.updates >= progress.updates, f"updates={config.updates}", more)
     if images != progress.images:
-        latents = "" if config.data.latents is None else f" and data.latents={config.data.latents!r}"
+        others = {"data.latents": config.data.latents, "teacher": config.teacher}
+        given = "".join(f" and {key}={value!r}" for key, value in others.items() if value is not None)
+        or_these = " (or what makes latents)" if given else ""
         raise InputError(
-            f"data.root={config.data.root!r}{latents}: images were added, removed, renamed or changed since the run "
-            "began; restore them or start a new run"
+            f"data.root={config.data.root!r}{given}: images were added, removed, renamed or changed since the run "
+            f"began{or_these}; restore them or start a new run"
         )
     return progress.updates
 

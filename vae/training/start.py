@@ -5,19 +5,30 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from vae.checkpoints import Found, read_autoencoder
+from vae.audit.precision import audit_precision
+from vae.audit.rescale import rescale_checked
+from vae.checkpoints import Found, load_autoencoder, read_autoencoder
 from vae.checkpoints.exports import find_export
 from vae.checkpoints.families import families_of
 from vae.checkpoints.latentfile import SCALE_KEYS
+from vae.checkpoints.latentshards import encoder_digest
 from vae.config import TrainConfig
+from vae.data.loading import first_images
 from vae.data.sources import Source
+from vae.data.transforms import to_model_range
 from vae.errors import require
-from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from vae.models.architectures import as_kl, build_autoencoder
+from vae.models.autoencoder import AutoencoderConfig
+from vae.models.interface import Autoencoder
+from vae.models.latent_channels import with_latent_channels
 from vae.training.folder import goes_on, model_of
-from vae.training.frozen import freeze, posterior_learns
+from vae.training.frozen import decoder_learns, freeze, posterior_learns
 from vae.training.module import Training
 from vae.training.pairs import PairedLatents, pair
+from vae.training.teacher import Teacher
+from vae.training.validation import AUDITED
 
 MEASURED = ("force_upcast", "sample_size")  # found anew for every export
 
@@ -25,34 +36,59 @@ MEASURED = ("force_upcast", "sample_size")  # found anew for every export
 class Start(NamedTuple):
     """`config` has the architecture of the weights; `found` are those to begin from, none where the run goes on.
 
-    `latents` are those of the training images, where they were made before; `notes` are to be told.
+    `latents` are those of the training images, where they were made before; `channels_before` are those that init had;
+    `notes` are to be told.
     """
 
     config: TrainConfig
     found: Found | None = None
+    channels_before: int | None = None
+    teacher: Teacher | None = None
     latents: PairedLatents | None = None
     notes: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> tuple[str, ...]:
         """Of what is trained on besides the images."""
-        return () if self.latents is None else (self.latents.stored.fingerprint(),)
+        latents = () if self.latents is None else (self.latents.stored.fingerprint(),)
+        return latents if self.teacher is None else (*latents, encoder_digest(self.teacher.model.state_dict()))
 
 
 def start_of(config: TrainConfig, folder: Path, images: Source | None = None) -> Start:
     """For a run in `folder`; one that goes on has its architecture, and reads no `init` again.
 
-    Latents are looked for where the training `images` are given.
+    Latents are looked for, and weights made safe in float16, where the training `images` are given.
     """
-    start = Start(config) if config.init is None else _initialised(config, folder)
+    start = Start(config) if config.init is None else _initialised(config, folder, images)
     with torch.device("meta"):
-        autoencoder = AutoencoderKL(start.config.model)
-    freeze(autoencoder, config.frozen)
+        autoencoder = build_autoencoder(start.config.model)
+    freeze(autoencoder, config.frozen, config.trained)
+    _check_parts(start.config, autoencoder, start.channels_before)
+    start = start._replace(teacher=teacher_of(start.config))
     if config.data.latents is None:
         return start
     given = f"frozen={config.frozen} with data.latents"
     require(not posterior_learns(autoencoder), given, "[encoder,quant_conv]: latents that were made do not change")
     return start if images is None else start._replace(latents=pair(start.config, images, start.found))
+
+
+def _check_parts(config: TrainConfig, autoencoder: Autoencoder, before: int | None) -> None:
+    """Do the parts that learn fit the rest? `before` are init's latent channels."""
+    learns, adversarial = posterior_learns(autoencoder), config.loss.weights.adversarial
+    more = before is not None and config.model.latent_channels > before
+    remedy = "an encoder that learns: new channels say nothing yet"
+    require(learns or not more, f"frozen={config.frozen} with latent_channels={config.latent_channels}", remedy)
+    useful = learns or config.teacher is None or config.init is not None
+    require(useful, f"frozen={config.frozen} with teacher={config.teacher!r}", "an encoder that learns, or init=MODEL")
+    decodes = config.teacher is None or decoder_learns(autoencoder)
+    given = f"loss.weights.adversarial={adversarial} where nothing but the encoder learns from a teacher"
+    require(decodes or not adversarial, given, "0, as of loss=plain: nothing is decoded")
+
+
+def teacher_of(config: TrainConfig) -> Teacher | None:
+    if config.teacher is None:
+        return None
+    return Teacher(load_autoencoder(find_export(config.teacher, "teacher")), config.model)
 
 
 def begin(start: Start, training: Training) -> Training:
@@ -61,19 +97,42 @@ def begin(start: Start, training: Training) -> Training:
         training.autoencoder.load_state_dict(start.found.state)
         training.average.load_state_dict(start.found.state)
         start.found.state.clear()  # else held for the whole run
+    training.autoencoding.teacher = start.teacher
     return training
 
 
-def _initialised(config: TrainConfig, folder: Path) -> Start:
+def _initialised(config: TrainConfig, folder: Path, images: Source | None) -> Start:
     assert config.init is not None
     if goes_on(config, folder):
         return Start(_of_model(config, model_of(folder), knows_scale=True))
-    found = read_autoencoder(find_export(config.init, "init"))
+    found, notes = read_autoencoder(find_export(config.init, "init")), []
     knows_scale = found.scale_is_known or len(families_of(found.config)) == 1
     config, scale = _of_model(config, found.config, knows_scale), found.config.scaling_factor
-    is_guess = not knows_scale and config.model.scaling_factor == scale
-    note = f"init={config.init!r} does not tell its scaling factor: {scale} is taken; model= or model.scaling_factor="
-    return Start(config, found, notes=(f"{note} states another",) if is_guess else ())
+    before = found.config.latent_channels
+    if config.latent_channels not in (None, before):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            state, changed = with_latent_channels(found.state, config.model, config.latent_channels)
+        notes.append(f"{before} latent channels of init become {config.latent_channels}")
+        found, config = replace(found, state=state, config=changed), replace(config, model=changed)
+    if not knows_scale and config.model.scaling_factor == scale:
+        guess = f"init={config.init!r} does not tell its scaling factor: {scale} is taken"
+        notes.append(f"{guess}; model= or model.scaling_factor= states another")
+    if config.fp16_safe and images is not None:
+        channels = config.model.in_channels
+        found, changed = _made_safe(found, to_model_range(first_images(images, config.data, channels)))
+        notes.append(f"fp16_safe: {changed} layers of init were rescaled, the function is the same")
+    return Start(config, found, before, notes=tuple(notes))
+
+
+def _made_safe(found: Found, images: Tensor) -> tuple[Found, int]:
+    """Exactly rescaled as far as an audit asks on `images` (B, C, H, W), and how many layers that changed."""
+    model = as_kl(found.build(), "fp16_safe=true", "false: no norm in it undoes a scale")
+    looked_at = list(images[:AUDITED].split(1))
+    done = rescale_checked(model, audit_precision(model, looked_at), looked_at)
+    remedy = "false: rescaling init changes its images; loss.weights.activation alone may help"
+    require(done.is_exact, "fp16_safe=true", remedy)
+    return replace(found, state=model.state_dict()), done.layers
 
 
 def _of_model(config: TrainConfig, stated: AutoencoderConfig, knows_scale: bool) -> TrainConfig:

@@ -8,108 +8,33 @@ The losses are differentiated at the reconstructions, once each. The scalar retu
 which is LDM's objective (Rombach et al., 2022, appendix G) evaluated for both networks at the same weights and noise.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from vae.losses.adversarial import (
-    ADVERSARIAL_LOSSES,
-    RunningMean,
-    adaptive_weight,
-    gradient_penalty,
-    last_layer_gradient,
-    lecam_penalty,
-    ramp,
-)
-from vae.losses.objective import LossConfig, Objective, weighted_sum
+from vae.losses.adversarial import ramp
+from vae.losses.objective import Objective, weighted_sum
 from vae.models.posterior import DiagonalGaussian, at_least_float32
-from vae.training.ranks import mean_over_ranks
+from vae.training.game import AdversarialGame, Augment, Logs, asleep, unchanged
 
-Logs = dict[str, Tensor]
-Augment = Callable[[Tensor], Tensor]
-LECAM_DECAY = 0.999  # Tseng et al.
+BESIDE = ("kl", "latent", "activation")  # terms that do not depend on the reconstructions
 
 
-def unchanged(images: Tensor) -> Tensor:
-    return images
+class Pass(NamedTuple):
+    """What the autoencoder makes of images; `beside` are raw terms that came up on the way."""
 
-
-class AdversarialGame(nn.Module):
-    """The discriminator's two parts in a step: what it asks of the reconstructions, and what it learns from them.
-
-    As a module it holds running means only; the networks belong to others.
-    """
-
-    def __init__(self, discriminator: nn.Module, config: LossConfig, last_layer: nn.Conv2d) -> None:
-        super().__init__()
-        self.balance = RunningMean(config.adaptive_smoothing)
-        self.real_logit, self.fake_logit = RunningMean(LECAM_DECAY), RunningMean(LECAM_DECAY)
-        self._networks = (discriminator, last_layer)
-        self.config = config
-        self.generator_loss, self.discriminator_loss = ADVERSARIAL_LOSSES[config.adversarial]
-
-    @property
-    def discriminator(self) -> nn.Module:
-        return self._networks[0]
-
-    def gradient(
-        self,
-        leaf: Tensor,
-        reconstruction_gradient: Tensor,
-        features: Tensor,
-        scale: float,
-        augment: Augment = unchanged,
-    ) -> tuple[Tensor, Logs]:
-        """The weighted adversarial gradient at the reconstructions. The discriminator is held constant."""
-        constant = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
-        adversarial = self.generator_loss(functional_call(self.discriminator, constant, (augment(leaf),)))
-        (gradient,) = torch.autograd.grad(adversarial, leaf)
-        balance = torch.ones((), device=leaf.device, dtype=leaf.dtype)
-        if self.config.adaptive:
-            weight = self._networks[1].weight
-            at_last_layer = [last_layer_gradient(features, weight, g) for g in (reconstruction_gradient, gradient)]
-            ours, theirs = mean_over_ranks(torch.stack(at_last_layer))
-            ratio = adaptive_weight(ours, theirs, self.config.adaptive_maximum / leaf[0].numel())
-            balance = self.balance.blend(ratio)
-        logs = {"adversarial": adversarial.detach(), "adaptive_weight": balance}
-        return scale * self.config.weights.adversarial * balance * gradient, logs
-
-    def loss(self, images: Tensor, reconstructions: Tensor, augment: Augment = unchanged) -> tuple[Tensor, Logs]:
-        """Real and fake in one concatenated forward."""
-        config = self.config
-        images = images.detach().requires_grad_(config.r1 > 0)
-        logits = self.discriminator(torch.cat([augment(images), augment(reconstructions)]))
-        real_logits, fake_logits = logits.chunk(2)
-        loss = self.discriminator_loss(real_logits, fake_logits)
-        logs = {"discriminator": loss.detach()} | _summary(real_logits.detach(), fake_logits.detach())
-        if config.r1:
-            logs["r1"] = gradient_penalty(real_logits, images)
-            loss = loss + 0.5 * config.r1 * logs["r1"]
-        if config.lecam:
-            means = mean_over_ranks(torch.stack([logs["real_logits"], logs["fake_logits"]]))
-            mean_real, mean_fake = self.real_logit.blend(means[0]), self.fake_logit.blend(means[1])
-            logs["lecam"] = lecam_penalty(real_logits, fake_logits, mean_real, mean_fake)
-            loss = loss + config.lecam * logs["lecam"]
-        return loss, {name: value.detach() for name, value in logs.items()}
-
-    def sleep(self) -> Tensor:
-        """Zero, but of every parameter: DDP wants to see each in every backward."""
-        return 0.0 * torch.stack([parameter.flatten()[0] for parameter in self.discriminator.parameters()]).sum()
-
-    def commit(self) -> None:
-        for mean in (self.balance, self.real_logit, self.fake_logit):
-            mean.commit()
-
-    def forget(self) -> None:
-        for mean in (self.balance, self.real_logit, self.fake_logit):
-            mean.forget()
+    posterior: DiagonalGaussian
+    features: Tensor  # the last layer's input
+    reconstructions: Tensor
+    beside: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def single_pass(  # noqa: PLR0917
     images: Tensor,
-    autoencode: Callable[[Tensor], tuple[DiagonalGaussian, Tensor, Tensor]],
+    autoencode: Callable[[Tensor], Pass],
     objective: Objective,
     game: AdversarialGame | None,
     updates: int,
@@ -117,18 +42,16 @@ def single_pass(  # noqa: PLR0917
 ) -> tuple[Tensor, Logs]:
     """(scalar to call backward on, raw terms to log). Its value means nothing, its gradient everything.
 
-    `autoencode(images)` gives the posterior, the last layer's input and the reconstructions; what the discriminator
-    sees goes through `augment`.
+    What the discriminator sees goes through `augment`.
     """
-    posterior, features, reconstructions = autoencode(images)
+    posterior, features, reconstructions, beside = autoencode(images)
     with torch.autocast(images.device.type, enabled=False):
         leaf = at_least_float32(reconstructions.detach()).requires_grad_()
-        terms = objective(images, leaf, posterior)
-        logs = {name: term.detach() for name, term in terms.items()}
-        kl: Tensor | float = 0.0
-        if "kl" in terms:
-            kl = ramp(updates, 0, objective.kl_warmup) * weighted_sum({"kl": terms.pop("kl")}, objective.weights)
-        (gradient,) = torch.autograd.grad(weighted_sum(terms, objective.weights), leaf)
+        terms = objective(images, leaf, posterior) | dict(beside)
+        logs = detached(terms)
+        regularisation = regularise(terms, objective, updates)
+        of_images = {name: term for name, term in terms.items() if name not in BESIDE}
+        (gradient,) = torch.autograd.grad(weighted_sum(of_images, objective.weights), leaf)
         discriminator_loss: Tensor | float = 0.0
         if game is not None:
             config = game.config
@@ -141,11 +64,31 @@ def single_pass(  # noqa: PLR0917
                 logs |= more
             else:
                 discriminator_loss = game.sleep()
-        return (at_least_float32(reconstructions) * gradient).sum() + kl + discriminator_loss, logs
+        return (at_least_float32(reconstructions) * gradient).sum() + regularisation + discriminator_loss, logs
 
 
-def _summary(real_logits: Tensor, fake_logits: Tensor) -> Logs:
-    """What tells a game from a walk-over: mean logits, their gap, and how often the discriminator is right."""
-    real, fake = real_logits.mean(), fake_logits.mean()
-    right = 0.5 * ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean())
-    return {"real_logits": real, "fake_logits": fake, "logit_gap": real - fake, "discriminator_accuracy": right}
+def warm_up(
+    images: Tensor,
+    autoencode: Callable[[Tensor], Pass],
+    game: AdversarialGame,
+    asleep_meanwhile: Iterable[nn.Parameter],
+    augment: Augment = unchanged,
+) -> tuple[Tensor, Logs]:
+    """The discriminator learns what the autoencoder makes, which stays as it is: `single_pass` before it starts."""
+    with torch.no_grad():
+        reconstructions = autoencode(images).reconstructions
+    with torch.autocast(images.device.type, enabled=False):
+        loss, logs = game.loss(images, at_least_float32(reconstructions), augment)
+        return loss + asleep(asleep_meanwhile), logs
+
+
+def detached(terms: Mapping[str, Tensor]) -> Logs:
+    return {name: term.detach() for name, term in terms.items()}
+
+
+def regularise(terms: Mapping[str, Tensor], objective: Objective, updates: int) -> Tensor:
+    """The weighted sum of those terms that do not depend on the reconstructions."""
+    beside = {name: terms[name] for name in BESIDE if name in terms}
+    if "kl" in beside:
+        beside["kl"] = ramp(updates, 0, objective.kl_warmup) * beside["kl"]
+    return weighted_sum(beside, objective.weights) if beside else torch.zeros(())

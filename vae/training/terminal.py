@@ -11,11 +11,15 @@ from rich.progress import track
 from rich.table import Table
 
 from vae.checkpoints.clients import warnings_about
-from vae.checkpoints.diffusers import CONFIG_FILE, read_config
+from vae.checkpoints.families import families_of
+from vae.checkpoints.metadata import config_in
+from vae.checkpoints.tensorfile import read_index
+from vae.checkpoints.tiny import SCALE
 from vae.config import TrainConfig
 from vae.data.config import DataConfig
 from vae.training.best import Best
 from vae.training.console import say
+from vae.training.frozen import learning
 from vae.training.module import Training
 from vae.training.set_metrics import ABSENT
 
@@ -54,10 +58,8 @@ def announce(  # noqa: PLR0917
         f"Autoencoder of {parameters:,} parameters, {images[0]} training and {images[1]} validation images at "
         f"{config.data.resolution} px{shape}, updates {done} to {config.updates}; everything goes to {folder}"
     )
-    if config.frozen:
-        learning = sum(parameter.numel() for parameter in training.autoencoder.parameters() if parameter.requires_grad)
-        made = "" if config.data.latents is None else f"; no image is encoded but to validate: {config.data.latents}"
-        say(f"{learning:,} of them learn: frozen are {', '.join(config.frozen)}{made}")
+    if config.frozen or config.trained or config.teacher:
+        say(_what_learns(config, training))
     if images[1] < FEW_IMAGES:
         say(f"note: {images[1]} validation images say little: raise data.validation_fraction, or name others")
     if config.model.out_channels == 3 and training.validation.sets.inception is None:
@@ -75,6 +77,19 @@ def announce(  # noqa: PLR0917
         )
     for note in notes:
         say(f"note: {note}")
+
+
+def _what_learns(config: TrainConfig, training: Training) -> str:
+    """And from which latents."""
+    parameters = sum(parameter.numel() for parameter in learning(training.autoencoder))
+    parts = f": only {', '.join(config.trained)}" if config.trained else ""
+    parts = f": frozen are {', '.join(config.frozen)}" if config.frozen else parts
+    drawn = {"sampled": "samples", "mean": "means"}[config.latents]
+    whose = "the posterior" if config.teacher is None else f"the teacher's posterior ({config.teacher})"
+    decoded = f"decoded are {drawn} of {whose}" if training.autoencoder.is_variational else "decoded are its latents"
+    decoded = decoded if training.autoencoding.decodes else "nothing is decoded"
+    made = "" if config.data.latents is None else f"; no image is encoded but to validate: {config.data.latents}"
+    return f"{parameters:,} of them learn{parts}; {decoded}{made}"
 
 
 def _same_images(data: DataConfig) -> str:
@@ -111,17 +126,24 @@ def conclude(
     left = {
         "pictures": run / "reconstructions",
         "metrics": run / "metrics.csv",
-        "diffusers": exports[0],
-        "web UIs": exports[1],
+        **({"diffusers": exports[0]} if len(exports) > 1 else {}),
+        "one file": exports[-1],
         **({} if best.kept is None else {"the best": f"{best.folder}: {best.kept}"}),
         "measure": f"python evaluate.py model={shlex.quote(str(run))} {_same_images(config.data)}",
     }
     for label, text in left.items():
         say(f"{label:>10}  {text}")
-    exported, configured = read_config(exports[0] / CONFIG_FILE), config.model.scaling_factor
+    index, configured = read_index(exports[-1]), config.model.scaling_factor
+    exported = config_in(exports[-1], index.metadata)
+    assert exported is not None
     is_kept = exported.scaling_factor == configured
     whence = "as before, is in the export" if is_kept else f"measured, is in the export; configured was {configured:g}"
     say(f"scaling factor {exported.scaling_factor:.5g}, {whence}")
     for warning in warnings_about(exported):
         say(f"note: {warning}")
+    families = families_of(exported) if exported.architecture == "tiny" else []
+    if families and SCALE[0] not in index.entries:
+        command = f"vae convert {shlex.quote(str(run))} NAME.safetensors --family {families[0]}"
+        others = "".join(f", or {family}" for family in families[1:])
+        say(f"note: ComfyUI must be told whose latents the one file has: {command}{others}")
     say(pace)

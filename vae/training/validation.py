@@ -71,6 +71,7 @@ class Validation:
             count = sum(counts[name] for _, counts, _ in shares)
             measured[name] = sum(sums[name] for sums, _, _ in shares) / count if count else float("nan")
         measured |= {"latent_std": self.latents.std, "active_channels": float(self.latents.channel_is_active.sum())}
-        measured |= {f"kl_{channel}": kl for channel, kl in enumerate(self.latents.channel_kl.tolist())}
+        kl = self.latents.channel_kl.tolist() if self.latents.has_width else []
+        measured |= {f"kl_{channel}": nats for channel, nats in enumerate(kl)}
         self.measured = measured
         return measured

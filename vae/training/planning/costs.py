@@ -21,6 +21,7 @@ from vae.training.module import Training
 from vae.training.planning.target import Target
 from vae.training.planning.update import Update, largest_size, random_batch
 from vae.training.run import build_module
+from vae.training.start import teacher_of
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,14 @@ class DryRun:
         if self.device == "cuda":
             torch.empty(1, device="cuda")  # backward on fake tensors of a GPU wants it awake
         self._fake, self._meter = FakeTensorMode(), Meter()
-        self.training = build_on_meta(config)
+        self.training, teacher = build_on_meta(config), teacher_of(config)
         with self._fake, self._meter:
             self.training._apply(self._faked)
             if self.training.objective.lpips is not None:
                 self.training.objective.lpips._apply(self._faked)
+            self.training.autoencoding.teacher = teacher
+            if teacher is not None:
+                teacher.model._apply(self._faked)
             self._update = Update(self.training, target)
             self._fuse(self._update.optimiser)
             self._fill_gradients()

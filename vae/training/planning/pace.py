@@ -13,6 +13,7 @@ from vae.training.planning.costs import Meter
 from vae.training.planning.target import Target
 from vae.training.planning.update import Size, Update, largest_size, random_batch
 from vae.training.run import build_module
+from vae.training.start import teacher_of
 
 SECONDS = 8.0  # after which no larger update is tried
 TIMED = 2  # of an update the fastest counts: what else runs makes others slower
@@ -100,6 +101,8 @@ def _growing(config: TrainConfig) -> Iterator[tuple[int, Size]]:
 def _real_update(config: TrainConfig, target: Target) -> Update:
     training = build_module(replace(config, compile=False)).to(target.device)
     training.objective.to(torch.device(target.device))
+    training.autoencoding.teacher = teacher_of(config)
+    training.autoencoding.to(torch.device(target.device))
     return Update(training, target)
 
 

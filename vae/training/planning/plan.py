@@ -119,23 +119,31 @@ def plan(config: TrainConfig) -> Plan:
 
 def _spans(config: TrainConfig) -> list[tuple[str, int, int]]:
     """(name, first update, number of updates) of each part of the run."""
-    loss, end = config.loss, config.updates
-    names = (RECONSTRUCTION, "the discriminator learns", "adversarial")
-    starts = [0, loss.discriminator_start, loss.adversarial_start] if loss.weights.adversarial else [0]
-    ends = [*starts[1:], end]
-    spans = [(name, a, min(b, end) - a) for name, a, b in zip(names, starts, ends, strict=False)]
+    loss, begun = config.loss, {0: RECONSTRUCTION}
+    if loss.weights.adversarial:
+        begun |= {loss.discriminator_start: "the discriminator learns"}
+        begun |= {0: "the discriminator alone", loss.autoencoder_start: "both learn"} if loss.autoencoder_start else {}
+        begun |= {loss.adversarial_start: "adversarial"}
+    ends = [*list(begun)[1:], config.updates]
+    spans = [
+        (name, start, min(end, config.updates) - start) for (start, name), end in zip(begun.items(), ends, strict=True)
+    ]
     return [span for span in spans if span[2] > 0]
 
 
 def _networks(dry: DryRun, asleep: float, active: float) -> dict[str, Network]:
     """The operations for an image while the discriminator is `asleep`, and with all that is `active` at the end."""
-    training, perceptual = dry.training, dry.perceptual_flops(1)
-    autoencoder, lpips = training.autoencoder, training.objective.lpips
+    training = dry.training
+    autoencoder, teacher = training.autoencoder, training.autoencoding.teacher
+    lpips = training.objective.lpips if training.autoencoding.decodes else None
+    perceptual = 0 if lpips is None else dry.perceptual_flops(1)
     found = {
         "autoencoder": _network([autoencoder], asleep - perceptual),
         "encoder": _network([autoencoder.encoder, autoencoder.quant_conv]),
         "decoder": _network([autoencoder.post_quant_conv, autoencoder.decoder]),
     }
+    if teacher is not None:
+        found["teacher"] = _network([teacher.model])
     if training.discriminator is not None:
         found["discriminator"] = _network([training.discriminator], active - asleep)
     return found if lpips is None else found | {"LPIPS": _network([lpips], perceptual)}
