@@ -11,9 +11,10 @@ def main(config: TrainConfig) -> None:
 
         show(plan(config))
     else:
+        from vae.evaluation.tuned import after_training
         from vae.training.run import train
 
-        train(config)
+        after_training(config, train(config))
 
 
 if __name__ == "__main__":

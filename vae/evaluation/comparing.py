@@ -75,6 +75,11 @@ class Comparison:
         """What metrics.json holds."""
         return vars(self) | {"verdict": self.verdict}
 
+    @staticmethod
+    def of_row(row: dict[str, Any]) -> "Comparison":
+        """Back from there."""
+        return Comparison(**{name: value for name, value in row.items() if name != "verdict"})
+
 
 def compare_pairs(columns: Columns, pairs: Iterable[tuple[str, str]] | None = None) -> list[dict[str, Any]]:
     """Every two models, or those `pairs`, by every paired metric that both have; p corrected for all together."""

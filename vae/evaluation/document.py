@@ -35,7 +35,10 @@ def of_dataset(collected: Collected, header: Document) -> Document:
         "images": _about_images(collected, models),
         "metrics": metrics,
         "comparisons": [row for pairs in _asked(header) for row in compare_pairs(columns, pairs)],
-        "latents": {model: combine(vectors) for model, vectors in collected.latents.items()},
+        "latents": {
+            model: combine(vectors, is_tiny=header["models"][model].get("architecture") == "tiny")
+            for model, vectors in collected.latents.items()
+        },
     }
 
 

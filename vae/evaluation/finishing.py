@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from vae.audit.precision import audit_steps
 from vae.checkpoints.safe import replacing, write_text
 from vae.config import EvaluateConfig
 from vae.data.config import DataConfig
@@ -14,20 +15,23 @@ from vae.data.sources import Source
 from vae.data.transforms import to_model_range, to_uint8
 from vae.errors import BAD_IMAGES, GATE_FAILED, InputError, Stopped
 from vae.evaluation import show
+from vae.evaluation.base import SEEN, judge, latents_against_base
 from vae.evaluation.collected import Collected, collect
 from vae.evaluation.document import Document, as_csv, of_dataset, rows_of
 from vae.evaluation.gates import check, parse_gates
 from vae.evaluation.measuring import Bench
+from vae.evaluation.models import tells_scale
 from vae.evaluation.recorded import DOCUMENT_FILE, TABLE_FILE
+from vae.evaluation.report.before_after import grid
 from vae.evaluation.report.drawing import Pictures
 from vae.evaluation.report.gallery import choose
 from vae.evaluation.report.page import render
-from vae.evaluation.robustness import precision, probe
+from vae.evaluation.robustness import precision, probe, probe_steps
 from vae.evaluation.rows import Rows
 from vae.evaluation.setting import Setting
 from vae.latents import scale_latents
 
-REPORT_FILE = "report.html"
+REPORT_FILE, BEFORE_AFTER_FILE = "report.html", "before_after.png"
 PICTURES, PICTURES_A_MODEL = 14, 10  # in the report: typical ones, and the ends of each metric of each model
 
 
@@ -43,19 +47,26 @@ def finish(config: EvaluateConfig, folder: Path, setting: Setting, rows: Rows) -
         document["datasets"][name]["sha256"] = sha256
     for kind in ("metrics", "comparisons", "latents"):
         document[kind] = {name: part[kind] for name, part in parts.items()}
-    document |= _probed(config.probe_images, setting, collected)
+    probed, latents = _probed(config, setting, collected)
+    document |= probed
+    document["against_base"] = {model: judge(document, model, one) for model, one in latents.items()}
     document["gates"] = {"asked": parse_gates(config.limits), "failed": check(document, config.limits)}
     table = [row for name, one in collected.items() for row in rows_of(name, one, models)]
     wanted = choose(document, table, PICTURES + PICTURES_A_MODEL * len(bench.models))
     found = {key: _pictures(bench, *datasets[key[0]], key[1]) for key in wanted}
     pictures = {key: one for key, one in found.items() if one is not None}
     write_text(folder / REPORT_FILE, render(document, table, pictures))
+    before_after = grid(document, pictures)
+    if before_after is not None:
+        with replacing(folder / BEFORE_AFTER_FILE) as partial:
+            before_after.save(partial, "PNG")
     with replacing(folder / TABLE_FILE) as partial:
         partial.write_bytes(as_csv(table, header).encode("utf-8", "surrogateescape"))
     write_text(folder / DOCUMENT_FILE, json.dumps(document, indent=2, allow_nan=False) + "\n")
     rows.forget()
     show.document(document)
-    show.written(folder, (REPORT_FILE, DOCUMENT_FILE, TABLE_FILE))
+    drawn = () if before_after is None else (BEFORE_AFTER_FILE,)
+    show.written(folder, (REPORT_FILE, *drawn, DOCUMENT_FILE, TABLE_FILE))
     _end(config, folder, document)
 
 
@@ -88,19 +99,34 @@ def _check_all(collected: dict[str, Collected], datasets: dict[str, tuple[DataCo
         raise InputError(f"none of {count} images of {name} can be read, the first: {first}")
 
 
-def _probed(count: int, setting: Setting, collected: dict[str, Collected]) -> dict[str, Any]:
-    """Robustness and precision of each model, on the first images of the first data set."""
-    bench = setting.bench
+def _probed(
+    config: EvaluateConfig, setting: Setting, collected: dict[str, Collected]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Robustness and precision of each model, and latents against the base, on the first images of the first data set.
+
+    With a base precision and latents are looked at whatever `probe_images` is.
+    """
+    bench, count = setting.bench, config.probe_images
+    images = _first(setting, collected, count if config.base is None else max(count, SEEN))
+    probed, audited = images[:count], images[: count or 1]
+    if not images:
+        return {"robustness": {}, "precision": {}}, {}
+    models = bench.models.items()
+    with show.probing(len(models) * (probe_steps(probed) + audit_steps(audited))) as advance:
+        robustness = {model: probe(network, probed, advance) for model, network in models if probed}
+        safety = {model: precision(network, audited, advance) for model, network in models}
+    latents: dict[str, dict[str, Any]] = {}
+    if config.base is not None:
+        latents = latents_against_base(bench.models, images[:SEEN], tells_scale=tells_scale(config.base))
+    return {"robustness": robustness, "precision": safety}, latents
+
+
+def _first(setting: Setting, collected: dict[str, Collected], count: int) -> list[torch.Tensor]:
+    """The first `count` images of the first data set that has any; those that can still be read."""
     name = next(name for name, one in collected.items() if one.lines)
     indices = [line["index"] for line in collected[name].lines[:count]]
-    read = (_image(bench, *setting.datasets[name], index) for index in indices)
-    images = [image for image in read if image is not None]
-    if not images:
-        return {"robustness": {}, "precision": {}}
-    with show.probing(len(bench.models), images) as advance:
-        robustness = {model: probe(network, images, advance) for model, network in bench.models.items()}
-        safety = {model: precision(network, images, advance) for model, network in bench.models.items()}
-    return {"robustness": robustness, "precision": safety}
+    read = (_image(setting.bench, *setting.datasets[name], index) for index in indices)
+    return [image for image in read if image is not None]
 
 
 def _image(bench: Bench, data: DataConfig, source: Source, index: int) -> torch.Tensor | None:

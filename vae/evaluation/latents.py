@@ -56,13 +56,14 @@ def describe(posterior: DiagonalGaussian) -> Sums:
     }
 
 
-def combine(images: Iterable[Sums]) -> dict[str, Any] | None:
+def combine(images: Iterable[Sums], *, is_tiny: bool = False) -> dict[str, Any] | None:
     """Of the descriptions of images, in order: plain numbers for JSON, None for what is not defined.
 
     Moments are of posterior samples, means and noise together (law of total variance): `mean`, `std`, `latents_mean`
     and `latents_std` per channel, `scaling_factor` = 1 / std, `shift_factor` = mean. `kl_per_channel` is in nats per
     latent element. `spectrum`, `autocorrelation`, `correlation` and `effective_rank` are of the posterior means. Images
-    whose moments are not finite are counted and left out; None where nothing is left.
+    whose moments are not finite are counted and left out; None where nothing is left. A tiny autoencoder's posteriors
+    have no width, on purpose, and so no KL.
     """
     total: Sums | None = None
     seen = not_finite = 0
@@ -75,7 +76,7 @@ def combine(images: Iterable[Sums]) -> dict[str, Any] | None:
     if total is None:
         return None
     result = {"images": seen, "not_finite": not_finite} | _moments(total) | _layout(total)
-    return result | {"warnings": _warnings(result)}
+    return result | {"warnings": _warnings(result, is_tiny=is_tiny)} | ({"kl": None} if is_tiny else {})
 
 
 def _added(a: Sums, b: Sums) -> Sums:
@@ -133,7 +134,7 @@ def _layout(total: Sums) -> dict[str, Any]:
     }
 
 
-def _warnings(result: dict[str, Any]) -> list[str]:
+def _warnings(result: dict[str, Any], *, is_tiny: bool) -> list[str]:
     noise, std = np.array(result["posterior_std"]), np.array(result["latents_std"])
     collapsed = np.array(result["kl_per_channel"]) < COLLAPSED
     noisy = ~collapsed & (noise > NOISY * std)
@@ -144,7 +145,7 @@ def _warnings(result: dict[str, Any]) -> list[str]:
         (still, f"hardly used: the variance of its means over the images is not above {ACTIVE:g}"),
     ]
     words = [f"{_named(which)} {what}" for which, what in said if which.any()]
-    if result["clamped_share"] > CLAMPED:
+    if result["clamped_share"] > CLAMPED and not is_tiny:
         lowest, highest = LOGVAR_RANGE
         words.append(f"{result['clamped_share']:.0%} of log-variances are at the bounds {lowest:g} and {highest:g}")
     if result["scaling_factor"] is None:

@@ -19,9 +19,10 @@ from vae.evaluation.definition import Protocol
 from vae.evaluation.latents import describe
 from vae.evaluation.models import Codec
 from vae.evaluation.rows import Line, packed
+from vae.latents import latents_for
 from vae.metrics.paired import PairedMetrics
-from vae.models.autoencoder import AutoencoderKL
 from vae.models.inception import Inception
+from vae.models.interface import Autoencoder
 from vae.models.posterior import DiagonalGaussian
 
 OF_PROTOCOL = {"psnr", "ssim", "lpips_alex", "lpips_vgg"}  # whose arithmetic the protocol decides
@@ -40,7 +41,7 @@ class Bench:
     """The networks, the protocol and the metrics that all images meet."""
 
     codecs: list[Codec]
-    models: Mapping[str, AutoencoderKL]
+    models: Mapping[str, Autoencoder]
     protocol: Protocol
     metrics: PairedMetrics
     inception: Inception | None
@@ -64,7 +65,9 @@ class Bench:
                 posteriors[codec.encoder] = self.models[codec.encoder].encode(images)
             posterior = posteriors[codec.encoder]
             latents = self.protocol.latents_of(posterior, indices, self.seed)
-            yield codec, Made(posterior, latents, self.models[codec.decoder].decode(latents))
+            encoder, decoder = self.models[codec.encoder], self.models[codec.decoder]
+            decoded = decoder.decode(latents_for(decoder.config, latents, encoder.config))
+            yield codec, Made(posterior, latents, decoded)
 
     @torch.no_grad()
     def measure(self, dataset: str, batch: Batch) -> Iterator[Line]:

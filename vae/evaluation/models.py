@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from vae.checkpoints import load_autoencoder
+from vae.checkpoints import load_autoencoder, read_autoencoder
 from vae.checkpoints.exports import find_export
+from vae.checkpoints.families import families_of
 from vae.errors import InputError
-from vae.models.autoencoder import AutoencoderKL
+from vae.models.interface import Autoencoder
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,20 @@ class Codec:
         return self.encoder != self.decoder
 
 
-def load_models(paths: list[str]) -> dict[str, AutoencoderKL]:
+def load_models(paths: list[str]) -> dict[str, Autoencoder]:
     """{short distinct name: model}, in the order given."""
     found = [find_export(path) for path in paths]
     names = short_names(paths, "model")
     return {name: load_autoencoder(path) for name, path in zip(names, found, strict=True)}
 
 
-def codecs_of(models: dict[str, AutoencoderKL], *, cross: bool) -> list[Codec]:
+def tells_scale(path: str) -> bool:
+    """Whether a file says by what its latents are to be multiplied: one in LDM's names may be SD's or SDXL's."""
+    found = read_autoencoder(find_export(path))
+    return found.scale_is_known or len(families_of(found.config)) == 1
+
+
+def codecs_of(models: dict[str, Autoencoder], *, cross: bool) -> list[Codec]:
     """Each model, and with `cross` each encoder with every other decoder of latents of the same shape."""
     whole = [Codec(name, name, name) for name in models]
     if not cross:
@@ -47,7 +54,7 @@ def codecs_of(models: dict[str, AutoencoderKL], *, cross: bool) -> list[Codec]:
     return whole + [Codec(f"{a} > {b}", a, b) for a, b in pairs]
 
 
-def described(codec: Codec, models: Mapping[str, AutoencoderKL], paths: dict[str, str]) -> dict[str, Any]:
+def described(codec: Codec, models: Mapping[str, Autoencoder], paths: dict[str, str]) -> dict[str, Any]:
     """What a document says of a codec."""
     encoder, decoder = models[codec.encoder], models[codec.decoder]
     used = [*encoder.encoder.parameters(), *encoder.quant_conv.parameters()]
@@ -58,6 +65,7 @@ def described(codec: Codec, models: Mapping[str, AutoencoderKL], paths: dict[str
         "decoder": paths[codec.decoder],
         "sha256": weights_sha256(encoder) if not codec.is_crossed else None,
         "parameters": sum(parameter.numel() for parameter in used),
+        "architecture": encoder.config.architecture,
         "latent_channels": channels,
         "downsample_factor": factor,
     }
@@ -92,5 +100,5 @@ def short_names(paths: list[str], key: str) -> list[str]:
     raise InputError(f"{key}={paths}: the same {key} twice; name each once")
 
 
-def _latents_of(model: AutoencoderKL) -> tuple[int, int]:
+def _latents_of(model: Autoencoder) -> tuple[int, int]:
     return model.config.latent_channels, model.config.downsample_factor

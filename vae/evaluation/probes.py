@@ -27,7 +27,7 @@ Measured = Iterator[Made]
 
 
 class Autoencoder(Protocol):
-    """An AutoencoderKL, or the encoder of one and the decoder of another."""
+    """An autoencoder, or the encoder of one and the decoder of another."""
 
     def encode(self, images: Tensor, /) -> DiagonalGaussian: ...
 

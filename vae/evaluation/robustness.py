@@ -22,7 +22,7 @@ from vae.evaluation.probes import (
     masked,
     tiles,
 )
-from vae.models.autoencoder import AutoencoderKL
+from vae.models import interface
 
 PROBES = ("latent_noise", "input_noise", "masked", "equivariance", "drift", "tiled")
 SMALLEST_TILE = 16  # latent cells
@@ -73,7 +73,7 @@ def probe_steps(images: Sequence[Tensor]) -> int:
 
 
 def precision(
-    model: AutoencoderKL, images: Sequence[Tensor], advance: Callable[[], object] = lambda: None
+    model: interface.Autoencoder, images: Sequence[Tensor], advance: Callable[[], object] = lambda: None
 ) -> dict[str, Any]:
     """`audit_precision` as plain numbers for JSON; what is not finite is None."""
     audit = audit_precision(model, images, advance)

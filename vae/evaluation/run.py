@@ -34,7 +34,13 @@ def evaluate(config: EvaluateConfig) -> Path:
     The processes of torchrun share the images. What is measured is kept as it comes: the same call goes on where an
     earlier one was interrupted. Raises `Stopped` where images are left out or not finite, and where a gate fails.
     """
-    with gathered() as team, ExitStack() as held, exact_arithmetic(config.threads):
+    with gathered() as team:
+        return evaluate_as(config, team)
+
+
+def evaluate_as(config: EvaluateConfig, team: Team) -> Path:
+    """`evaluate` by this process of `team`."""
+    with ExitStack() as held, exact_arithmetic(config.threads):
         folder = Path(config.output) / team.of_first(config.name)
         setting = prepare(config, team)
         plan = setting.header | {"images": setting.lists, "roots": setting.roots}

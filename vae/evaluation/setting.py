@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 import vae
+from vae.checkpoints.exports import find_export
 from vae.config import EvaluateConfig
 from vae.data.config import DataConfig
 from vae.data.opening import open_sources
@@ -44,6 +45,8 @@ def prepare(config: EvaluateConfig, team: Team) -> Setting:
     """Everything that can be refused is refused here."""
     parse_gates(config.limits)
     datasets = _open(config)
+    if config.base is not None:
+        find_export(config.base, "base")  # refused by its own key
     device = team.device(find_device(config.device))
     models = {name: model.to(device) for name, model in load_models(config.models).items()}
     channels, resolution = _channels(models), config.data.resolution
@@ -75,6 +78,7 @@ def _header(config: EvaluateConfig, bench: Bench, missing: dict[str, str]) -> di
         "device": {"type": bench.device.type, "threads": config.threads, "batch_size": batch_size},
         "data": {"bits": config.data.bits, "min_side": config.data.min_side},
         "inception": None if bench.inception is None else weights_sha256(bench.inception),
+        "base": None if config.base is None else next(iter(bench.models)),
         "models": {codec.name: described(codec, bench.models, paths) for codec in bench.codecs},
         "measured": [name for name in config.metrics if name not in missing],
         "missing": missing,

@@ -5,20 +5,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
 
-from vae.audit.precision import audit_steps
 from vae.data.limits import printable
+from vae.evaluation.base import lines_against_base
 from vae.evaluation.comparing import NO_DIFFERENCE
 from vae.evaluation.protocol import PROTOCOLS
 from vae.evaluation.recorded import whole_models
-from vae.evaluation.robustness import probe_steps
 from vae.metrics.registry import METRICS, OF_SETS
 
 MOST_COMPARISONS = 12  # in words; all of them are in the files
+STYLES = {"better": "green", "worse": "red"}
 
 
 def say(line: str) -> None:
@@ -45,6 +44,22 @@ def document(document: dict[str, Any]) -> None:
         say(f"{names}: not measured. {reason}")
     for model, about in document["precision"].items():
         say(f"{model}: {about['verdict']}")
+    against_base(document)
+
+
+def against_base(document: dict[str, Any]) -> None:
+    """Each model beside the base, metric by metric, and whether it is harmless: nothing where there is no base."""
+    for model, about in document["against_base"].items():
+        for dataset in document["datasets"]:
+            title = f"{dataset}: {printable(model)} against {printable(document['base'])}"
+            table = Table("", "before", "after", "better by\n[95 % interval]", "wins", "", title=title)
+            for one in lines_against_base(document, dataset, model):
+                cells = (one.title, one.before, one.after, one.gain.replace(" [", "\n["), one.wins, one.verdict)
+                table.add_row(*cells, style=STYLES.get(one.verdict, ""))
+            Console(markup=False, highlight=False).print(table)
+        say(f"{model}: {about['latents']['verdict']}")
+    for about in document["against_base"].values():
+        say(about["verdict"])
 
 
 def _table(document: dict[str, Any], dataset: str) -> None:
@@ -121,7 +136,7 @@ def incomplete(document: dict[str, Any], file: Path) -> str:
 
 
 @contextmanager
-def probing(models: int, images: list[torch.Tensor]) -> Iterator[Callable[[], object]]:
+def probing(steps: int) -> Iterator[Callable[[], object]]:
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("Probing", total=models * (probe_steps(images) + audit_steps(images)))
+        task = bar.add_task("Probing", total=steps)
         yield lambda: bar.advance(task)

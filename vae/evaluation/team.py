@@ -55,6 +55,15 @@ class Team:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
+def leads_alone() -> bool:
+    """Whether this is the first of the processes that trained together; their group, if there is one, is left."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return place().rank == 0
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    return rank == 0
+
+
 def first_difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
     """The first key under which two plans differ."""
     return next((key for key in [*one, *other] if one.get(key) != other.get(key)), None)

@@ -29,12 +29,18 @@ def findings(document: dict[str, Any]) -> list[Finding]:
     found = [finding for dataset in document["datasets"] for finding in _of_dataset(document, dataset)]
     failed = (document.get("gates") or {}).get("failed") or []
     gates = [Finding("bad", f"{counted(len(failed), 'gate')} failed.", "; ".join(map(short, failed)))] if failed else []
-    return gates + found + list(_precision(document.get("precision") or {}))
+    return [*_against_base(document), *gates, *found, *_precision(document.get("precision") or {})]
+
+
+def _against_base(document: dict[str, Any]) -> Iterator[Finding]:
+    for verdict in (document.get("against_base") or {}).values():
+        kind = {True: "good", False: "bad", None: "plain"}[verdict["is_harmless"]]
+        yield Finding(kind, f"{short(verdict['headline'])}.", _sentence("; ".join(verdict["reasons"])))
 
 
 def winner(row: dict[str, Any]) -> str | None:
     """The model that a comparison shows to be the better one."""
-    compared = _comparison(row)
+    compared = Comparison.of_row(row)
     if compared.difference is None or not compared.is_shown:
         return None
     return compared.second if compared.difference > 0 else compared.first
@@ -52,9 +58,10 @@ def best(document: dict[str, Any], dataset: str, metric: str) -> str | None:
 
 def _of_dataset(document: dict[str, Any], dataset: str) -> Iterator[Finding]:
     where = f" on {short(dataset)}" if len(document["datasets"]) > 1 else ""
-    if len(document["models"]) > 1:
+    is_pair = document.get("base") is not None and len(document["models"]) == 2  # which has been said
+    if len(document["models"]) > 1 and not is_pair:
         yield _ranking(document, dataset, where)
-    else:
+    elif not is_pair:
         yield _means(document, dataset, where)
     for model in document["models"]:
         yield from _appearance(document["metrics"].get(dataset, {}).get(model, {}), short(model), where)
@@ -116,17 +123,13 @@ def _unbeaten(document: dict[str, Any], dataset: str, metrics: list[str]) -> lis
 def _margin(document: dict[str, Any], dataset: str, metric: str, first: str) -> str:
     """The closest of its wins, in the words of the comparison."""
     rows = [row for row in document["comparisons"][dataset] if row["metric"] == metric]
-    wins = [_comparison(row) for row in rows if winner(row) == first]
+    wins = [Comparison.of_row(row) for row in rows if winner(row) == first]
     closest = min(wins, key=lambda one: abs(one.difference or 0.0))
     is_second = first == closest.second
     other, share = (closest.first, closest.wins) if is_second else (closest.second, 1.0 - closest.wins)
     about = PAIRED[metric]
     gain = closest.gain(1 if is_second else -1)
     return f"{about.title} {about.direction} by {gain} than {short(other)}, on {percent(share)} of images."
-
-
-def _comparison(row: dict[str, Any]) -> Comparison:
-    return Comparison(**{name: value for name, value in row.items() if name != "verdict"})
 
 
 def _appearance(metrics: dict[str, Any], model: str, where: str) -> Iterator[Finding]:

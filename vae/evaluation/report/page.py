@@ -10,8 +10,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from vae.evaluation.report.before_after import against_base, grid
 from vae.evaluation.report.charts import colour_class
-from vae.evaluation.report.drawing import Pictures
+from vae.evaluation.report.drawing import Pictures, as_data
 from vae.evaluation.report.findings import cautions, findings
 from vae.evaluation.report.gallery import Case, Rankings, Row, main_metrics, of_whole_models, rankings, telling
 from vae.evaluation.report.inside import latent_section
@@ -24,6 +25,7 @@ from vae.metrics.registry import PAIRED
 TEMPLATES = Path(__file__).parent / "templates"
 NAMED = 200  # images of each list at the end; all are in metrics.json
 FILLED = 0.98  # of the bytes that are left, by pictures
+OF_GRID = 0.2  # of all bytes, at most
 
 
 def render(
@@ -37,7 +39,9 @@ def render(
     rows = [row for row in rows if row["model"] in document["models"]]
     ranks = rankings(document, rows)
     cases = [case for case in telling(document, rows, ranks) if case in pictures]
+    sheet = grid(document, pictures)
     sections = _sections(document, rows, crossed)
+    sections["sheet"] = None if sheet is None else (as_data(sheet, int(OF_GRID * most_bytes)), sheet.size)
     bare = _filled(document, ranks, sections, *show(document, rows, pictures, cases, None))
     left = int(FILLED * (most_bytes - len(bare.encode())))
     return _filled(document, ranks, sections, *show(document, rows, pictures, cases, left))
@@ -54,6 +58,7 @@ def _sections(document: dict[str, Any], rows: Sequence[Row], crossed: dict[str, 
         "matrices": {name: matrices(crossed, name) for name in datasets},
         "latents": {name: latent_section(document, name) for name in datasets},
         "robustness": robustness_section(document),
+        "against": against_base(document),
     }
 
 

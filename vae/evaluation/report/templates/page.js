@@ -37,8 +37,8 @@ if (cases.length) {
   const show = (number) => {
     current = (number + cases.length) % cases.length;
     find("title").textContent = cases[current].name;
-    offer("left", 0);
-    offer("right", 1);
+    offer("left", Number(viewer.dataset.left));
+    offer("right", Number(viewer.dataset.right));
     for (const [row, [, ...values]] of cases[current].numbers.entries())
       for (const [column, value] of values.entries()) {
         const cell = find(`n-${row}-${column}`);

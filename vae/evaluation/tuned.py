@@ -1,0 +1,105 @@
+"""Where a run that began from published weights ends: is what it made harmless in their place?"""
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from vae.checkpoints.exports import find_export
+from vae.checkpoints.metadata import read_json
+from vae.config import CONFIG_FILE, EvaluateConfig, TrainConfig
+from vae.data.config import DataConfig
+from vae.data.processes import Place
+from vae.errors import InputError, Stopped
+from vae.evaluation import show
+from vae.evaluation.recorded import DOCUMENT_FILE
+from vae.evaluation.run import evaluate_as
+from vae.evaluation.team import Team, leads_alone
+
+EVALUATIONS = "evaluations"  # of a run, in its directory
+MEASURED = ("psnr", "ssim", "lpips_alex", "lpips_vgg", "colour_shift", "saturation")
+IMAGES = (  # what of a DataConfig says which images are measured, and cut how
+    "root",
+    "validation_root",
+    "validation_fraction",
+    "validation_images",
+    "split",
+    "validation_split",
+    "column",
+    "streaming",
+    "cache",
+    "resolution",
+    "bits",
+    "min_side",
+)
+OF_DOOR = ("validation_fraction", "validation_images")  # configs/evaluate has other values than the dataclass
+
+
+def compare_with_init(run: str | Path, base: str | None = None) -> Path:
+    """Hold the newest export of `run` against the weights that it began from, which are at `base` if they were moved.
+
+    On the run's validation images, at its resolution: latents, reconstructions, float16, pictures before and after. The
+    folder with the report is returned, RUN/evaluations/step_N; what is there already is not measured again. Raises
+    InputError where the run began from chance, or what it needs is gone.
+    """
+    run = Path(run).expanduser()
+    saved = read_json(run / CONFIG_FILE)
+    base = base or saved.get("init")
+    if base is None:
+        raise InputError(f"{run}: it began from chance (init=null); name a base to hold it against")
+    try:
+        data = DataConfig(**saved["data"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{run / CONFIG_FILE}: data is not what this version of vae writes ({error})") from error
+    return _compare(run, base, data)
+
+
+def after_training(config: TrainConfig, run: Path) -> None:
+    """`compare_with_init`, where `config` asks for it, by the first of the processes that trained.
+
+    The run is done: what cannot be compared is a line on the terminal, with the command to repeat it by hand.
+    """
+    if config.init is None or not config.compare_with_init or not leads_alone():
+        return
+    try:
+        _compare(run, config.init, config.data)
+    except (InputError, Stopped, OSError, RuntimeError) as error:
+        show.say(f"the run is done, and not held against the weights that it began from: {error}")
+        show.say(f"by hand: {_command(run, config.init, config.data)}")
+
+
+def _compare(run: Path, base: str, data: DataConfig) -> Path:
+    find_export(base, "init")
+    folder = run / EVALUATIONS / _step_of(find_export(run))
+    if (folder / DOCUMENT_FILE).exists():
+        show.against_base(json.loads((folder / DOCUMENT_FILE).read_text(encoding="utf-8")))
+        show.say(f"measured before; delete {folder} to measure it again")
+        return folder
+    squares = {"bucket_resolutions": [], "bucket_loss": DataConfig.bucket_loss, "latents": None}
+    config = EvaluateConfig(
+        model=str(run),
+        base=base,
+        name=folder.name,
+        output=str(folder.parent),
+        threads=torch.get_num_threads(),
+        metrics=list(MEASURED),
+        probe_images=0,
+        allow_left_out=True,
+        data=replace(data, **squares),
+    )
+    return evaluate_as(config, Team(Place()))
+
+
+def _step_of(export: Path) -> str:
+    """A tiny one's may be a file."""
+    return export.parent.name if export.name == "diffusers" or export.is_file() else export.name
+
+
+def _command(run: Path, base: str, data: DataConfig) -> str:
+    values = {name: getattr(data, name) for name in IMAGES}
+    chosen = {name: value for name, value in values.items() if name in OF_DOOR or value != getattr(DataConfig, name)}
+    given = {"base": base, "model": str(run), "data": data.source} | {f"data.{key}": chosen[key] for key in chosen}
+    words = (f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items())
+    return " ".join(["python evaluate.py", *map(shlex.quote, words)])
