@@ -5,7 +5,7 @@ import warnings
 
 import typer
 
-from vae.cli import comparing, images, planning, shards, weights
+from vae.cli import comparing, exploring, images, planning, shards, surveying, weights
 from vae.cli.common import warn
 from vae.errors import InputError
 
@@ -27,6 +27,11 @@ for command in (
     images.encode,
     images.decode,
     images.reconstruct,
+    exploring.interpolate,
+    exploring.vary,
+    exploring.restore,
+    surveying.channels,
+    surveying.prior,
     shards.prepare,
     shards.cache_latents,
     comparing.compare,

@@ -10,6 +10,7 @@ import typer
 from vae.cli.common import (
     Device,
     Dtype,
+    Family,
     Images,
     Memory,
     Model,
@@ -19,17 +20,14 @@ from vae.cli.common import (
     image_files,
     opened,
     progress,
-    read,
     say,
 )
-from vae.cli.running import about, decoded, encoded, place_of
+from vae.cli.running import about, decoded, encoded, place_of, raw_latents
+from vae.cli.sheets import load, save
 from vae.errors import InputError
 
 if TYPE_CHECKING:
-    from PIL import Image
     from torch import Tensor
-
-    from vae.models.autoencoder import AutoencoderKL
 
 Whole = Annotated[int | None, typer.Option("--resolution", min=1, help="cut this square from each, not the whole")]
 
@@ -56,8 +54,9 @@ def encode(
     from vae.data.transforms import center_crop, crop_to_multiple, to_model_range
     from vae.latents import scale_latents
 
-    precision, allowed, autoencoder = dtype_named(dtype), bytes_named(memory), _load(model, device)
+    precision, allowed, autoencoder = dtype_named(dtype), bytes_named(memory), load(model, device)
     config = autoencoder.config
+    scaled = scaled or config.architecture == "tiny"  # there are no others
     drawn = "mean" if sample is None else f"sample, seed {sample}"
     files, made = image_files(images), 0
     with progress("Encoding", len(files)) as advance, torch.no_grad():
@@ -80,30 +79,31 @@ def decode(
     model: Model,
     latents: Annotated[list[Path], typer.Argument(help=".latent files or folders of them")],
     output: Annotated[Path, typer.Option(help="folder for the images")] = Path("decoded"),
+    family: Family = None,
     memory: Memory = None,
     device: Device = "auto",
 ) -> None:
     """Decode .latent files, of `vae encode` or of ComfyUI, to PNG images.
 
+    A tiny model decodes those of a KL one too, for a look at them: by the scale that they state, or of --family.
+
     Example: vae decode runs/first latents/ --output decoded
     """
     import torch
 
-    from vae.checkpoints.latentfile import SUFFIX, read_latents
+    from vae.checkpoints.latentfile import SUFFIX
     from vae.data.pictures import to_picture
     from vae.data.transforms import to_uint8
-    from vae.latents import unscale_latents
 
-    allowed, autoencoder = bytes_named(memory), _load(model, device)
+    allowed, autoencoder = bytes_named(memory), load(model, device, family)
     files = image_files(latents, [SUFFIX])
     with progress("Decoding", len(files)) as advance, torch.no_grad():
         for name, path in files.items():
-            values, scaled = read_latents(path, autoencoder.config.latent_channels)
-            raw = unscale_latents(values, autoencoder.config) if scaled else values
+            raw = raw_latents(path, autoencoder.config, family)
             with about(path):
                 pictures = to_uint8(decoded(autoencoder, raw, allowed, advance)).cpu()
             for number, pixels in enumerate(pictures):
-                _save(to_picture(pixels), output / f"{name}{f'_{number}' if len(pictures) > 1 else ''}.png")
+                save(to_picture(pixels), output / f"{name}{f'_{number}' if len(pictures) > 1 else ''}.png")
     say(f"{len(files)} latents decoded to {output}")
 
 
@@ -124,7 +124,7 @@ def reconstruct(
     from vae.data.pictures import reconstruction_sheet
     from vae.data.transforms import center_crop, to_model_range, to_uint8
 
-    allowed, autoencoder = bytes_named(memory), _load(model, device)
+    allowed, autoencoder = bytes_named(memory), load(model, device)
     files, made = image_files(images), 0
     with progress("Reconstructing", 2 * len(files)) as advance, torch.no_grad():
         for name, _, pixels in opened(files, autoencoder.config.in_channels):
@@ -132,7 +132,7 @@ def reconstruct(
             posterior = encoded(autoencoder, to_model_range(image), allowed, advance)
             reconstruction = to_uint8(decoded(autoencoder, posterior.mode(), allowed, advance)).cpu()
             made += 1
-            _save(reconstruction_sheet(image, {"reconstruction": reconstruction}), output / f"{name}.png")
+            save(reconstruction_sheet(image, {"reconstruction": reconstruction}), output / f"{name}.png")
     say(f"{made} pictures in {output}")
 
 
@@ -158,7 +158,7 @@ def measure(
         raise InputError("--per-channel says what --write writes; give both")
     if write:
         check_writable(model)
-    autoencoder, files = _load(model, device), image_files(images)
+    autoencoder, files = load(model, device), image_files(images)
     channels, place = autoencoder.config.in_channels, place_of(autoencoder)
     measured = 0
     with progress("Measuring", len(files)) as advance:
@@ -174,16 +174,3 @@ def measure(
     print_statistics(statistics, measured, resolution)
     if write:
         write_factors(model, statistics, measured, per_channel=per_channel)
-
-
-def _load(model: Path, device: str) -> "AutoencoderKL":
-    from vae.evaluation.models import find_device
-
-    return read(model).build().to(find_device(device))
-
-
-def _save(picture: "Image.Image", target: Path) -> None:
-    from vae.checkpoints.safe import replacing
-
-    with replacing(target) as partial:
-        picture.save(partial, format="PNG")

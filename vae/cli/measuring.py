@@ -52,7 +52,7 @@ def check_writable(model: Path) -> None:
 
     for path in _files(model):
         found = read_autoencoder(path)
-        is_ours = found.file.suffix == ".safetensors" and (path.is_dir() or found.layout == "ldm")
+        is_ours = found.file.suffix == ".safetensors" and (path.is_dir() or found.layout != "diffusers")
         if found.others or not is_ours:
             raise InputError(f"{found.file}: not a safetensors file of its own; vae extract or convert it first")
 

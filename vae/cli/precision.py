@@ -12,9 +12,7 @@ if TYPE_CHECKING:
 
     from vae.audit.precision import PrecisionAudit
     from vae.checkpoints import Found
-    from vae.models.autoencoder import AutoencoderKL
-
-EQUAL = 1e-4  # largest difference of images in [-1, 1] that an exact rescaling may leave
+    from vae.models.interface import Autoencoder
 
 
 def print_audit(found: "Found", images: Path, resolution: int, device: str, layers: int) -> None:
@@ -31,31 +29,28 @@ def print_audit(found: "Found", images: Path, resolution: int, device: str, laye
 
 def make_float16_safe(found: "Found", images: Path, resolution: int, device: str) -> "Found":
     """`found` with rescaled weights and `force_upcast` as measured; refused where that changes its images."""
-    import torch
+    from vae.audit.rescale import rescale_checked
+    from vae.models.architectures import as_kl
 
-    from vae.audit.rescale import rescale
-
+    model = as_kl(found.build(), "--fp16-safe", "none: no norm in it undoes a scale; vae inspect --audit measures it")
     pictures = _pictures(found, images, resolution, device)
-    model = found.build().to(pictures[0].device)
+    model.to(pictures[0].device)
     before = _audit(model, pictures)
     say(f"before: {before.verdict}")
-    with torch.no_grad():
-        latents = [model.encode(picture).mode() for picture in pictures]
-        exact = [model.decode(latent) for latent in latents]
-        changed = rescale(model, before)
-        rest = max(float((model.decode(a) - b).abs().max()) for a, b in zip(latents, exact, strict=True))
-        moved = max(float((model.encode(a).mode() - b).abs().max()) for a, b in zip(pictures, latents, strict=True))
-    say(f"{len(changed)} layers rescaled; float32 images differ by at most {rest:.1e}, latents by {moved:.1e}")
-    if not rest <= EQUAL or not moved <= EQUAL * max(1.0, max(float(latent.abs().max()) for latent in latents)):
+    done = rescale_checked(model, before, pictures)
+    difference = f"float32 images differ by at most {done.images:.1e}, latents by {done.latents:.1e}"
+    say(f"{done.layers} layers rescaled; {difference}")
+    if not done.is_exact:
         raise InputError(
             f"{found.file}: rescaling it changes its images; keep it in bfloat16 or float32. Nothing written"
         )
-    after = _audit(model, pictures) if changed else before
+    after = _audit(model, pictures) if done.layers else before
     say(f"after:  {after.verdict}")
     if not after.is_safe:
         warn("rescaling was not enough; the export's force_upcast tells diffusers to compute in float32")
-    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()} if changed else found.state
-    return replace(found, state=state, config=replace(found.config, force_upcast=not after.is_safe))
+    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()} if done.layers else found.state
+    notes = replace(found.notes, training=found.notes.training | {"precision": after.verdict})
+    return replace(found, state=state, notes=notes, config=replace(found.config, force_upcast=not after.is_safe))
 
 
 def print_drift(found: "Found", base: Path, images: Path, resolution: int, device: str) -> None:
@@ -79,7 +74,7 @@ def _pictures(found: "Found", images: Path, resolution: int, device: str) -> "li
     return [picture.to(where) for picture in audit_images(images, found.config, resolution)]
 
 
-def _audit(model: "AutoencoderKL", pictures: "list[torch.Tensor]") -> "PrecisionAudit":
+def _audit(model: "Autoencoder", pictures: "list[torch.Tensor]") -> "PrecisionAudit":
     from vae.audit.precision import audit_precision, audit_steps
 
     with progress("Auditing precision", audit_steps(pictures)) as advance:

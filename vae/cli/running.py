@@ -5,13 +5,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from vae.errors import InputError
+from vae.errors import InputError, require
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from vae.models.autoencoder import AutoencoderKL
+    from vae.models.autoencoder_config import AutoencoderConfig
+    from vae.models.interface import Autoencoder
     from vae.models.posterior import DiagonalGaussian
 
 Advance = Callable[[float], object]
@@ -27,11 +28,38 @@ def about(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: {error}") from error
 
 
-def place_of(autoencoder: "AutoencoderKL") -> "torch.device":
-    return autoencoder.decoder.conv_in.weight.device
+def place_of(autoencoder: "Autoencoder") -> "torch.device":
+    return next(autoencoder.parameters()).device
 
 
-def encoded(autoencoder: "AutoencoderKL", images: "Tensor", memory: int | None, advance: Advance) -> "DiagonalGaussian":
+def raw_latents(path: Path, config: "AutoencoderConfig", family: str | None) -> "Tensor":
+    """Those in a file (B, C, h, w), as the autoencoder of `config` takes them.
+
+    A tiny one takes scaled latents: raw ones, which are a KL autoencoder's, are scaled by the factors of the `family`
+    that is named, else by those that their file states.
+    """
+    from vae.checkpoints.families import FAMILIES
+    from vae.checkpoints.latentfile import read_latents, scale_in
+    from vae.latents import latents_for, unscale_latents
+    from vae.models.autoencoder_config import AutoencoderConfig
+
+    latents, scaled = read_latents(path, config.latent_channels)
+    if scaled:
+        return unscale_latents(latents, config)
+    if config.architecture == "kl":
+        return latents
+    if family is not None:
+        scaling, shift = FAMILIES[family]
+        maker = AutoencoderConfig(latent_channels=config.latent_channels, scaling_factor=scaling, shift_factor=shift)
+        return latents_for(config, latents, maker)
+    maker = scale_in(path, config.latent_channels)
+    remedy = "--family with it: sd, sdxl, sd3 or flux"
+    require(maker is not None, f"{path}: raw latents that do not tell their scale", remedy)
+    assert maker is not None
+    return latents_for(config, latents, maker)
+
+
+def encoded(autoencoder: "Autoencoder", images: "Tensor", memory: int | None, advance: Advance) -> "DiagonalGaussian":
     """Posterior of images (1, C, H, W), within `memory` bytes if any are given; `advance` by 1 in all."""
     from vae.models.strips import encode_in_strips
 
@@ -40,7 +68,7 @@ def encoded(autoencoder: "AutoencoderKL", images: "Tensor", memory: int | None, 
     return _whole(autoencoder.encode, autoencoder, images, advance)
 
 
-def decoded(autoencoder: "AutoencoderKL", latents: "Tensor", memory: int | None, advance: Advance) -> "Tensor":
+def decoded(autoencoder: "Autoencoder", latents: "Tensor", memory: int | None, advance: Advance) -> "Tensor":
     """Images of raw latents (B, C, h, w), as `encoded`."""
     from vae.models.strips import decode_in_strips
 
@@ -49,7 +77,7 @@ def decoded(autoencoder: "AutoencoderKL", latents: "Tensor", memory: int | None,
     return _whole(autoencoder.decode, autoencoder, latents, advance)
 
 
-def _whole(half: "Callable[[Tensor], Made]", autoencoder: "AutoencoderKL", given: "Tensor", advance: Advance) -> "Made":
+def _whole(half: "Callable[[Tensor], Made]", autoencoder: "Autoencoder", given: "Tensor", advance: Advance) -> "Made":
     made = half(given.to(place_of(autoencoder)))
     advance(1)
     return made

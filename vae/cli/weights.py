@@ -156,11 +156,15 @@ def bake(
 
 
 def _write(found: "Found", target: Path, dtype: "torch.dtype | None") -> None:
-    from vae.checkpoints import save_found
-    from vae.checkpoints.clients import warnings_of
+    from vae.checkpoints import SINGLE_FILE, save_found
+    from vae.checkpoints.clients import warnings_about, warnings_of
+    from vae.checkpoints.tiny import HALVES, PAIR_FILE, file_of_half
 
     target = target.expanduser()
     layout = save_found(found, target, dtype)
-    say(f"{layout} layout written to {target}, {found.kind} weights of {found.file}")
-    for line in warnings_of(found):
+    is_pair = found.config.architecture == "tiny" and PAIR_FILE.fullmatch(target.name) is not None
+    files = [file_of_half(target, half) for half in HALVES] if is_pair else [target]
+    say(f"{layout} layout written to {' and '.join(map(str, files))}, {found.kind} weights of {found.file}")
+    needs_family = found.config.architecture == "kl" or (target.suffix == SINGLE_FILE and not is_pair)
+    for line in warnings_of(found) if needs_family else warnings_about(found.config):
         warn(line)
