@@ -1,7 +1,11 @@
 # docker build -t vae .
-# docker run --gpus all -v "$PWD/runs:/app/runs" vae experiment=quickstart trainer.accelerator=gpu
+# mkdir -p runs    # else the engine makes it, for root alone
+# docker run --gpus all --ipc=host --user "$(id -u)" -v "$PWD/runs:/app/runs" vae experiment=quickstart trainer.accelerator=gpu
+# With the engine's 64 MB of shared memory, instead of the host's, the workers that decode images would not get far.
 FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04
 
+# Ubuntu keeps one version of a package, so a pinned one would soon be gone.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends make python3 python3-venv \
     && rm -rf /var/lib/apt/lists/* \
@@ -9,6 +13,7 @@ RUN apt-get update \
     && mkdir /app \
     && chown trainer /app
 
+# hadolint ignore=DL3066
 USER trainer
 WORKDIR /app
 
@@ -18,7 +23,7 @@ COPY --chown=trainer vae/__init__.py vae/__init__.py
 RUN make .venv/installed
 
 COPY --chown=trainer . .
-# Made as trainer, so that a fresh volume belongs to it; for a mounted folder add --user "$(id -u)".
+# Made as trainer, so that a fresh volume belongs to it.
 RUN mkdir -p runs
 VOLUME /app/runs
 ENTRYPOINT [".venv/bin/python", "train.py"]

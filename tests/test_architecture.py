@@ -22,6 +22,7 @@ FLOORS = {  # a module's floor is that of its longest listed prefix; imports poi
     "vae.training": 3,
     "vae.evaluation": 3,
     "vae.preparing": 3,
+    "vae.exploring": 3,
     "vae.door": 4,
     "vae.cli": 4,
     "train": 5,
