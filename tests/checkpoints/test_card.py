@@ -23,7 +23,7 @@ from vae.evaluation.protocol import DEFAULT_V1
 from vae.models.autoencoder import AutoencoderKL
 from vae.models.autoencoder_config import AutoencoderConfig
 from vae.training.frozen import freeze
-from vae.training.provenance import CUT, describe
+from vae.training.provenance import CUT, _weights, describe
 from vae.training.run import train
 
 ABOUT = "Tests of a trainer: eleven photographs, for nobody's use."
@@ -258,3 +258,10 @@ def test_a_card_lists_the_losses_that_are_computed_and_no_others(tmp_path, teach
 def test_a_licence_that_the_hub_does_not_know_and_endless_words_are_refused(given, message):
     with pytest.raises(InputError, match=re.escape(message)):
         TrainConfig(**given)
+
+
+def test_a_base_that_is_an_export_of_ours_is_called_by_its_run(run):
+    export = run / "exports" / "step_0000012" / "diffusers" / "diffusion_pytorch_model.safetensors"
+    found = "run/exports/step_0000012/diffusers/diffusion_pytorch_model.safetensors"
+    assert _weights(export)["file"] == found
+    assert _weights(export.parent)["file"] == found

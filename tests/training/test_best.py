@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.conftest import read_json
 from tests.training.harness import digest_of, small_run
 from tests.training.test_resume import cut_at
-from vae.checkpoints import Notes, load_autoencoder
+from vae.checkpoints import load_autoencoder
 from vae.checkpoints.exports import find_export
 from vae.checkpoints.safe import WeightsError
 from vae.config import TrainConfig
@@ -109,10 +109,10 @@ def test_what_is_cut_off_while_the_best_is_written_is_written_again(tmp_path, mo
     """After the first of its two layouts."""
     config, original = small_run(tmp_path, keep_best="psnr"), exporting.save_autoencoder
 
-    def failing(model: AutoencoderKL, path: Path, format: str, notes: Notes) -> Path:
+    def failing(model: AutoencoderKL, path: Path, format: str, **named: Any) -> Path:
         if max(averages) == 6 and format == "ldm":
             raise OSError("gone")
-        return original(model, path, format, notes=notes)
+        return original(model, path, format, **named)
 
     with monkeypatch.context() as patch:
         patch.setattr(exporting, "save_autoencoder", failing)

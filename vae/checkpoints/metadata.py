@@ -5,6 +5,7 @@ The web UIs read none of it; people, `vae inspect` and this library do.
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -79,12 +80,20 @@ def _object(path: Path, key: str, text: str) -> dict[str, Any]:
     if len(text) > MAX_JSON:
         raise WeightsError(f"{path}: its {key} is longer than {MAX_JSON:,} characters")
     try:
-        values = json.loads(text)
+        values = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: its {key} is not readable as JSON ({error})") from error
     if not isinstance(values, dict):
         raise WeightsError(f"{path}: its {key} is not a JSON object")
     return values
+
+
+def _finite(text: str) -> float:
+    """NaN and Infinity are no JSON, and 1e400 is no number of a computer's."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
+    return value
 
 
 def _sha256(text: str) -> str:

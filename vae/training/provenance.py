@@ -18,7 +18,7 @@ from vae.checkpoints.files import PIPELINE_PART, PREFERRED, read_file
 from vae.checkpoints.metadata import read_json
 from vae.checkpoints.safe import write_text
 from vae.checkpoints.tiny import HALVES, PAIR_FILE, file_of_half, is_half, pair_in
-from vae.config import TrainConfig
+from vae.config import CONFIG_FILE, TrainConfig
 from vae.data.sources import Photos, Source
 from vae.metrics.registry import METRICS
 from vae.models.interface import Autoencoder
@@ -161,4 +161,11 @@ def _other_half(file: Path) -> Path | None:
 
 def _hashed(file: Path) -> dict[str, str]:
     with file.open("rb") as content:
-        return {"file": file.name, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+        return {"file": _called(file), "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+
+
+def _called(file: Path) -> str:
+    """Of a run's export from the run's folder on: more than the name that diffusers gives to all, and no machine's."""
+    exports = (folder for folder in file.absolute().parents if folder.name == "exports")
+    run = next((folder.parent for folder in exports if (folder.parent / CONFIG_FILE).is_file()), None)
+    return file.name if run is None else file.absolute().relative_to(run.parent).as_posix()
