@@ -212,3 +212,13 @@ def test_a_base_in_ldms_names_that_may_be_sds_or_sdxls_is_no_reason_against_anot
     document = read_json(evaluate(config) / "metrics.json")
     latents = document["against_base"]["tuned"]["latents"]
     assert (latents["kind"], latents["rescaled"]) == ("same", None)
+
+
+def test_a_model_that_is_made_for_smaller_images_than_it_is_measured_on_is_told_of(tmp_path, base, perturbed, capsys):
+    small = save_autoencoder(perturbed(replace(base.config, sample_size=16)), tmp_path / "small")
+    other = save_autoencoder(base, tmp_path / "other")
+    models = [str(small), str(other)]
+    evaluate(EvaluateConfig(model=models, output=str(tmp_path / "made"), metrics=["psnr"], probe_images=0, data=PHOTOS))
+    printed = capsys.readouterr().out
+    assert "note: small is made for 16 px and measured at data.resolution=32" in printed
+    assert "note: other" not in printed

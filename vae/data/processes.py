@@ -44,8 +44,8 @@ def cores() -> int:
 def outlive_signals(_: int) -> None:
     """A signal to the group reaches the workers too, but their process may have an update to finish with them.
 
-    So they ignore all but SIGTERM, and that one for a minute.
+    So they ignore all but SIGTERM, and that one for ten minutes: an update may be slow. Theirs ends them when it does.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(600))

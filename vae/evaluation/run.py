@@ -50,6 +50,10 @@ def evaluate_as(config: EvaluateConfig, team: Team) -> Path:
             raise InputError(refusal)
         if team.leads:
             say(f"measuring into {folder}; interrupted, the same command with name={folder.name} goes on")
+            resolution = config.data.resolution
+            sizes = {name: model.config.sample_size for name, model in setting.bench.models.items()}
+            for name in (name for name, size in sizes.items() if size < resolution):
+                say(f"note: {name} is made for {sizes[name]} px and measured at data.resolution={resolution}")
         rows = Rows(folder, team.rank)
         try:
             _measure(setting, rows, team)

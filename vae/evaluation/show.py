@@ -58,6 +58,8 @@ def against_base(document: dict[str, Any]) -> None:
                 table.add_row(*cells, style=STYLES.get(one.verdict, ""))
             Console(markup=False, highlight=False).print(table)
         say(f"{model}: {about['latents']['verdict']}")
+    if document["against_base"]:
+        say("better by: mean over the images; of a metric that should be 1, of each image's own distance from 1")
     for about in document["against_base"].values():
         say(about["verdict"])
 

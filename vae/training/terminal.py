@@ -61,7 +61,7 @@ def announce(  # noqa: PLR0917
     if config.frozen or config.trained or config.teacher:
         say(_what_learns(config, training))
     if images[1] < FEW_IMAGES:
-        say(f"note: {images[1]} validation images say little: raise data.validation_fraction, or name others")
+        say(f"note: few validation images ({images[1]}) say little: raise data.validation_fraction, or name others")
     if config.model.out_channels == 3 and training.validation.sets.inception is None:
         say(f"note: {ABSENT}")
     if config.loss.weights.adversarial and config.loss.adversarial_start >= config.updates:
