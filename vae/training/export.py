@@ -53,8 +53,7 @@ def export(training: Training, run: Path, name: str | None = None) -> list[Path]
     summary = describe(asdict(config), run, training.updates, images, training.autoencoder)
     folder, validation = run / EXPORTS / (name or step_name(training.updates)), training.validation
     summary |= _validation(as_logged(validation.measured), validation.latents, config.data, config.model)
-    keeps = config.init is not None and config.latent_channels is None and not training.posterior_learns
-    scale_stays = keeps or config.teacher is not None
+    scale_stays = _scale_stays(asdict(config), learns=training.posterior_learns)
     return publish(model.eval(), folder, summary, validation.latents, validation.audited, scale_stays=scale_stays)
 
 
@@ -118,10 +117,15 @@ def export_checkpoint(
     judged = to_model_range(first_images(held_out, data, channels).to(device))
     mark = "live_" if live else ""  # beside the averaged ones, and never taken for them
     folder = run / EXPORTS / f"{mark}{step_name(updates)}"
-    keeps = config["init"] is not None and config["latent_channels"] is None and not learns
-    scale_stays = keeps or config["teacher"] is not None
+    scale_stays = _scale_stays(config, learns=learns)
     paths = publish(model, folder, summary, statistics, judged, scale_stays=scale_stays)
     return paths, model.config
+
+
+def _scale_stays(config: dict[str, Any], *, learns: bool) -> bool:
+    """Where latents are a published model's: its encoder does not learn, or what it learns are a teacher's."""
+    is_as_before = config["init"] is not None and config["latent_channels"] is None and not learns
+    return is_as_before or config["teacher"] is not None
 
 
 def _validation(
