@@ -88,6 +88,15 @@ def test_an_encoder_with_a_layer_more_is_not_the_same(tiny, perturbed):
     assert _latents(without, model)["changed"] == 2
 
 
+def test_the_same_tensors_in_other_groups_are_another_encoder(tiny, base):
+    other = AutoencoderKL(replace(tiny, norm_num_groups=8)).eval()
+    other.load_state_dict(base.state_dict())
+    latents = _latents(base, other)
+    assert (latents["kind"], latents["changed"]) == ("drifted", 0)
+    assert "norm_num_groups is 8, the base's is 4" in latents["verdict"]
+    assert "latents have drifted by" in unfit(latents)[0]
+
+
 def test_the_same_encoder_with_another_scale_is_no_drop_in(base):
     tuned = _tuned(base, "decoder")
     assert _latents(base, tuned)["rescaled"] is None

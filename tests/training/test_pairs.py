@@ -137,6 +137,12 @@ def _other_encoder(base: Path, _: Path) -> None:
     save_autoencoder(model, base)
 
 
+def _other_groups(base: Path, _: Path) -> None:
+    model = load_autoencoder(base)
+    model.config = replace(model.config, norm_num_groups=2)
+    save_autoencoder(model, base)
+
+
 def _more_images(_: Path, images: Path) -> None:
     for number in (7, 8):
         save(images / "train", f"{number}.png", noise(32, 32, number))
@@ -159,6 +165,7 @@ def _other_pictures(base: Path, images: Path) -> None:
         ),
         ({"sample": 0}, {}, None, "one sample of each posterior, where training draws anew"),
         ({}, {}, _other_encoder, "not of the encoder of init='.*base'; vae cache-latents .*base .*images/train FOLDER"),
+        ({}, {}, _other_groups, "of an encoder whose norm_num_groups is 4, init's is 2; vae cache-latents"),
         ({}, {}, _other_pictures, "not of .*deep/[0-5].png as it is now; vae cache-latents"),
         ({}, {}, _more_images, "none for 2 of 8 training images, the first: 7.png; vae cache-latents"),
         ({}, {"frozen": ["encoder"]}, None, r"frozen=\['encoder'\] with data.latents, expected \[encoder,quant_conv\]"),

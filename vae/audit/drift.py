@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vae.latents import scale_latents
+from vae.models.autoencoder_config import encoder_differences
 from vae.models.interface import Autoencoder
 
 TOLERATED = 0.02  # of the latents' own spread; what drop-in replacements stay within
@@ -14,13 +15,22 @@ TOLERATED = 0.02  # of the latents' own spread; what drop-in replacements stay w
 
 @dataclass(frozen=True)
 class Drift:
-    """`changed`: encoder tensors that differ; the rest in units of the base's latent standard deviation."""
+    """How an encoder differs from the base's, and its latents, these in units of the base's standard deviation.
+
+    `changed` are tensors that differ, `unlike` the settings, each in words: equal weights in other groups are another
+    function.
+    """
 
     changed: list[str]
+    unlike: list[str]
     encoder_tensors: int
     rms: float  # root mean square difference of the posterior means
     shift: float  # largest difference of a channel's mean
     stretch: float  # largest relative difference of a channel's standard deviation
+
+    @property
+    def is_same(self) -> bool:
+        return not self.changed and not self.unlike
 
     @property
     def is_tolerable(self) -> bool:
@@ -28,13 +38,14 @@ class Drift:
 
     @property
     def verdict(self) -> str:
-        if not self.changed:
+        if self.is_same:
             return f"same latents: all {self.encoder_tensors} encoder tensors are identical bit for bit"
         moved = f"rms {self.rms:.2%}, mean {self.shift:.2%}, std {self.stretch:.2%} of the base's spread"
         count = f"{len(self.changed)} of {self.encoder_tensors} encoder tensors differ"
+        differences = "; ".join([count, *self.unlike])
         if self.is_tolerable:
-            return f"nearly the same latents: {count}; {moved}"
-        return f"latents have drifted: {count}; {moved}. A diffusion model trained on the base will not fit"
+            return f"nearly the same latents: {differences}; {moved}"
+        return f"latents have drifted: {differences}; {moved}. A diffusion model trained on the base will not fit"
 
 
 @torch.no_grad()
@@ -53,6 +64,7 @@ def latent_drift(base: Autoencoder, model: Autoencoder, images: Sequence[Tensor]
     spread = before.std()
     return Drift(
         changed=changed,
+        unlike=encoder_differences(model.config, base.config, "the base's"),
         encoder_tensors=len(theirs | ours),
         rms=((after - before).square().mean().sqrt() / spread).item(),
         shift=((after.mean(dim=1) - before.mean(dim=1)).abs().max() / spread).item(),

@@ -112,7 +112,7 @@ def _latents(base: Autoencoder, model: Autoencoder, images: Sequence[Tensor]) ->
     kind = "near" if drift.is_tolerable else "drifted"
     moved = {name: getattr(drift, name) for name in ("rms", "shift", "stretch")}
     return {
-        "kind": kind if drift.changed else "same",
+        "kind": "same" if drift.is_same else kind,
         "verdict": drift.verdict,
         "rescaled": _rescaled(before, now) if before.architecture == now.architecture else None,
         "changed": len(drift.changed),

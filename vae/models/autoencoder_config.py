@@ -1,7 +1,8 @@
 """The shape of an autoencoder, refused where it cannot be one."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from vae.errors import require
 
@@ -22,6 +23,16 @@ KL_ONLY = {
     "mid_block_add_attention": False,
     "attention_levels": [],
 }
+NOT_OF_THE_ENCODER = (  # settings of the decoder, of diffusion models and of programs; every other one is the encoder's
+    "out_channels",
+    "use_post_quant_conv",
+    "scaling_factor",
+    "shift_factor",
+    "latents_mean",
+    "latents_std",
+    "force_upcast",
+    "sample_size",
+)
 
 
 @dataclass
@@ -113,8 +124,26 @@ class AutoencoderConfig:
             )
 
     @property
+    def encoder_settings(self) -> dict[str, Any]:
+        """What decides, beside its weights, what the encoder computes."""
+        settings = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in NOT_OF_THE_ENCODER}
+        settings["attention_levels"] = sorted(set(self.attention_levels))
+        if self.architecture == "tiny":
+            del settings["norm_num_groups"]  # it has no such norms
+        return settings
+
+    @property
     def downsample_factor(self) -> int:
         return 2 ** (len(self.block_out_channels) - 1)
+
+
+def encoder_differences(ours: AutoencoderConfig, theirs: AutoencoderConfig, whose: str) -> list[str]:
+    """In words, by which settings two encoders compute different things; `whose` says who the others are."""
+    here, there = ours.encoder_settings, theirs.encoder_settings
+    names = [name for name in here.keys() & there.keys() if here[name] != there[name]]
+    if "architecture" in names:  # the rest follows from it
+        names = ["architecture"]
+    return [f"{name} is {here[name]}, {whose} is {there[name]}" for name in sorted(names)]
 
 
 def _is_number(value: object) -> bool:

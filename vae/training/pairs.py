@@ -18,6 +18,7 @@ from vae.data.sources import Files, Source
 from vae.data.transforms import center_crop, to_model_range
 from vae.errors import InputError
 from vae.latents import unscale_moments
+from vae.models.autoencoder_config import encoder_differences
 from vae.models.interface import Autoencoder
 
 TRIED, UNLIKE = 4, 0.25  # images encoded again; relative error, far above what half precision and other devices make
@@ -66,8 +67,7 @@ def pair(config: TrainConfig, images: Source, found: Found | None) -> PairedLate
     """
     assert config.data.latents is not None
     stored = StoredLatents(config.data.latents)
-    digest = None if found is None else encoder_digest(found.state)
-    wrong, rows = _difference(config, stored, digest), np.empty(0)
+    wrong, rows = _difference(config, stored, found), np.empty(0)
     if wrong is None:
         rows = _rows(Names(images.names), stored)
         wrong = _missing(images, rows, stored)
@@ -78,7 +78,7 @@ def pair(config: TrainConfig, images: Source, found: Found | None) -> PairedLate
     return PairedLatents(stored, rows)
 
 
-def _difference(config: TrainConfig, stored: StoredLatents, digest: str | None) -> str | None:
+def _difference(config: TrainConfig, stored: StoredLatents, found: Found | None) -> str | None:
     """Why they are not what is trained on."""
     data = config.data
     if MOMENTS[0] not in stored.stored:
@@ -87,11 +87,16 @@ def _difference(config: TrainConfig, stored: StoredLatents, digest: str | None) 
         return f"of {stored.resolution} px, expected data.resolution={data.resolution}"
     if data.flip and f"{MOMENTS[0]}{FLIPPED}" not in stored.stored:
         return "none of mirrored images; set data.flip=false"
-    if digest is not None and stored.encoder is None:
+    return None if found is None else _of_another_encoder(config, stored, found)
+
+
+def _of_another_encoder(config: TrainConfig, stored: StoredLatents, found: Found) -> str | None:
+    if stored.encoder is None:
         return "made before caches told their encoder"
-    if digest not in (None, stored.encoder):
+    if stored.encoder != encoder_digest(found.state):
         return f"not of the encoder of init={config.init!r}"
-    return None
+    unlike = encoder_differences(stored.config, found.config, "init's")  # which no tensor tells
+    return f"of an encoder whose {', '.join(unlike)}" if unlike else None
 
 
 def _missing(images: Source, rows: np.ndarray, stored: StoredLatents) -> str | None:
