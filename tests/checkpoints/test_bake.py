@@ -70,6 +70,13 @@ def test_a_flux_checkpoint_gets_its_autoencoder_under_its_own_prefix(tmp_path):
     assert read_autoencoder(tmp_path / "new.safetensors").family == "flux"
 
 
+def test_an_upscalers_checkpoint_without_an_autoencoder_has_a_place_for_one(tmp_path, model):
+    single = save_autoencoder(model, tmp_path / "m.vae.safetensors", "ldm")
+    save_file(_diffusion_model() | {"low_scale_model.betas": torch.zeros(1)}, tmp_path / "full.safetensors")
+    done = bake(read_autoencoder(single), tmp_path / "full.safetensors", tmp_path / "new.safetensors")
+    assert (done.family, done.prefix) == ("x4", "first_stage_model.")
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "target", "message"),
     [

@@ -4,6 +4,7 @@ import argparse
 import json
 import pathlib
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +12,15 @@ import torch
 from safetensors.torch import save_file
 
 from vae.checkpoints import WeightsError, load_autoencoder, read_autoencoder, save_autoencoder
+from vae.checkpoints.detect import find_autoencoder
+from vae.checkpoints.found import Source
 from vae.checkpoints.ldm import to_ldm
+from vae.checkpoints.report import title_of
 from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
 
 State = dict[str, torch.Tensor]
 
+UNET = "model.diffusion_model."
 SD_SHAPED = AutoencoderConfig(block_out_channels=[32, 32, 64, 64], layers_per_block=2)
 
 
@@ -97,7 +102,12 @@ def test_damaged_and_foreign_files_are_refused_with_the_reason(tmp_path, ldm, ma
     ("keys", "family", "scaling"),
     [
         (["cond_stage_model.model.weight"], "sd", 0.18215),
-        (["conditioner.embedders.1.model.weight"], "sdxl", 0.13025),
+        (["conditioner.embedders.0.transformer.weight", "conditioner.embedders.1.model.weight"], "sdxl", 0.13025),
+        (["conditioner.embedders.0.model.weight", f"{UNET}label_emb.0.0.weight"], "sdxl", 0.13025),  # the refiner
+        (["conditioner.embedders.0.model.weight", f"{UNET}input_blocks.0.0.weight"], "sd", 0.18215),  # SD 2 of sgm
+        (["cond_stage_model.model.weight", f"{UNET}label_emb.0.0.weight"], "sd", 0.18215),  # SD 2 unCLIP
+        (["low_scale_model.betas", "cond_stage_model.model.weight"], None, 0.18215),  # with another autoencoder
+        ([f"{UNET}joint_blocks.0.weight"], None, 0.18215),  # the same: SD3 has 16 channels
         ([], None, 0.18215),
     ],
 )
@@ -106,6 +116,25 @@ def test_a_full_checkpoint_tells_its_family_and_scale(tmp_path, ldm, keys, famil
     save_file(state | {key: torch.zeros(1) for key in keys}, tmp_path / "full.safetensors")
     found = read_autoencoder(tmp_path / "full.safetensors")
     assert (found.family, found.config.scaling_factor) == (family, scaling)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["low_scale_model.betas", "cond_stage_model.model.weight"],
+        ["cond_stage_model.model.weight", f"{UNET}label_emb.weight"],
+        ["cond_stage_model.model.weight"],
+        [f"{UNET}input_blocks.0.0.weight"],
+    ],
+)
+def test_an_x4_upscaler_has_its_own_scale_whatever_else_its_checkpoint_looks_like(keys):
+    config = AutoencoderConfig(block_out_channels=[128, 256, 512])
+    with torch.device("meta"):
+        ldm = to_ldm(dict(AutoencoderKL(config).state_dict()), config)
+        state = {f"first_stage_model.{name}": tensor for name, tensor in ldm.items()}
+        found = find_autoencoder(Source(Path("x4.ckpt"), state | {key: torch.zeros(1) for key in keys}), None)
+    assert (found.family, found.config.scaling_factor, found.scale_is_known) == ("x4", 0.08333, True)
+    assert title_of(found) == "AutoencoderKL f4c4, of the x4 upscaler checkpoint it is in"
 
 
 def test_sixteen_channels_without_quant_convolutions_need_no_configuration(tmp_path):

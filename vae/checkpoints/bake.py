@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from vae.checkpoints.detect import ANCHOR, PREFIXES, family_of, prefix_of
-from vae.checkpoints.families import LATENT_CHANNELS
+from vae.checkpoints.detect import ANCHOR, PREFIXES, prefix_of
+from vae.checkpoints.families import LATENT_CHANNELS, family_beside, family_of
 from vae.checkpoints.files import is_pickle
 from vae.checkpoints.found import Found
 from vae.checkpoints.ldm import to_ldm
@@ -18,7 +18,7 @@ from vae.checkpoints.safe import WeightsError
 from vae.checkpoints.tensorfile import DTYPES, read_index
 from vae.checkpoints.writing import Piece, pieces_of, write_safetensors
 
-PREFIX_OF = {"sd": "first_stage_model.", "sdxl": "first_stage_model.", "sd3": "first_stage_model.", "flux": "vae."}
+PREFIX_OF = dict.fromkeys(("sd", "sdxl", "x4", "sd3"), "first_stage_model.") | {"flux": "vae."}
 USUAL = ("F32", "F16", "BF16")  # precisions an autoencoder is kept in; a checkpoint in 8 bits keeps it in its own
 STALE_KEYS = ("vae.", "modelspec.hash_sha256", "sshs_")  # of the metadata, untrue of the new file
 SD_OUTPUT = "model.diffusion_model.out.2.weight"  # (latent channels, ...)
@@ -56,7 +56,8 @@ def bake(found: Found, checkpoint: Path, target: Path, advance: Callable[[int], 
     weights = pieces_of(target, to_ldm(found.state, found.config), dtype)
     ours = {prefix + name: piece for name, piece in weights.items()}
     write_safetensors(target, kept | ours, metadata, advance)
-    return Baked(family_of(pieces), prefix, dtype, len(ours), len(stale), len(kept))
+    family = family_beside(pieces, found.config) or family_of(pieces)
+    return Baked(family, prefix, dtype, len(ours), len(stale), len(kept))
 
 
 def size_after(found: Found, checkpoint: Path) -> int:

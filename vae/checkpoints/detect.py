@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vae.checkpoints.architecture import infer_config
-from vae.checkpoints.families import FAMILIES, SIGNS, looks_like
+from vae.checkpoints.families import FAMILIES, family_beside, looks_like
 from vae.checkpoints.found import Found, Source
 from vae.checkpoints.ldm import as_linear, from_ldm, is_projection
 from vae.checkpoints.safe import State, WeightsError
@@ -42,14 +42,14 @@ def find_autoencoder(source: Source, config: AutoencoderConfig | None, *, ema: b
     if config is not None and config.architecture == "tiny":
         raise WeightsError(f"{path}: the configuration is a tiny autoencoder's, its tensors are not; leave that out")
     stated = config is not None
-    family = family_of(source.state)
     live, shadow = _autoencoder_tensors(path, source.state)
     ema = ema or ANCHOR not in live
     ours = _averaged(path, live, shadow) if ema else live
     others = len(source.state) - len(ours)
     layout = "diffusers" if any(".mid_block." in name for name in ours) else "ldm"
-    if config is None:
-        config = infer_config(path, ours)
+    config = config or infer_config(path, ours)
+    family = family_beside(source.state, config)
+    if not stated:
         if family is not None:
             scaling, shift = FAMILIES[family]
             config = replace(config, scaling_factor=scaling, shift_factor=shift)
@@ -58,12 +58,6 @@ def find_autoencoder(source: Source, config: AutoencoderConfig | None, *, ema: b
             config = replace(config, scaling_factor=PLAYGROUND_SCALE, latents_mean=mean, latents_std=std)
     ours = from_ldm(ours, config) if layout == "ldm" else _modern_attention(ours)
     return Found(path, ours, config, layout, "EMA" if ema else "live", family, stated, others, source.notes)
-
-
-def family_of(names: Iterable[str]) -> str | None:
-    """Of the diffusion model whose tensors are among `names`."""
-    names = list(names)
-    return next((family for sign, family in SIGNS.items() if any(sign in name for name in names)), None)
 
 
 def autoencoder_names(names: Iterable[str]) -> set[str]:

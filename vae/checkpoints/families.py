@@ -1,6 +1,7 @@
 """The diffusion models that autoencoders belong to: their constants, and how a file gives itself away."""
 
 import math
+import re
 from collections.abc import Iterable
 
 from vae.models.autoencoder import AutoencoderConfig
@@ -16,17 +17,20 @@ FAMILIES: dict[str, tuple[float, float | None]] = {  # scaling and shift factor;
     "sd3": (1.5305, 0.0609),
     "flux": (0.3611, 0.1159),
 }
-SIGNS = {  # a tensor whose name contains this says which diffusion model a full checkpoint holds; the first that fits
-    "joint_blocks.": "sd3",
-    "double_blocks.": "flux",
-    "conditioner.embedders.": "sdxl",
-    "cond_stage_model.": "sd",
-    "model.diffusion_model.label_emb.": "sdxl",
-    "model.diffusion_model.input_blocks.": "sd",
+SIGNS = {  # a tensor whose name has this in it says which diffusion model a full checkpoint holds; the first that fits
+    r"joint_blocks\.": "sd3",
+    r"double_blocks\.": "flux",
+    r"low_scale_model\.|\.label_emb\.weight$": "x4",  # a table of noise levels, where SDXL has two layers
+    r"cond_stage_model\.": "sd",
+    r"conditioner\.embedders\.[1-9]\d*\.|\.label_emb\.": "sdxl",
+    r"conditioner\.embedders\.": "sd",  # one text encoder alone: SD 2 in sgm's names
+    r"model\.diffusion_model\.input_blocks\.": "sd",
 }
 LOOKS = {  # what a file without an autoencoder is, by a part of its names; the first that fits
     "average.decoder.": "a checkpoint of a training run; vae export publishes its weights",
     "lora_": "a LoRA",
+    "low_scale_model.": "the x4 upscaler's diffusion model without a VAE",
+    ".label_emb.weight": "the x4 upscaler's diffusion model without a VAE",
     ".label_emb.": "an SDXL diffusion model without a VAE",
     "double_blocks.": "a FLUX diffusion model without a VAE",
     "joint_blocks.": "an SD3 diffusion model without a VAE",
@@ -39,6 +43,23 @@ LOOKS = {  # what a file without an autoencoder is, by a part of its names; the 
     "encoder.": "an encoder alone; the whole autoencoder is needed",
     "decoder.": "another kind of autoencoder",
 }
+
+
+def family_of(names: Iterable[str]) -> str | None:
+    """Of the diffusion model whose tensors are among `names`."""
+    names = list(names)
+    return next((family for sign, family in SIGNS.items() if any(re.search(sign, name) for name in names)), None)
+
+
+def family_beside(names: Iterable[str], config: AutoencoderConfig) -> str | None:
+    """Of an autoencoder among `names`: its diffusion model's, as far as that can have one of this shape.
+
+    The x4 upscaler is an SD 2 but for a few names that not all of its checkpoints have; its autoencoder is not.
+    """
+    family, fitting = family_of(names), families_of(config)
+    if family is None or family in fitting:
+        return family
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def families_of(config: AutoencoderConfig) -> list[str]:

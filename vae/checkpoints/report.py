@@ -46,7 +46,7 @@ def family_words(found: Found) -> str:
     if found.family is not None and found.config.architecture == "tiny":
         return f"for the latents of {FAMILY_NAMES[found.family]}"
     if found.family is not None:
-        return f"of the {FAMILY_NAMES[found.family]} checkpoint it is in"
+        return f"of the {FAMILY_NAMES[found.family].removeprefix('the ')} checkpoint it is in"
     config = found.config
     fitting = families_of(config)
     scaled = [name for name in fitting if found.stated and has_scale_of(name, config)]
