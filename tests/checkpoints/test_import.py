@@ -15,6 +15,7 @@ from vae.checkpoints import WeightsError, load_autoencoder, read_autoencoder, sa
 from vae.checkpoints.detect import find_autoencoder
 from vae.checkpoints.found import Source
 from vae.checkpoints.ldm import to_ldm
+from vae.checkpoints.pickles import read_pickle
 from vae.checkpoints.report import title_of
 from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
 
@@ -66,6 +67,20 @@ def test_pickles_with_foreign_objects_import_bit_for_bit(tmp_path, model, ldm, m
     torch.save(make(ldm), tmp_path / "vae.ckpt", _use_new_zipfile_serialization=zipped)
     found = read_autoencoder(tmp_path / "vae.ckpt")
     assert all(torch.equal(found.state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "the autoencoder"])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_tied_tensors_are_read_each_with_data_of_its_own(tmp_path, ldm, zipped, whole):
+    """All of one shape are one in this file, which is so a tenth of the network."""
+    of_shape = {tensor.shape: tensor for tensor in ldm.values()}
+    tied = {name: of_shape[tensor.shape] for name, tensor in ldm.items()}
+    torch.save({"state_dict": tied}, tmp_path / "tied.ckpt", _use_new_zipfile_serialization=zipped)
+    assert sum(tensor.nbytes for tensor in tied.values()) > 5 * (tmp_path / "tied.ckpt").stat().st_size
+    state = read_pickle(tmp_path / "tied.ckpt", whole=whole)
+    assert state.keys() == tied.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in tied.items())
+    assert whole or len({tensor.data_ptr() for tensor in state.values()}) == len(state)
 
 
 def test_the_averages_are_taken_when_asked_for_and_only_when_complete(tmp_path, model, ldm):

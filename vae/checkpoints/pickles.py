@@ -22,6 +22,7 @@ ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file that torch wrote before 1.6
 LOCAL_HEADER = 30  # bytes of a zip member's header before its name
 MAX_ELEMENTS = 2**40  # of a tensor, were its empty sides 1
+MOST_SHARED = 16  # times the file that its tensors may be, each with data of its own, where some are tied
 DEPTH = 4  # of nested dictionaries that are looked through for the weights
 
 
@@ -56,8 +57,10 @@ def read_pickle(path: Path, wanted: Callable[[Iterable[str]], set[str]] = set, *
     chosen = wanted(views)
     for name, view in views.items():
         _check_view(path, name, view, storages)
-    if sum(views[name].storage.dtype.itemsize * math.prod(views[name].size) for name in chosen) > len(mapped):
-        raise WeightsError(f"{path}: its tensors share their data and are more than the file has; it is damaged")
+    needed = sum(views[name].storage.dtype.itemsize * math.prod(views[name].size) for name in chosen)
+    if needed > MOST_SHARED * len(mapped):
+        times = f"{needed / len(mapped):,.0f} times as large as the file, and at most {MOST_SHARED} are read"
+        raise WeightsError(f"{path}: its tensors share their data and are {times}; save it with data for each")
     return {
         name: _read(path, name, view, storages[view.storage.key], copy=not whole)
         if name in chosen
