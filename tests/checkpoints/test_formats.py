@@ -4,6 +4,7 @@ import json
 import stat
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as Authority
@@ -14,6 +15,7 @@ from vae.checkpoints import WeightsError, load_autoencoder, save_autoencoder
 from vae.checkpoints.diffusers import from_diffusers_config, to_diffusers_config
 from vae.checkpoints.ldm import from_ldm, ldm_names, to_ldm
 from vae.checkpoints.safe import replacing
+from vae.checkpoints.writing import narrowed, pieces_of
 from vae.models.autoencoder import AutoencoderKL
 
 
@@ -91,6 +93,45 @@ def test_weights_beyond_float16_are_refused_in_it_and_leave_the_folder_without_t
         "diffusion_pytorch_model.safetensors",
     }
     assert (load_autoencoder(tmp_path / "folder").decoder.conv_in.weight[0] == 1e5).all()
+
+
+def test_weights_that_float16_takes_to_zero_or_keeps_with_fewer_digits_are_counted():
+    values = torch.tensor([0.0, 1e-9, -1e-9, 2.0**-25, 3e-8, 1e-5, -6e-5, 2.0**-20, 7e-5, 1.0])
+    found = narrowed({"a.weight": values, "b.bias": torch.ones(2)}, torch.float16)
+    assert (found.total, found.zero, found.fewer) == (12, 3, 3)
+    assert found.words == "float16: of 12 weights 3 became zero and 3 keep fewer digits, being below 6.1e-05"
+    for exact in (torch.bfloat16, torch.float32):
+        assert narrowed({"a.weight": values}, exact).words is None
+    assert narrowed({"a.weight": values.half()}, torch.float16).words is None
+
+
+def test_counts_of_what_float16_takes_are_numpys(perturbed, tiny):
+    state = {name: tensor.double() * 1e-5 for name, tensor in perturbed(tiny).state_dict().items()}
+    every = np.concatenate([tensor.numpy().ravel() for tensor in state.values()])
+    cast = every.astype(np.float16)
+    zero = (cast == 0) & (every != 0)
+    fewer = (np.abs(every) < np.finfo(np.float16).tiny) & (cast.astype(np.float64) != every) & ~zero
+    found = narrowed(state, torch.float16)
+    assert (found.total, found.zero, found.fewer) == (every.size, zero.sum(), fewer.sum())
+    assert found.zero > 0 < found.fewer
+
+
+@pytest.mark.parametrize("name", ["folder", "m.safetensors"])
+def test_a_file_in_float16_whose_weights_vanish_is_written_with_a_warning(tmp_path, tiny, name):
+    model = AutoencoderKL(tiny)
+    with torch.no_grad():
+        model.decoder.conv_in.weight.mul_(1e-9)
+    layout = "ldm" if "." in name else "diffusers"
+    with pytest.warns(UserWarning, match=r"float16: of [\d,]+ weights \d{3} became zero"):
+        save_autoencoder(model, tmp_path / name, layout, torch.float16)
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(torch.bfloat16, 3.4e38), (torch.float32, 1e39), (torch.float16, 7e4)])
+def test_no_type_is_written_that_makes_a_weight_infinite(tmp_path, tiny, dtype, value):
+    state = {name: tensor.double() for name, tensor in AutoencoderKL(tiny).state_dict().items()}
+    state["decoder.conv_in.bias"][0] = value
+    with pytest.raises(WeightsError, match=f"decoder.conv_in.bias exceeds {str(dtype).removeprefix('torch.')}"):
+        pieces_of(tmp_path / "m.safetensors", state, dtype)
 
 
 def test_exports_may_be_read_by_other_users(tmp_path, tiny):

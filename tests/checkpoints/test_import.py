@@ -4,6 +4,7 @@ import argparse
 import json
 import pathlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vae.checkpoints import WeightsError, load_autoencoder, read_autoencoder, save_autoencoder
+from vae.checkpoints import WeightsError, load_autoencoder, read_autoencoder, save_autoencoder, save_found
+from vae.checkpoints.clients import warnings_of
 from vae.checkpoints.detect import find_autoencoder
 from vae.checkpoints.found import Source
 from vae.checkpoints.ldm import to_ldm
 from vae.checkpoints.pickles import read_pickle
-from vae.checkpoints.report import title_of
+from vae.checkpoints.report import facts_of, title_of
 from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
 
 State = dict[str, torch.Tensor]
@@ -150,6 +152,47 @@ def test_an_x4_upscaler_has_its_own_scale_whatever_else_its_checkpoint_looks_lik
         found = find_autoencoder(Source(Path("x4.ckpt"), state | {key: torch.zeros(1) for key in keys}), None)
     assert (found.family, found.config.scaling_factor, found.scale_is_known) == ("x4", 0.08333, True)
     assert title_of(found) == "AutoencoderKL f4c4, of the x4 upscaler checkpoint it is in"
+
+
+def test_the_number_of_groups_is_known_only_where_something_tells_it(tmp_path, model, ldm):
+    save_file(ldm, tmp_path / "foreign.safetensors")
+    found = read_autoencoder(tmp_path / "foreign.safetensors")
+    assert (found.config.norm_num_groups, found.groups_are_known) == (32, False)
+    assert "read from the tensors, 32 groups are assumed" in facts_of(found)["configuration"]
+    assert "the file does not tell norm_num_groups: 32 is assumed; --config states it" in warnings_of(found)
+    stated = read_autoencoder(tmp_path / "foreign.safetensors", config=replace(SD_SHAPED, norm_num_groups=16))
+    assert stated.groups_are_known
+    ours = read_autoencoder(save_autoencoder(model, tmp_path / "ours.safetensors", "ldm"))
+    assert ours.groups_are_known
+    assert facts_of(ours)["configuration"] == "stated"
+
+
+@pytest.mark.parametrize("name", ["folder", "one.safetensors"])
+def test_groups_that_were_assumed_are_never_written_as_known(tmp_path, ldm, name):
+    save_file(ldm, tmp_path / "foreign.safetensors")
+    save_found(read_autoencoder(tmp_path / "foreign.safetensors"), tmp_path / name)
+    again = read_autoencoder(tmp_path / name)
+    assert not again.groups_are_known
+    assert again.notes.architecture["assumed"].startswith("norm_num_groups")
+    assert facts_of(again)["configuration"] == "stated, 32 groups are assumed"
+    if name == "folder":
+        assert "32 groups, which is assumed" in (tmp_path / name / "README.md").read_text()
+    told = read_autoencoder(tmp_path / name, config=replace(SD_SHAPED, norm_num_groups=16))
+    save_found(told, tmp_path / "told")
+    assert read_autoencoder(tmp_path / "told").groups_are_known
+    assert read_autoencoder(tmp_path / "told").config.norm_num_groups == 16
+
+
+@pytest.mark.parametrize(("widths", "known"), [([128, 256, 512, 512], True), ([32, 32, 64, 64], False)])
+def test_a_family_tells_the_groups_of_its_own_network_alone(widths, known):
+    config = AutoencoderConfig(block_out_channels=widths)
+    with torch.device("meta"):
+        ldm = to_ldm(dict(AutoencoderKL(config).state_dict()), config)
+    full = {f"first_stage_model.{name}": t for name, t in ldm.items()} | {"cond_stage_model.weight": torch.zeros(1)}
+    assert find_autoencoder(Source(Path("sd.ckpt"), full), None).groups_are_known == known
+    alone = find_autoencoder(Source(Path("vae.safetensors"), ldm), None)
+    assert not alone.groups_are_known
+    assert alone.of_family("sd").groups_are_known == known
 
 
 def test_sixteen_channels_without_quant_convolutions_need_no_configuration(tmp_path):

@@ -1,5 +1,7 @@
 """`vae inspect`, `convert`, `export`, `extract`, `bake`."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -8,10 +10,12 @@ from tests.audit.test_precision import overflowing
 from tests.conftest import read_json
 from vae.checkpoints import load_autoencoder, read_autoencoder, save_autoencoder
 from vae.checkpoints.ldm import to_ldm
+from vae.checkpoints.writing import narrowed
 from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from vae.training.run import train
 
 PIXELS = ("--resolution", 32)
+SD_SHAPED = AutoencoderConfig(block_out_channels=[32, 32])
 
 
 def test_inspect_says_what_a_model_is(call, capsys, model):
@@ -50,6 +54,75 @@ def test_inspect_compares_with_a_base(call, capsys, model, tmp_path):
     assert "same latents: all" in capsys.readouterr().out
 
 
+def test_inspect_compares_the_settings_of_encoders_too(call, capsys, model, tmp_path):
+    other = load_autoencoder(model)
+    other.config = replace(other.config, norm_num_groups=8)
+    save_autoencoder(other, tmp_path / "other")
+    assert call("inspect", tmp_path / "other", "--base", model, *PIXELS) == 0
+    printed = "".join(capsys.readouterr())
+    assert "identical" not in printed
+    assert "norm_num_groups is 8, the base's is 4" in printed
+
+
+def test_groups_that_are_assumed_are_said_beside_what_rests_on_them(call, capsys, tmp_path):
+    single = tmp_path / "foreign.safetensors"
+    state = to_ldm(dict(AutoencoderKL(SD_SHAPED).state_dict()), SD_SHAPED)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, single)
+    assert call("convert", single, tmp_path / "out", "--base", single, *PIXELS) == 0
+    printed = capsys.readouterr()
+    assert f"bit for bit, if {single} has groups of 32, which is assumed" in printed.out
+    assert "the file does not tell norm_num_groups: 32 is assumed; --config states it" in printed.err
+
+
+def test_convert_compares_what_it_writes_with_the_base(call, capsys, model, tmp_path):
+    target = tmp_path / "half.vae.safetensors"
+    assert call("convert", model, target, "--dtype", "float16", "--base", model, *PIXELS) == 0
+    claimed = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("against"))
+    assert call("inspect", target, "--base", model, *PIXELS) == 0
+    assert claimed in capsys.readouterr().out
+    assert "identical" not in claimed
+    assert "nearly the same latents" in claimed
+
+
+def test_convert_to_float16_refuses_what_that_cannot_hold_before_it_compares(call, capsys, model, tmp_path):
+    large = load_autoencoder(model)
+    with torch.no_grad():
+        large.encoder.conv_in.weight.fill_(1e5)
+    save_autoencoder(large, tmp_path / "large.safetensors", "ldm")
+    arguments = ("--dtype", "float16", "--base", model, *PIXELS)
+    assert call("convert", tmp_path / "large.safetensors", tmp_path / "half.safetensors", *arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "half.safetensors: encoder.conv_in.weight exceeds float16" in printed.err
+
+
+def test_everything_that_writes_float16_says_what_that_takes_from_the_weights(call, capsys, tmp_path):
+    model = AutoencoderKL(SD_SHAPED)
+    with torch.no_grad():
+        model.decoder.conv_in.weight[0, 0, 0] = torch.tensor([1e-9, 1e-6, 1.0])
+    full, source = tmp_path / "full.safetensors", tmp_path / "m.vae.safetensors"
+    save_autoencoder(model, source, "ldm")
+    words = narrowed(model.state_dict(), torch.float16).words
+    assert words is not None
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 4, 3, 3).half()}, full)
+    for arguments in (
+        ("convert", source, tmp_path / "half.safetensors", "--dtype", "float16"),
+        ("convert", source, tmp_path / "folder"),
+        ("convert", source, tmp_path / "folder", "--dtype", "float16"),
+        ("extract", source, tmp_path / "again.safetensors", "--dtype", "float16"),
+        ("bake", source, full, tmp_path / "new.safetensors"),
+    ):
+        assert call(*arguments) == 0
+        assert capsys.readouterr().out.count(words) == 1, arguments
+    for arguments in (
+        ("convert", source, tmp_path / "whole.safetensors"),
+        ("convert", source, tmp_path / "brain.safetensors", "--dtype", "bfloat16"),
+        ("convert", tmp_path / "half.safetensors", tmp_path / "half2.safetensors", "--dtype", "float16"),
+    ):
+        assert call(*arguments) == 0
+        assert "weights" not in capsys.readouterr().out.replace("live weights", ""), arguments
+
+
 def test_convert_goes_to_one_file_and_back(call, model, tmp_path):
     assert call("convert", model, tmp_path / "one.vae.safetensors") == 0
     assert call("convert", tmp_path / "one.vae.safetensors", tmp_path / "again") == 0
@@ -77,13 +150,17 @@ def test_convert_repairs_float16_says_so_and_sets_force_upcast(call, capsys, tmp
     assert (in_half - exact).abs().max() < 0.05
 
 
-def test_export_publishes_a_checkpoint_as_the_run_does_at_its_end(call, tiny_run):
+def test_export_publishes_a_checkpoint_as_the_run_does_at_its_end(call, capsys, tiny_run):
     run = train(tiny_run)
     export = run / "exports" / "step_0000008"
+    words = narrowed(load_autoencoder(run).state_dict(), torch.float16).words
+    assert words is not None
+    assert capsys.readouterr().out.count(words) == 1
     expected = {path.relative_to(export): path.read_bytes() for path in export.rglob("*") if path.is_file()}
     for path in export.rglob("*.safetensors"):
         path.unlink()
     assert call("export", run) == 0
+    assert capsys.readouterr().out.count(words) == 1
     assert {path.relative_to(export): path.read_bytes() for path in export.rglob("*") if path.is_file()} == expected
     assert call("export", run, "--step", 4, "--live") == 0
     state = torch.load(run / "checkpoints" / "step_0000004.ckpt", weights_only=True)["state_dict"]

@@ -157,6 +157,7 @@ def test_a_file_that_does_not_tell_its_scale_has_the_one_that_is_stated(tmp_path
     guessed = start_of(replace(config, model=AutoencoderConfig()), tmp_path)
     stated = start_of(replace(config, model=replace(shape, scaling_factor=0.13025)), tmp_path)
     assert "does not tell its scaling factor: 0.18215 is taken" in guessed.notes[0]
+    assert "does not tell norm_num_groups: 32 is taken" in guessed.notes[1]
     assert (stated.config.model.scaling_factor, stated.notes) == (0.13025, ())
 
 

@@ -19,7 +19,7 @@ from vae.checkpoints.ldm import to_ldm
 from vae.checkpoints.metadata import ASSUMED, Notes, read_json, to_metadata
 from vae.checkpoints.safe import State, WeightsError, replacing
 from vae.checkpoints.tiny import PAIR_FILE, SCALE, to_combined, to_pair
-from vae.checkpoints.writing import Piece, pieces_of, write_pieces
+from vae.checkpoints.writing import Piece, narrowed, pieces_of, write_pieces
 from vae.errors import InputError
 from vae.models.autoencoder import AutoencoderConfig
 from vae.models.interface import Autoencoder
@@ -116,6 +116,13 @@ def read_autoencoder(
     if finite:
         check_finite(found)
     return found
+
+
+def lost_in_half(folder: Path) -> str | None:
+    """In words, what float16 took from the weights of a folder that was written, in the variant for it there."""
+    if not (folder / HALF_FILE).is_file():
+        return None
+    return narrowed(read_autoencoder(folder).state, torch.float16).words
 
 
 class _Export(NamedTuple):

@@ -13,7 +13,7 @@ QUANT_CONVS = ("quant_conv.weight", "quant_conv.bias", "post_quant_conv.weight",
 
 
 def infer_config(path: Path, state: State) -> AutoencoderConfig:
-    """The architecture that tensors under LDM's or diffusers' names have. Groups of 32 are taken for granted."""
+    """The architecture that tensors under LDM's or diffusers' names have. Groups of 32 are assumed: no tensor tells."""
     try:
         levels = _count(state, r"encoder\.down(?:_blocks)?\.(\d+)\.")
         layers = _count(state, r"encoder\.down(?:_blocks)?\.0\.(?:block|resnets)\.(\d+)\.")

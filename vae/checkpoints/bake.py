@@ -16,7 +16,7 @@ from vae.checkpoints.ldm import to_ldm
 from vae.checkpoints.pickles import read_pickle
 from vae.checkpoints.safe import WeightsError
 from vae.checkpoints.tensorfile import DTYPES, read_index
-from vae.checkpoints.writing import Piece, pieces_of, write_safetensors
+from vae.checkpoints.writing import Narrowed, Piece, narrowed, pieces_of, write_safetensors
 
 PREFIX_OF = dict.fromkeys(("sd", "sdxl", "x4", "sd3"), "first_stage_model.") | {"flux": "vae."}
 USUAL = ("F32", "F16", "BF16")  # precisions an autoencoder is kept in; a checkpoint in 8 bits keeps it in its own
@@ -34,6 +34,7 @@ class Baked:
     written: int
     replaced: int
     kept: int
+    lost: Narrowed | None  # by that cast
 
 
 def bake(found: Found, checkpoint: Path, target: Path, advance: Callable[[int], object] = int) -> Baked:
@@ -53,11 +54,13 @@ def bake(found: Found, checkpoint: Path, target: Path, advance: Callable[[int], 
     _check_channels(found, checkpoint, pieces, prefix)
     _check_network(found, checkpoint, {name.removeprefix(prefix): piece.shape for name, piece in stale.items()})
     dtype = _precision(stale or kept)
-    weights = pieces_of(target, to_ldm(found.state, found.config), dtype)
+    state = to_ldm(found.state, found.config)
+    weights = pieces_of(target, state, dtype)
     ours = {prefix + name: piece for name, piece in weights.items()}
     write_safetensors(target, kept | ours, metadata, advance)
     family = family_beside(pieces, found.config) or family_of(pieces)
-    return Baked(family, prefix, dtype, len(ours), len(stale), len(kept))
+    lost = None if dtype is None else narrowed(state, dtype)
+    return Baked(family, prefix, dtype, len(ours), len(stale), len(kept), lost)
 
 
 def size_after(found: Found, checkpoint: Path) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from vae.checkpoints.clients import clients_of, warnings_about
 from vae.checkpoints.diffusers import KINDS
 from vae.checkpoints.facts import Facts, words_of
-from vae.checkpoints.metadata import ASSUMED, Notes
+from vae.checkpoints.metadata import ASSUMED, ASSUMED_GROUPS, Notes
 from vae.models.autoencoder_config import AutoencoderConfig
 
 CARD_FILE = "README.md"
@@ -37,7 +37,7 @@ def model_card(config: AutoencoderConfig, notes: Notes, parameters: int) -> str:
         "Validation": _validation(known),
         "Latents and float16": _latents(config, notes, known),
         "How to load it": _loading(config, known),
-        "Known limits": [f"- {line}." for line in warnings_about(config)] or ["None that the file tells of."],
+        "Known limits": _limits(config, notes),
         "Licence": [_licence(known)],
     }
     lines = [*_front(config, known), MARK, "", f"# {known.text('name') or 'An autoencoder'}", ""]
@@ -178,6 +178,13 @@ def _loading(config: AutoencoderConfig, known: Facts) -> list[str]:
         "",
         single if there else "No web UI has a place for such a network.",
     ]
+
+
+def _limits(config: AutoencoderConfig, notes: Notes) -> list[str]:
+    lines = [f"- {line}." for line in warnings_about(config)]
+    if any(Facts(notes.architecture).text(name) for name in ASSUMED_GROUPS):
+        lines.append(f"- Its norms have {config.norm_num_groups} groups, which is assumed: nothing told their number.")
+    return lines or ["None that the file tells of."]
 
 
 def _licence(known: Facts) -> str:

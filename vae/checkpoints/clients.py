@@ -4,7 +4,15 @@ Read off their loaders: A1111 1.10, Forge (2025-06), ComfyUI 0.3 to 0.5, SD.Next
 All but diffusers take the architecture from the diffusion model's family and the scaling factor from a constant.
 """
 
-from vae.checkpoints.families import FAMILIES, LATENT_CHANNELS, SD_WIDTHS, X4_WIDTHS, families_of, has_scale_of
+from vae.checkpoints.families import (
+    FAMILIES,
+    LATENT_CHANNELS,
+    SD_WIDTHS,
+    X4_WIDTHS,
+    families_of,
+    has_scale_of,
+    is_published_network,
+)
 from vae.checkpoints.found import Found
 from vae.models.autoencoder import AutoencoderConfig
 
@@ -52,8 +60,8 @@ def warnings_of(found: Found, family: str | None = None) -> list[str]:
         whose = f"whose latents it has the file does not tell ({' or '.join(families_of(found.config))})"
         return [*warnings_about(found.config), f"{whose}: ComfyUI must know it of one file; --family says which"]
     if found.scale_is_known:
-        return warnings_about(found.config, family)
-    fitting, lines = families_of(found.config), _about_clients(found.config)
+        return [*warnings_about(found.config, family), *_about_groups(found)]
+    fitting, lines = families_of(found.config), [*_about_clients(found.config), *_about_groups(found)]
     if len(fitting) > 1 and family is None and not oddities(found.config):
         guess = f"scaling_factor {found.config.scaling_factor:g} is assumed; --family says which"
         lines.append(f"the file does not tell whether it is of {' or '.join(fitting)}: {guess}")
@@ -77,6 +85,13 @@ def _about_clients(config: AutoencoderConfig) -> list[str]:
     if is_sd and not config.use_post_quant_conv and config.force_upcast:
         return ["diffusers' SDXL pipelines fail in float16 on a folder without post_quant_conv; use the single file"]
     return []
+
+
+def _about_groups(found: Found) -> list[str]:
+    """A published network's are what every program takes them for."""
+    if found.groups_are_known or is_published_network(found.config):
+        return []
+    return [f"the file does not tell norm_num_groups: {found.config.norm_num_groups} is assumed; --config states it"]
 
 
 def _about_scale(config: AutoencoderConfig, family: str | None) -> list[str]:

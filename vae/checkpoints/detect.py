@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vae.checkpoints.architecture import infer_config
-from vae.checkpoints.families import FAMILIES, family_beside, looks_like
+from vae.checkpoints.families import FAMILIES, family_beside, is_published_network, looks_like
 from vae.checkpoints.found import Found, Source
 from vae.checkpoints.ldm import as_linear, from_ldm, is_projection
 from vae.checkpoints.safe import State, WeightsError
@@ -33,7 +33,7 @@ def find_autoencoder(source: Source, config: AutoencoderConfig | None, *, ema: b
     `ema` takes the averaged weights of a training checkpoint, which must then be complete. So does a checkpoint that
     has no others.
     """
-    path, config = source.file, config or source.config
+    path, is_told, config = source.file, config is not None, config or source.config
     tiny = find_tiny(source, config)
     if tiny is not None:
         if ema:
@@ -57,7 +57,10 @@ def find_autoencoder(source: Source, config: AutoencoderConfig | None, *, ema: b
             mean, std = (source.state[name].flatten().tolist() for name in PLAYGROUND)
             config = replace(config, scaling_factor=PLAYGROUND_SCALE, latents_mean=mean, latents_std=std)
     ours = from_ldm(ours, config) if layout == "ldm" else _modern_attention(ours)
-    return Found(path, ours, config, layout, "EMA" if ema else "live", family, stated, others, source.notes)
+    found = Found(path, ours, config, layout, "EMA" if ema else "live", family, stated, others, source.notes)
+    if stated and not is_told:
+        return found  # with what the file itself calls assumed
+    return found.with_groups_assumed(not stated and not (family is not None and is_published_network(config)))
 
 
 def autoencoder_names(names: Iterable[str]) -> set[str]:

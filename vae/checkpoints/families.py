@@ -69,6 +69,11 @@ def families_of(config: AutoencoderConfig) -> list[str]:
     return [name for name in fitting if (name == "x4") == (is_x4 and config.latent_channels == LATENT_CHANNELS["x4"])]
 
 
+def is_published_network(config: AutoencoderConfig) -> bool:
+    """Whether a family's own autoencoder has these widths; all of them have groups of 32."""
+    return bool(families_of(config)) and config.block_out_channels in (SD_WIDTHS, X4_WIDTHS)
+
+
 def has_scale_of(family: str, config: AutoencoderConfig) -> bool:
     return math.isclose(config.scaling_factor, FAMILIES[family][0], rel_tol=SAME_SCALE)
 

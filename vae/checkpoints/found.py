@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from vae.checkpoints.families import FAMILIES
-from vae.checkpoints.metadata import ASSUMED, Notes
+from vae.checkpoints.families import FAMILIES, is_published_network
+from vae.checkpoints.metadata import ASSUMED, ASSUMED_GROUPS, Notes
 from vae.checkpoints.safe import State, WeightsError
+from vae.checkpoints.writing import check_range
 from vae.models.architectures import build_autoencoder
 from vae.models.autoencoder import AutoencoderConfig
 from vae.models.interface import Autoencoder
@@ -50,6 +51,16 @@ class Found:
             return True
         return (self.stated or self.family is not None) and not self.notes.latents.keys() & ASSUMED.keys()
 
+    @property
+    def groups_are_known(self) -> bool:
+        """Not of tensors alone, where no family says that they are of its network: they fit any number of groups."""
+        return not self.notes.architecture.keys() & ASSUMED_GROUPS.keys()
+
+    def with_groups_assumed(self, assumed: bool) -> "Found":
+        """The same with the mark, which goes into every file that is written of it, or without."""
+        kept = {name: value for name, value in self.notes.architecture.items() if name not in ASSUMED_GROUPS}
+        return replace(self, notes=replace(self.notes, architecture=kept | (ASSUMED_GROUPS if assumed else {})))
+
     def of_family(self, family: str) -> "Found":
         """The same with the constants of `family`, which somebody who knows has named."""
         if self.config.architecture == "tiny":
@@ -57,7 +68,8 @@ class Found:
         scaling, shift = FAMILIES[family]
         notes = replace(self.notes, latents={k: v for k, v in self.notes.latents.items() if k not in ASSUMED})
         config = replace(self.config, scaling_factor=scaling, shift_factor=shift)
-        return replace(self, config=config, stated=True, notes=notes)
+        told = replace(self, config=config, stated=True, notes=notes)
+        return told.with_groups_assumed(False) if is_published_network(config) else told
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,6 +78,11 @@ class Found:
         for tensor in self.state.values():
             sizes[tensor.dtype] += tensor.numel()
         return sizes.most_common(1)[0][0]
+
+    def cast(self, target: Path, dtype: torch.dtype | None) -> "Found":
+        """The weights as `target` will have them; refused where `dtype` cannot hold them."""
+        check_range(target, self.state, dtype)
+        return replace(self, state={name: tensor.to(dtype or tensor.dtype) for name, tensor in self.state.items()})
 
     def build(self, dtype: torch.dtype = torch.float32) -> Autoencoder:
         """The model, in eval mode."""

@@ -16,15 +16,20 @@ from vae.models.autoencoder import AutoencoderConfig
 FORMAT_VERSION = 1
 CONFIG_KEY = "vae.config"
 ASSUMED = {"assumed": "scaling_factor and shift_factor, since the file they came from does not tell its family"}
+ASSUMED_GROUPS = {"assumed": "norm_num_groups, since no configuration came with the tensors and they do not tell it"}
 MAX_JSON = 1_000_000  # bytes of a configuration
 
 
 @dataclass(frozen=True)
 class Notes:
-    """Beside the configuration. `latents`: what was measured on them; `training`: how the weights came to be."""
+    """Beside the configuration. `latents`: what was measured on them; `training`: how the weights came to be.
+
+    `architecture`: what of it is not known.
+    """
 
     latents: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    architecture: dict[str, Any] = field(default_factory=dict)
 
 
 def to_metadata(config: AutoencoderConfig, notes: Notes) -> dict[str, str]:

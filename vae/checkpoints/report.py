@@ -1,6 +1,7 @@
 """What an autoencoder's file is, in words and numbers for people."""
 
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from vae.checkpoints.clients import clients_of, oddities
 from vae.checkpoints.diffusers import KINDS
 from vae.checkpoints.families import families_of, has_scale_of
 from vae.checkpoints.found import Found
+from vae.checkpoints.writing import narrowed
 
 HALF = torch.finfo(torch.float16)
 LAYOUTS = {"ldm": "LDM names, as in web UIs", "diffusers": "diffusers names", "taesd": "TAESD's names, as in ComfyUI"}
@@ -23,7 +25,8 @@ def title_of(found: Found) -> str:
 def facts_of(found: Found) -> dict[str, Any]:
     """About the file and its weights."""
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in found.state.values())
-    groups = ", in groups of 32" if found.config.architecture == "kl" else ""
+    whence = "stated" if found.stated else "read from the tensors"
+    groups = "" if found.groups_are_known else f", {found.config.norm_num_groups} groups are assumed"
     tensors, parameters = len(found.state), sum(tensor.numel() for tensor in found.state.values())
     return {
         "layout": LAYOUTS[found.layout],
@@ -31,13 +34,13 @@ def facts_of(found: Found) -> dict[str, Any]:
         "stored as": ", ".join(f"{dtype} ({count} tensors)" for dtype, count in dtypes.items()),
         "parameters": f"{parameters:,} in {tensors} tensors",
         "loads in": ", ".join(clients_of(found.config)) or "no other program",
-        "configuration": "stated" if found.stated else f"read from the tensors{groups}",
+        "configuration": f"{whence}{groups}",
     }
 
 
 def notes_of(found: Found) -> dict[str, str]:
-    """What the file says about its latents and its training, if it is one of ours."""
-    topics = {"latents": found.notes.latents, "training": found.notes.training}
+    """What the file says about its latents, its training and its architecture, if it is one of ours."""
+    topics = asdict(found.notes)
     return {f"{topic}: {name}": _short(value) for topic, noted in topics.items() for name, value in noted.items()}
 
 
@@ -58,22 +61,21 @@ def family_words(found: Found) -> str:
 
 def soundness(found: Found) -> tuple[list[str], dict[str, str]]:
     """(tensors with NaN or infinite values, how the weights fit into float16)."""
-    broken, largest, small, lost, dead, total = [], 0.0, 0, 0, [], 0
+    broken, dead, largest = [], [], 0.0
     for name, stored in found.state.items():
         sizes = stored.float().abs()
         if not sizes.isfinite().all():
             broken.append(name)
             continue
         largest = max(largest, sizes.max().item())
-        total += sizes.numel()
-        small += int((sizes.lt(HALF.tiny) & sizes.gt(0)).sum())
-        lost += int((sizes.lt(HALF.smallest_normal * HALF.eps / 2) & sizes.gt(0)).sum())
         if name.endswith("weight") and not sizes.any():
             dead.append(name)
+    lost = narrowed({name: tensor for name, tensor in found.state.items() if name not in broken}, torch.float16)
+    small, vanished = lost.fewer / max(lost.total, 1), lost.zero / max(lost.total, 1)
     facts = {
         "finite": f"no: {len(broken)} tensors hold NaN or infinite values" if broken else "yes",
         "largest weight": f"{largest:.4g}, {HALF.max / max(largest, 1e-30):,.0f} times below float16's limit",
-        "small in float16": f"{small / max(total, 1):.3%} of weights lose digits, {lost / max(total, 1):.3%} vanish",
+        "small in float16": f"{small:.3%} of weights lose digits, {vanished:.3%} vanish",
     }
     return broken, facts | ({"all zero": f"{len(dead)} weights, first {dead[:3]}"} if dead else {})
 

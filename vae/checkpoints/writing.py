@@ -1,10 +1,11 @@
 """A safetensors file written as a stream, its tensors cast or copied when it is their turn."""
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from vae.checkpoints.tensorfile import DTYPES, Index
 
 ALIGNMENT = 8
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-FLOAT16_MAX = torch.finfo(torch.float16).max
+MOST_ZERO = 1e-3  # of all weights; in a sound network a few in a million are so small
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,62 @@ class Piece:
         return cls(entry.dtype, entry.shape, entry.size, lambda: index.chunks(name))
 
 
+class Narrowed(NamedTuple):
+    """What a cast to `dtype` does to weights that are too small for it, of so many in all."""
+
+    dtype: torch.dtype
+    total: int
+    zero: int  # were not, and are now
+    fewer: int  # keep fewer digits than the type has
+
+    @property
+    def words(self) -> str | None:
+        """None where nothing was lost but the rounding that every weight has."""
+        if not self.zero and not self.fewer:
+            return None
+        limit = torch.finfo(self.dtype).tiny
+        lost = f"{self.zero:,} became zero and {self.fewer:,} keep fewer digits, being below {limit:.2g}"
+        return f"{_named(self.dtype)}: of {self.total:,} weights {lost}"
+
+
+def narrowed(state: State, dtype: torch.dtype) -> Narrowed:
+    """What a cast to `dtype` does to the weights in `state`; those that it holds exactly are not lost."""
+    total = zero = fewer = 0
+    for tensor in state.values():
+        total += tensor.numel()
+
+        # Few are so small: only they are cast and compared.
+        wide = _wide(tensor)
+        small = wide[(wide.abs() < torch.finfo(dtype).tiny) & (wide != 0)]
+        cast = small.to(dtype)
+        zero += int((cast == 0).sum())
+        fewer += int(((cast != 0) & (cast.to(small.dtype) != small)).sum())
+    return Narrowed(dtype, total, zero, fewer)
+
+
+def beyond(state: State, dtype: torch.dtype) -> str | None:
+    """The first tensor in `state` with a value that is too large for `dtype`; None where there is none."""
+    most = torch.finfo(dtype).max
+    return next((name for name, tensor in state.items() if tensor.numel() and _wide(tensor).abs().max() > most), None)
+
+
+def check_range(path: Path, state: State, dtype: torch.dtype | None) -> None:
+    """Refuse `state` where `dtype` cannot hold it. The error names `path`, the target."""
+    name = None if dtype is None else beyond(state, dtype)
+    if dtype is not None and name is not None:
+        remedy = "write bfloat16 or float32, or use --fp16-safe" if dtype is torch.float16 else "its training diverged"
+        raise WeightsError(f"{path}: {name} exceeds {_named(dtype)}; {remedy}")
+
+
 def pieces_of(path: Path, state: State, dtype: torch.dtype | None) -> dict[str, Piece]:
-    """`state` cast to `dtype`, or as it is; refused where float16 cannot hold it. Errors name `path`, the target."""
-    if dtype is torch.float16:
-        for name, tensor in state.items():
-            if tensor.numel() and tensor.float().abs().max() > FLOAT16_MAX:
-                raise WeightsError(f"{path}: {name} exceeds float16; write bfloat16 or float32, or use --fp16-safe")
+    """`state` cast to `dtype`, or as it is; refused where that cannot hold it. Errors name `path`, the target.
+
+    Warns where more weights become zero than in a sound network.
+    """
+    check_range(path, state, dtype)
+    lost = None if dtype is None else narrowed(state, dtype)
+    if lost is not None and lost.zero > MOST_ZERO * lost.total:
+        warnings.warn(f"{path}: {lost.words}; keep it in float32", stacklevel=4)
     return {name: Piece.of(tensor, dtype) for name, tensor in state.items()}
 
 
@@ -83,3 +134,12 @@ def write_pieces(
         for piece in ordered.values():
             for chunk in piece.chunks():
                 advance(file.write(chunk))
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32 at least: types of 8 bits compute nothing."""
+    return tensor if tensor.dtype is torch.float64 else tensor.float()

@@ -30,7 +30,7 @@ def write_factors(model: Path, statistics: "LatentStatistics", images: int, *, p
 
     Never both: diffusers' SDXL pipelines divide by latents_std whenever it is there, on top of scaling_factor.
     """
-    from vae.checkpoints import Notes, read_autoencoder, save_found
+    from vae.checkpoints import read_autoencoder, save_found
     from vae.checkpoints.clients import warnings_about
 
     measured = statistics.summary() | {"images": images}
@@ -39,7 +39,7 @@ def write_factors(model: Path, statistics: "LatentStatistics", images: int, *, p
         found = read_autoencoder(path)
         config = _per_channel(found.config, statistics) if per_channel else _global(found.config, statistics)
         target = path if path.is_file() else found.file.parent
-        save_found(replace(found, config=config, notes=Notes(measured, found.notes.training)), target)
+        save_found(replace(found, config=config, notes=replace(found.notes, latents=measured)), target)
         say(f"written  {target}")
         warnings = warnings_about(config)
     for line in warnings:

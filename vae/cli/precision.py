@@ -64,7 +64,13 @@ def print_drift(found: "Found", base: Path, images: Path, resolution: int, devic
     pictures = _pictures(found, images, resolution, device)
     base_model, model = (each.build().to(pictures[0].device) for each in (theirs, found))
     drift = latent_drift(base_model, model, pictures)
-    (say if drift.is_tolerable else warn)(f"against {theirs.file}: {drift.verdict}")
+    assumed = ", ".join(
+        f"{each.file} has groups of {each.config.norm_num_groups}"
+        for each in {each.file: each for each in (theirs, found)}.values()
+        if not each.groups_are_known
+    )
+    verdict = f"{drift.verdict}, if {assumed}, which is assumed" if assumed else drift.verdict
+    (say if drift.is_tolerable else warn)(f"against {theirs.file}: {verdict}")
 
 
 def _pictures(found: "Found", images: Path, resolution: int, device: str) -> "list[torch.Tensor]":

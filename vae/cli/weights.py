@@ -91,7 +91,7 @@ def convert(
     if fp16_safe:
         found = make_float16_safe(found, images, resolution, device)
     if base is not None:
-        print_drift(found, base, images, resolution, device)
+        print_drift(found.cast(target, precision), base, images, resolution, device)
     _write(found, target, precision)
 
 
@@ -106,6 +106,7 @@ def export(
 
     Example: vae export runs/first --step 20000
     """
+    from vae.checkpoints import lost_in_half
     from vae.checkpoints.clients import warnings_about
     from vae.evaluation.models import find_device
     from vae.training.export import export_checkpoint
@@ -119,6 +120,9 @@ def export(
     paths, config = export_checkpoint(run.expanduser().resolve(), checkpoint, find_device(device), images, live=live)
     for path in paths:
         say(f"written  {path}")
+    lost = lost_in_half(paths[0])
+    if lost is not None:
+        say(lost)
     for line in warnings_about(config):
         warn(line)
 
@@ -151,6 +155,8 @@ def bake(
     kind = str(done.dtype or found.dtype).removeprefix("torch.")
     say(f"{done.kept} tensors copied, {done.replaced} old ones of the autoencoder removed")
     say(f"{done.written} tensors written to {target} under {done.prefix!r} as {kind}")
+    if done.lost is not None and done.lost.words is not None:
+        say(done.lost.words)
     for line in warnings_of(found, done.family):
         warn(line)
 
@@ -165,6 +171,20 @@ def _write(found: "Found", target: Path, dtype: "torch.dtype | None") -> None:
     is_pair = found.config.architecture == "tiny" and PAIR_FILE.fullmatch(target.name) is not None
     files = [file_of_half(target, half) for half in HALVES] if is_pair else [target]
     say(f"{layout} layout written to {' and '.join(map(str, files))}, {found.kind} weights of {found.file}")
+    for line in _lost(found, dtype, layout):
+        say(line)
     needs_family = found.config.architecture == "kl" or (target.suffix == SINGLE_FILE and not is_pair)
     for line in warnings_of(found) if needs_family else warnings_about(found.config):
         warn(line)
+
+
+def _lost(found: "Found", dtype: "torch.dtype | None", layout: str) -> list[str]:
+    """What the weights lost where they were cast: as asked for, and in a folder's float16 variant."""
+    import torch
+
+    from vae.checkpoints.writing import beyond, narrowed
+
+    has_variant = layout == "diffusers" and beyond(found.state, torch.float16) is None
+    written = dict.fromkeys([dtype, torch.float16 if has_variant else None])
+    lost = [narrowed(found.state, one).words for one in written if one is not None]
+    return [words for words in lost if words is not None]

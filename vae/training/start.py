@@ -11,7 +11,7 @@ from vae.audit.precision import audit_precision
 from vae.audit.rescale import rescale_checked
 from vae.checkpoints import Found, load_autoencoder, read_autoencoder
 from vae.checkpoints.exports import find_export
-from vae.checkpoints.families import families_of
+from vae.checkpoints.families import families_of, is_published_network
 from vae.checkpoints.latentfile import SCALE_KEYS
 from vae.checkpoints.latentshards import encoder_digest
 from vae.config import TrainConfig
@@ -107,6 +107,7 @@ def _initialised(config: TrainConfig, folder: Path, images: Source | None) -> St
         return Start(_of_model(config, model_of(folder), knows_scale=True))
     found, notes = read_autoencoder(find_export(config.init, "init")), []
     knows_scale = found.scale_is_known or len(families_of(found.config)) == 1
+    knows_groups = found.groups_are_known or is_published_network(found.config) or config.model != AutoencoderConfig()
     config, scale = _of_model(config, found.config, knows_scale), found.config.scaling_factor
     before = found.config.latent_channels
     if config.latent_channels not in (None, before):
@@ -118,6 +119,9 @@ def _initialised(config: TrainConfig, folder: Path, images: Source | None) -> St
     if not knows_scale and config.model.scaling_factor == scale:
         guess = f"init={config.init!r} does not tell its scaling factor: {scale} is taken"
         notes.append(f"{guess}; model= or model.scaling_factor= states another")
+    if not knows_groups:
+        guess = f"init={config.init!r} does not tell norm_num_groups: {found.config.norm_num_groups} is taken"
+        notes.append(f"{guess}; vae convert --config states another")
     if config.fp16_safe and images is not None:
         channels = config.model.in_channels
         found, changed = _made_safe(found, to_model_range(first_images(images, config.data, channels)))

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from vae.checkpoints import lost_in_half
 from vae.checkpoints.clients import warnings_about
 from vae.checkpoints.families import families_of
 from vae.checkpoints.metadata import config_in
@@ -141,6 +142,9 @@ def conclude(
     say(f"scaling factor {exported.scaling_factor:.5g}, {whence}")
     for warning in warnings_about(exported):
         say(f"note: {warning}")
+    lost = lost_in_half(exports[0])
+    if lost is not None:
+        say(f"note: {lost}")
     families = families_of(exported) if exported.architecture == "tiny" else []
     if families and SCALE[0] not in index.entries:
         command = f"vae convert {shlex.quote(str(run))} NAME.safetensors --family {families[0]}"
