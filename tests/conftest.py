@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from vae.checkpoints.ldm import to_ldm
 from vae.config import TrainConfig
 from vae.data.config import DataConfig
 from vae.losses.objective import LossConfig, LossWeights
 from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from vae.models.discriminator import DiscriminatorConfig
 from vae.models.features import MissingBackboneError, load_backbone
+from vae.models.interface import Autoencoder
 from vae.training.optim import OptimConfig
 
 SIDE_BY_SIDE = "PYTEST_XDIST_WORKER" in os.environ
@@ -83,6 +86,12 @@ def lpips_net(request: pytest.FixtureRequest) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
+
+
+def write_foreign(model: Autoencoder, path: Path) -> Path:
+    """A file of somebody else's: tensors under LDM's names, and not a word of their scale."""
+    save_file({name: t.contiguous() for name, t in to_ldm(dict(model.state_dict()), model.config).items()}, path)
+    return path
 
 
 def without_adversary(config: TrainConfig) -> TrainConfig:

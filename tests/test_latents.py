@@ -1,4 +1,6 @@
-from dataclasses import replace
+import copy
+import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ import torch
 from tests.presets import TINY
 from vae.latents import LatentStatistics, latents_for, scale_latents, unscale_latents
 from vae.models.autoencoder import AutoencoderConfig
+from vae.models.autoencoder_config import Assumed
 from vae.models.posterior import DiagonalGaussian
 
 
@@ -64,3 +67,23 @@ def test_latents_between_a_kl_and_a_tiny_autoencoder_are_those_a_diffusion_model
     assert torch.equal(there, scale_latents(latents, kl))
     torch.testing.assert_close(latents_for(kl, there, small), latents)
     assert latents_for(replace(kl, scaling_factor=2.0), latents, kl) is latents
+
+
+def test_a_new_scale_leaves_nothing_of_the_old_one():
+    before = AutoencoderConfig(scaling_factor=0.5, shift_factor=1.0, latents_mean=[1.0] * 4, latents_std=[8.0] * 4)
+    assert before.with_scale(0.125) == AutoencoderConfig(scaling_factor=0.125)
+    assert before.with_scale(1.0, latents_mean=[0.0] * 4, latents_std=[2.0] * 4).shift_factor is None
+
+
+def test_an_assumed_scale_stays_assumed_until_another_is_put_there_and_its_use_is_said():
+    assumed = AutoencoderConfig(scaling_factor=Assumed(0.18215))
+    for same in (replace(assumed, sample_size=64), copy.deepcopy(assumed), AutoencoderConfig(**asdict(assumed))):
+        assert not same.scale_is_known
+    assert (json.dumps(asdict(assumed)), assumed) == (json.dumps(asdict(AutoencoderConfig())), AutoencoderConfig())
+    for told in (replace(assumed, scaling_factor=0.13025), assumed.with_scale(0.18215), assumed.taking_its_scale()):
+        assert told.scale_is_known
+    latents = torch.randn(1, 4, 2, 2)
+    for use in (scale_latents, unscale_latents):
+        with pytest.warns(UserWarning, match=r"scaling factor 0\.18215 is assumed, .* vae convert --family once"):
+            use(latents, assumed)
+    assert torch.equal(scale_latents(latents, assumed.taking_its_scale()), latents * 0.18215)

@@ -130,7 +130,8 @@ class TrainConfig:
 @dataclass
 class EvaluateConfig:
     """`model`: one autoencoder or a list of several, each an export, a weights file or a run's directory. `base` is
-    one more, that these are held against: are their latents its latents, and is anything worse?
+    one more, that these are held against: are their latents its latents, and is anything worse? `family` is that of
+    models whose files do not tell their scaling factor: sd, sdxl, sd3 or flux.
 
     `datasets` are values of `data.root` in place of the one, `cross` measures each encoder with the decoders of the
     others too. With another number of the CPU's `threads` sums end in other bits. The first `probe_images` images are
@@ -141,6 +142,7 @@ class EvaluateConfig:
 
     model: Any = None  # str | list[str]; OmegaConf has no such union
     base: str | None = None
+    family: str | None = None
     name: str = "evaluation"
     output: str = "evaluations"
     device: str = "auto"

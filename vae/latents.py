@@ -1,6 +1,7 @@
 """Between an autoencoder's raw latents and what a diffusion model sees, and the statistics that join the two."""
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +18,7 @@ def scale_latents(latents: Tensor, config: AutoencoderConfig) -> Tensor:
 
     Shift and scale are `shift_factor` and `scaling_factor`; where the configuration has `latents_mean` and
     `latents_std`, per channel, `latents_mean` and `scaling_factor / latents_std`, as in diffusers' SDXL pipelines.
+    Warns where they are assumed, for the file that the configuration came from does not tell them.
     """
     shift, scale = _shift_and_scale(config, latents)
     return (latents - shift) * scale
@@ -55,6 +57,9 @@ def _log_of_squared_scale(config: AutoencoderConfig, like: Tensor) -> Tensor:
 
 
 def _shift_and_scale(config: AutoencoderConfig, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    if not config.scale_is_known:
+        told = f"scaling factor {config.scaling_factor:g} is assumed, for the file does not tell its family"
+        warnings.warn(f"{told}; name it: --family, family= in Python, or vae convert --family once", stacklevel=3)
     if config.latents_mean is None or config.latents_std is None:
         return config.shift_factor or 0.0, config.scaling_factor
     mean, std = (like.new_tensor(values)[:, None, None] for values in (config.latents_mean, config.latents_std))

@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vae.checkpoints import WeightsError, read_autoencoder, save_autoencoder, save_found
+from tests.conftest import write_foreign
+from vae.checkpoints import WeightsError, load_autoencoder, read_autoencoder, save_autoencoder, save_found
+from vae.checkpoints.architecture import infer_config
 from vae.checkpoints.bake import bake
 from vae.checkpoints.clients import warnings_of
 from vae.checkpoints.ldm import to_ldm
@@ -26,6 +28,11 @@ State = dict[str, torch.Tensor]
 @pytest.fixture
 def model() -> AutoencoderKL:
     return AutoencoderKL(CONFIG)
+
+
+def meta(config: AutoencoderConfig) -> AutoencoderKL:
+    with torch.device("meta"):
+        return AutoencoderKL(config)
 
 
 def _ldm(model: AutoencoderKL, prefix: str = "") -> State:
@@ -118,6 +125,38 @@ def test_a_scale_that_the_file_does_not_tell_is_called_assumed_also_after_conver
     save_found(told, tmp_path / "told.safetensors")
     assert read_autoencoder(tmp_path / "told.safetensors").config.scaling_factor == 0.13025
     assert warnings_of(read_autoencoder(tmp_path / "told.safetensors")) == []
+
+
+def test_a_model_of_such_a_file_carries_that_and_what_is_saved_of_it_says_it_too(tmp_path):
+    path = write_foreign(AutoencoderKL(replace(CONFIG, force_upcast=False)), tmp_path / "foreign.safetensors")
+    model, told = load_autoencoder(path), load_autoencoder(path, family="sdxl")
+    assert not model.config.scale_is_known
+    assert (told.config.scaling_factor, told.config.scale_is_known) == (0.13025, True)
+    with pytest.raises(InputError, match=r"family='flux', expected one of \['sd', 'sdxl'\] for this network"):
+        load_autoencoder(path, family="flux")
+    save_autoencoder(model, tmp_path / "again")
+    assert not load_autoencoder(tmp_path / "again").config.scale_is_known
+    assert "assumed, since the file they came from does not tell" in (tmp_path / "again" / "README.md").read_text()
+    save_autoencoder(told, tmp_path / "again", notes=read_autoencoder(tmp_path / "again").notes)
+    assert load_autoencoder(tmp_path / "again").config == told.config
+    assert read_autoencoder(tmp_path / "again").scale_is_known
+    assert "assumed" not in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_a_shape_that_one_family_alone_has_tells_the_scale(tmp_path):
+    """The upscaler's, which no other has."""
+    x4 = AutoencoderConfig(block_out_channels=[128, 256, 512], layers_per_block=1, mid_block_add_attention=False)
+    state = {name: torch.zeros(()).expand(t.shape) for name, t in meta(x4).state_dict().items()}
+    known, unknown = infer_config(tmp_path, state), infer_config(tmp_path, dict(AutoencoderKL(CONFIG).state_dict()))
+    assert (known.scaling_factor, known.scale_is_known, unknown.scale_is_known) == (0.08333, True, False)
+
+
+def test_a_family_that_is_named_leaves_nothing_of_another_scale(tmp_path, model):
+    extra = {"edm_mean": torch.ones(1, 4, 1, 1), "edm_std": torch.full((1, 4, 1, 1), 8.0)}
+    save_file(extra | _ldm(model, "first_stage_model."), tmp_path / "playground.safetensors")
+    found = read_autoencoder(tmp_path / "playground.safetensors")
+    assert (found.config.latents_std, found.scale_is_known) == ([8.0] * 4, True)
+    assert found.of_family("sdxl").config == replace(CONFIG, scaling_factor=0.13025)
 
 
 def test_playgrounds_own_normalisation_is_found_in_its_checkpoint(tmp_path, model):

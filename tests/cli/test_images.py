@@ -1,5 +1,7 @@
 """`vae encode`, `decode`, `reconstruct`, `measure`."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +10,20 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import read_json
+from tests.conftest import read_json, write_foreign
+from tests.presets import TINY
 from vae.checkpoints import load_autoencoder, read_autoencoder, save_autoencoder
+from vae.checkpoints.card import MARK
+from vae.checkpoints.latentfile import write_latents
 from vae.checkpoints.ldm import to_ldm
+from vae.checkpoints.tensorfile import read_index
+from vae.cli.running import raw_latents
 from vae.data.pixels import from_array
 from vae.data.transforms import center_crop, crop_to_multiple, to_model_range, to_uint8
+from vae.errors import InputError
 from vae.latents import scale_latents
 from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from vae.models.tiny import AutoencoderTiny
 
 COMMANDS = (
     "inspect",
@@ -160,6 +169,86 @@ def test_factors_per_channel_replace_the_global_one_and_are_never_added_to_it(ca
         images = [to_model_range(center_crop(_pixels(path), 32)) for path in sorted(photos.rglob("*.*"))]
         scaled = scale_latents(load_autoencoder(model).encode(torch.stack(images)).mode(), config)
     torch.testing.assert_close(scaled.mean(dim=(0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """Of SDXL, let us say, in a file that does not tell it: f8c4."""
+    torch.manual_seed(3)
+    config = AutoencoderConfig(block_out_channels=[32] * 4, layers_per_block=1, mid_block_add_attention=False)
+    return write_foreign(AutoencoderKL(config), tmp_path / "foreign.safetensors")
+
+
+def test_latents_of_a_file_that_does_not_tell_its_scale_tell_none(call, capsys, foreign, photos, tmp_path):
+    """As a tiny decoder sees them they are 1.4 times too large with the factor of SD 1.x where it is SDXL's."""
+    tiny, latents = save_autoencoder(AutoencoderTiny(TINY()), tmp_path / "tiny"), tmp_path / "latents"
+    assert call("encode", foreign, photos / "a.png", "--output", latents) == 0
+    assert "does not tell its scaling factor: none is written beside the latents" in capsys.readouterr().err
+    (file,) = latents.glob("*.latent")
+    assert "factor" not in json.dumps(read_index(file).metadata)
+    assert call("decode", tiny, latents, "--output", tmp_path / "out") == 2
+    assert "raw latents that do not tell their scale, expected --family with it" in capsys.readouterr().err
+    told = raw_latents(file, TINY(), "sdxl")
+    assert call("decode", foreign, latents, "--output", tmp_path / "out") == 0  # a decoder of its kind needs none
+    assert call("encode", foreign, photos / "a.png", "--output", latents, "--family", "sdxl") == 0
+    assert torch.equal(raw_latents(file, TINY(), None), told)
+
+
+def test_scaled_latents_ask_for_the_scale_of_a_file_that_does_not_tell_it(call, capsys, foreign, photos, tmp_path):
+    command = ("encode", foreign, photos / "a.png", "--output", tmp_path / "latents", "--scaled")
+    assert call(*command) == 2
+    assert "does not tell its scaling factor, expected --family with it, or raw latents" in capsys.readouterr().err
+    assert call(*command, "--family", "sdxl") == 0
+
+
+def test_scaled_latents_are_unscaled_by_what_their_file_states_and_not_by_the_reader(call, photos, tmp_path, tiny):
+    """A tuned decoder, whose export states another factor, shows scaled latents of its base as it shows raw ones."""
+    base = AutoencoderKL(tiny)
+    maker, reader = (
+        save_autoencoder(base_with(base, config), tmp_path / name)
+        for name, config in {"maker": tiny, "reader": replace(tiny, scaling_factor=1.5, shift_factor=0.5)}.items()
+    )
+    for name, extra in (("raw", ()), ("scaled", ("--scaled",))):
+        assert call("encode", maker, photos / "a.png", "--output", tmp_path / name, *extra) == 0
+        assert call("decode", reader, tmp_path / name, "--output", tmp_path / f"{name} out") == 0
+    assert _difference(tmp_path / "raw out" / "a_png.png", tmp_path / "scaled out" / "a_png.png") <= 1
+
+
+def base_with(base: AutoencoderKL, config: AutoencoderConfig) -> AutoencoderKL:
+    model = AutoencoderKL(config)
+    model.load_state_dict(base.state_dict())
+    return model
+
+
+def test_scaled_latents_of_the_other_architecture_are_unscaled_by_the_readers_own(tmp_path):
+    latents, path, kl = torch.randn(1, 4, 4, 4), tmp_path / "a.latent", AutoencoderConfig(scaling_factor=0.5)
+    write_latents(path, latents, TINY(), scaled=True, drawn="mean")
+    assert torch.equal(raw_latents(path, kl, None), latents / 0.5)
+    with pytest.raises(InputError, match="a model that does not tell its scale, expected --family with them"):
+        raw_latents(path, kl.assuming_its_scale(), None)
+    early = {"scaled": True, "drawn": "mean", "shift_factor": None, "latents_mean": None, "latents_std": None}
+    for factor, expected in ((1.0, latents / 0.5), (0.25, latents / 0.25)):  # before files told the architecture
+        save_file({"scaled_latents": latents}, path, {"vae.latents": json.dumps(early | {"scaling_factor": factor})})
+        assert torch.equal(raw_latents(path, kl, None), expected)
+
+
+def test_a_factor_that_was_measured_is_not_called_assumed(call, foreign, photos):
+    assert not read_autoencoder(foreign).scale_is_known
+    assert call("measure", foreign, photos, "--resolution", 32, "--write") == 0
+    found = read_autoencoder(foreign)
+    assert found.scale_is_known
+    assert "assumed" not in found.notes.latents
+    assert found.config.scaling_factor == found.notes.latents["scaling_factor"]
+
+
+def test_the_card_beside_an_exports_single_file_has_the_new_factor(call, photos, tmp_path):
+    """diffusers has no folder for a decoder that pools."""
+    export, model = tmp_path / "exports" / "step_0000001", AutoencoderTiny(TINY(mid_block_pool=True))
+    single = save_autoencoder(model, export / "run.vae.safetensors", "taesd")
+    (export / "README.md").write_text(f"{MARK}\n- scaling factor 1, shift none")
+    assert call("measure", tmp_path, photos, "--resolution", 32, "--write") == 0
+    factor = read_autoencoder(single).config.scaling_factor
+    assert f"- scaling factor {factor:.6g}, shift none: measured" in (export / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

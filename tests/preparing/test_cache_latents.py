@@ -11,14 +11,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import vae
-from tests.conftest import read_json
+from tests.conftest import read_json, write_foreign
 from tests.preparing.conftest import SIZES, contents
 from vae.checkpoints import load_autoencoder, save_autoencoder
 from vae.checkpoints.tensorfile import read_index
 from vae.data.images import open_image
 from vae.data.order import seed_for
 from vae.data.transforms import center_crop, to_model_range
-from vae.models.autoencoder import AutoencoderKL
+from vae.errors import InputError
+from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from vae.models.interface import Autoencoder
 from vae.models.posterior import DiagonalGaussian
 
@@ -94,6 +95,26 @@ def test_raw_and_scaled_shards_say_the_same(call, tiny, pictures, tmp_path, scal
         for wants in (True, False):
             drawn = [seeded(vae.LatentShards(tmp_path / f"{name} {kind}", scaled=wants)) for name in ("raw", "scaled")]
             torch.testing.assert_close(drawn[0], drawn[1], rtol=1e-4, atol=1e-5)
+
+
+def test_shards_of_a_file_that_does_not_tell_its_scale_tell_none_and_are_read_by_a_family(
+    call, capsys, pictures, tmp_path
+):
+    config = AutoencoderConfig(block_out_channels=[32, 32], layers_per_block=1, mid_block_add_attention=False)
+    foreign = write_foreign(AutoencoderKL(config), tmp_path / "foreign.safetensors")
+    command, options = ("cache-latents", foreign, pictures, tmp_path / "out"), (*SMALL, "--sample", 5)
+    assert call(*command, *options, "--scaled") == 2
+    assert "--scaled of a file that does not tell its scaling factor, expected --family" in capsys.readouterr().err
+    assert call(*command, *options) == 0
+    assert "does not tell its scaling factor: none is written beside the latents" in capsys.readouterr().err
+    metadata = read_index(tmp_path / "out" / "000000.safetensors").metadata
+    assert "factor" not in (tmp_path / "out" / "index.json").read_text() + json.dumps(metadata)
+    with pytest.raises(InputError, match="raw latents that do not tell their scale, expected family= with them"):
+        vae.LatentShards(tmp_path / "out")
+    raw = vae.LatentShards(tmp_path / "out", scaled=False)
+    assert torch.equal(vae.LatentShards(tmp_path / "out", family="sdxl")[0], raw[0] * 0.13025)
+    assert call(*command[:-1], tmp_path / "told", *options, "--family", "sdxl") == 0
+    assert torch.equal(vae.LatentShards(tmp_path / "told")[0], raw[0] * 0.13025)
 
 
 def seeded(latents: vae.LatentShards) -> Tensor:

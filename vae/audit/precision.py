@@ -111,9 +111,9 @@ def _extremes(like: Tensor) -> list[Tensor]:
 
 
 def _prior(model: Autoencoder, like: Tensor) -> Tensor:
-    """Raw latents whose scaled form is N(0, PRIOR_SPREAD^2)."""
+    """Raw latents whose scaled form is N(0, PRIOR_SPREAD^2). An assumed factor will do: it is of about that size."""
     noise = torch.randn(like[:1].shape, generator=torch.Generator().manual_seed(0)).to(like)
-    return unscale_latents(PRIOR_SPREAD * noise, model.config)
+    return unscale_latents(PRIOR_SPREAD * noise, model.config.taking_its_scale())
 
 
 def _psnr(images: Sequence[Tensor], exact: Sequence[Tensor]) -> float:

@@ -16,7 +16,7 @@ from vae.checkpoints.exports import find_export
 from vae.checkpoints.files import PREFERRED, read_source
 from vae.checkpoints.found import Found, check_complete, check_finite
 from vae.checkpoints.ldm import to_ldm
-from vae.checkpoints.metadata import ASSUMED, Notes, read_json, to_metadata
+from vae.checkpoints.metadata import ASSUMED, Notes, noting_the_scale, read_json, to_metadata
 from vae.checkpoints.safe import State, WeightsError, replacing
 from vae.checkpoints.tiny import PAIR_FILE, SCALE, to_combined, to_pair
 from vae.checkpoints.writing import Piece, narrowed, pieces_of, write_pieces
@@ -67,7 +67,8 @@ def save_autoencoder(
         raise InputError(f"format={format!r}, expected 'diffusers' or {fitting!r} for this architecture")
     if format != "diffusers" and path.suffix != SINGLE_FILE:
         raise InputError(f"{path}: name it NAME.vae{SINGLE_FILE}; web UIs refuse other kinds of file")
-    _write(path, format, _Export(dict(model.state_dict()), model.config, notes or Notes(), family), dtype)
+    noted = noting_the_scale(notes or Notes(), model.config)
+    _write(path, format, _Export(dict(model.state_dict()), model.config, noted, family), dtype)
     return path
 
 
@@ -82,7 +83,7 @@ def save_found(found: Found, path: Path, dtype: torch.dtype | None = None) -> st
     if found.others and path.exists() and path.resolve() in (found.file.resolve(), found.file.resolve().parent):
         raise InputError(f"{path}: holds {found.others} tensors beside the autoencoder, which would be lost")
     format = ONE_FILE[found.config.architecture] if path.suffix == SINGLE_FILE else "diffusers"
-    notes = found.notes if found.scale_is_known else replace(found.notes, latents=found.notes.latents | ASSUMED)
+    notes = noting_the_scale(found.notes, found.config)
     _write(path, format, _Export(found.state, found.config, notes, found.family), dtype)
     return format
 
@@ -93,15 +94,18 @@ def load_autoencoder(
     *,
     config: AutoencoderConfig | None = None,
     ema: bool = False,
+    family: str | None = None,
 ) -> Autoencoder:
     """The autoencoder in any published layout, in eval mode, on the CPU; nothing in the file is executed.
 
     A run's directory (its newest export), a diffusers folder, an LDM file, or a full SD checkpoint; of tiny ones a
     diffusers folder, either file of the published pair, or ComfyUI's one file. Safetensors or PyTorch's pickles.
     `config` replaces the architecture found beside, inside or by the tensors; `ema` takes a training checkpoint's
-    averaged weights.
+    averaged weights. `family`, "sd" or another of `FAMILIES`, states the scaling factor where a file does not tell it;
+    its model's `config.scale_is_known` is False without, and whatever uses the factor warns.
     """
-    return read_autoencoder(find_export(path, "path"), config=config, ema=ema).build(dtype)
+    found = read_autoencoder(find_export(path, "path"), config=config, ema=ema)
+    return (found if family is None else found.of_family(family)).build(dtype)
 
 
 def read_autoencoder(
@@ -112,6 +116,8 @@ def read_autoencoder(
     `finite=False` lets NaN and infinite values pass, for those who want to look at them.
     """
     found = find_autoencoder(read_source(Path(path).expanduser()), config, ema=ema)
+    if config is None and ASSUMED.keys() & found.notes.latents.keys():  # a file of ours that was made of such a one
+        found = replace(found, config=found.config.assuming_its_scale())
     check_complete(found)
     if finite:
         check_finite(found)

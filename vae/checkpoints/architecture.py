@@ -1,13 +1,13 @@
 """The architecture of an autoencoder, read from its tensors where no configuration is there."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 from vae.checkpoints.families import FAMILIES, families_of
 from vae.checkpoints.ldm import SD_CHANNELS
 from vae.checkpoints.safe import State, WeightsError
 from vae.models.autoencoder import AutoencoderConfig
+from vae.models.autoencoder_config import Assumed
 
 QUANT_CONVS = ("quant_conv.weight", "quant_conv.bias", "post_quant_conv.weight", "post_quant_conv.bias")
 
@@ -54,11 +54,12 @@ def infer_config(path: Path, state: State) -> AutoencoderConfig:
 
 
 def _with_family_constants(config: AutoencoderConfig) -> AutoencoderConfig:
-    """By its latent channels; SD and SDXL, or SD3 and FLUX, cannot be told apart by a standalone file."""
+    """By its latent channels; SD and SDXL, or SD3 and FLUX, cannot be told apart by a standalone file: assumed."""
     fitting = families_of(config)
-    fallback = "sd" if config.use_quant_conv else "flux"
-    scaling, shift = FAMILIES[fitting[0] if fitting == ["x4"] else fallback]
-    return replace(config, scaling_factor=scaling, shift_factor=shift)
+    if len(fitting) == 1:
+        return config.with_scale(*FAMILIES[fitting[0]])
+    scaling, shift = FAMILIES["sd" if config.use_quant_conv else "flux"]
+    return config.with_scale(Assumed(scaling), shift)
 
 
 def _count(state: State, pattern: str) -> int:

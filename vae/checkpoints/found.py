@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from vae.checkpoints.families import FAMILIES, is_published_network
-from vae.checkpoints.metadata import ASSUMED, ASSUMED_GROUPS, Notes
+from vae.checkpoints.families import FAMILIES, families_of, is_published_network
+from vae.checkpoints.metadata import ASSUMED_GROUPS, Notes
 from vae.checkpoints.safe import State, WeightsError
 from vae.checkpoints.writing import check_range
+from vae.errors import require
 from vae.models.architectures import build_autoencoder
 from vae.models.autoencoder import AutoencoderConfig
 from vae.models.interface import Autoencoder
@@ -47,9 +48,7 @@ class Found:
     @property
     def scale_is_known(self) -> bool:
         """Not of a standalone file: SD and SDXL, or SD3 and FLUX, look alike there. Tiny ones need no scale."""
-        if self.config.architecture == "tiny":
-            return True
-        return (self.stated or self.family is not None) and not self.notes.latents.keys() & ASSUMED.keys()
+        return self.config.scale_is_known
 
     @property
     def groups_are_known(self) -> bool:
@@ -63,12 +62,10 @@ class Found:
 
     def of_family(self, family: str) -> "Found":
         """The same with the constants of `family`, which somebody who knows has named."""
-        if self.config.architecture == "tiny":
+        config = of_family(self.config, family)
+        if config.architecture == "tiny":
             return replace(self, family=family)
-        scaling, shift = FAMILIES[family]
-        notes = replace(self.notes, latents={k: v for k, v in self.notes.latents.items() if k not in ASSUMED})
-        config = replace(self.config, scaling_factor=scaling, shift_factor=shift)
-        told = replace(self, config=config, stated=True, notes=notes)
+        told = replace(self, config=config, stated=True)
         return told.with_groups_assumed(False) if is_published_network(config) else told
 
     @property
@@ -91,6 +88,16 @@ class Found:
         state = {name: tensor.to(dtype) for name, tensor in self.state.items()}
         model.load_state_dict(state, strict=True, assign=True)
         return model.requires_grad_(True).eval()
+
+
+def of_family(config: AutoencoderConfig, family: str) -> AutoencoderConfig:
+    """`config` with the constants of `family`; raises InputError where its latents cannot be that one's.
+
+    A tiny autoencoder has none: its latents are those that the family's diffusion models see.
+    """
+    fitting = families_of(config)
+    require(family in fitting, f"family={family!r}", f"one of {fitting} for this network")
+    return config if config.architecture == "tiny" else config.with_scale(*FAMILIES[family])
 
 
 def check_complete(found: Found) -> None:

@@ -1,8 +1,10 @@
 """Latents on disk, one image a file, in the form of ComfyUI's .latent files so that they open there too."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from vae.checkpoints.families import FAMILIES
 from vae.checkpoints.safe import WeightsError
 from vae.checkpoints.tensorfile import read_index
+from vae.checkpoints.tiny import AS_TINY
 from vae.checkpoints.writing import Piece, write_safetensors
 from vae.models.autoencoder import AutoencoderConfig
 
@@ -19,18 +22,33 @@ MARK = "latent_format_version_0"  # without this empty tensor ComfyUI takes them
 SCALED = "scaled_latents"  # a key of ours, so that nobody takes scaled latents for raw ones
 DESCRIBED = "vae.latents"  # key of the metadata
 SCALE_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+TINY_SHAPE = {**AS_TINY, "block_out_channels": [64] * 4}  # whichever: of a tiny maker the scale is asked for
 
 
 def write_latents(path: Path, latents: Tensor, config: AutoencoderConfig, *, scaled: bool, drawn: str) -> None:
-    """`latents` (1, C, h, w); the metadata says whether they are scaled, by what, and how they were `drawn`."""
+    """`latents` (1, C, h, w); the metadata says whether they are scaled, by what, and how they were `drawn`.
+
+    A scale that is not known is not written; `scaled` latents must not be of such a one.
+    """
+    assert config.scale_is_known or not scaled
     tensors = {SCALED: latents} if scaled else {RAW: latents, MARK: torch.empty(0)}
-    scale = {key: value for key, value in asdict(config).items() if key in SCALE_KEYS}
-    described = json.dumps({"scaled": scaled, "drawn": drawn, **scale}, sort_keys=True)
+    about = {"scaled": scaled, "drawn": drawn, "architecture": config.architecture}
+    described = json.dumps(about | scale_of(config), sort_keys=True)
     write_safetensors(path, {name: Piece.of(tensor) for name, tensor in tensors.items()}, {DESCRIBED: described})
 
 
+def scale_of(config: AutoencoderConfig) -> dict[str, Any]:
+    """What files of latents say of their scale: nothing where it is not known."""
+    return {key: value for key, value in asdict(config).items() if key in SCALE_KEYS} if config.scale_is_known else {}
+
+
+def stated_scale(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What `scale_of` has put into a file; raises KeyError where a part of it is missing."""
+    return {key: about[key] for key in SCALE_KEYS} if SCALE_KEYS[0] in about else {}
+
+
 def scale_in(path: Path, channels: int) -> AutoencoderConfig | None:
-    """A configuration that has the scale of what made the latents in a file; None where that does not tell.
+    """A configuration of the architecture and the scale of what made the latents in a file; None where it tells none.
 
     Raises WeightsError where what it tells cannot be.
     """
@@ -39,7 +57,13 @@ def scale_in(path: Path, channels: int) -> AutoencoderConfig | None:
         return None
     try:
         about = json.loads(described)
-        return AutoencoderConfig(latent_channels=channels, **{key: about[key] for key in SCALE_KEYS})
+        if about["scaled"] in (True, False) and SCALE_KEYS[0] not in about:
+            return None
+        scale = stated_scale(about)
+        unscaled = {**dict.fromkeys(SCALE_KEYS), SCALE_KEYS[0]: 1.0}
+        usual = "tiny" if scale == unscaled else "kl"  # early files do not tell the architecture
+        shape = TINY_SHAPE if about.get("architecture", usual) == "tiny" else {}
+        return AutoencoderConfig(**{**shape, "latent_channels": channels, **scale})
     except (TypeError, ValueError, LookupError, RecursionError) as error:
         raise WeightsError(f"{path}: its {DESCRIBED} is not readable ({error}); encode the image again") from error
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vae.checkpoints.latentfile import SCALE_KEYS
+from vae.checkpoints.latentfile import stated_scale
 from vae.checkpoints.tensorfile import Index, read_index
 from vae.data.names import Computed, Names
 from vae.data.shards import DROPPED, INDEX
@@ -48,7 +48,9 @@ class StoredLatents:
         index = _read(self.folder)
         try:
             about = index["recipe"]
-            self.config = AutoencoderConfig(**about["config"], **{key: about[key] for key in SCALE_KEYS})
+            scale = stated_scale(about)
+            config = AutoencoderConfig(**about["config"], **scale)
+            self.config = config if scale else config.assuming_its_scale()
             self.stored, self.are_scaled = tuple(about["stored"]), bool(about["scaled"])
             self.resolution, self.encoder = int(about["resolution"]), about.get("encoder")  # early ones do not tell
             kept = [shard for shard in index["shards"] if shard["images"]]

@@ -6,7 +6,7 @@ The web UIs read none of it; people, `vae inspect` and this library do.
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,12 @@ class Notes:
     latents: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     architecture: dict[str, Any] = field(default_factory=dict)
+
+
+def noting_the_scale(notes: Notes, config: AutoencoderConfig) -> Notes:
+    """`notes` that say of a scaling factor that is assumed that it is, and of none that is known."""
+    latents = {name: value for name, value in notes.latents.items() if name not in ASSUMED}
+    return replace(notes, latents=latents if config.scale_is_known else latents | ASSUMED)
 
 
 def to_metadata(config: AutoencoderConfig, notes: Notes) -> dict[str, str]:

@@ -21,10 +21,11 @@ from vae.cli.common import (
     opened,
     progress,
     say,
+    warn,
 )
 from vae.cli.running import about, decoded, encoded, place_of, raw_latents
 from vae.cli.sheets import load, save
-from vae.errors import InputError
+from vae.errors import InputError, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +41,7 @@ def encode(
     scaled: Annotated[bool, typer.Option("--scaled", help="as diffusion models see them, not raw")] = False,
     dtype: Dtype = "float32",
     resolution: Whole = None,
+    family: Family = None,
     memory: Memory = None,
     device: Device = "auto",
 ) -> None:
@@ -54,9 +56,13 @@ def encode(
     from vae.data.transforms import center_crop, crop_to_multiple, to_model_range
     from vae.latents import scale_latents
 
-    precision, allowed, autoencoder = dtype_named(dtype), bytes_named(memory), load(model, device)
+    precision, allowed, autoencoder = dtype_named(dtype), bytes_named(memory), load(model, device, family)
     config = autoencoder.config
     scaled = scaled or config.architecture == "tiny"  # there are no others
+    unknown = f"--scaled, and {model} does not tell its scaling factor"
+    require(config.scale_is_known or not scaled, unknown, "--family with it, or raw latents")
+    if not config.scale_is_known:
+        warn(f"{model} does not tell its scaling factor: none is written beside the latents; --family says it")
     drawn = "mean" if sample is None else f"sample, seed {sample}"
     files, made = image_files(images), 0
     with progress("Encoding", len(files)) as advance, torch.no_grad():

@@ -31,7 +31,9 @@ def write_factors(model: Path, statistics: "LatentStatistics", images: int, *, p
     Never both: diffusers' SDXL pipelines divide by latents_std whenever it is there, on top of scaling_factor.
     """
     from vae.checkpoints import read_autoencoder, save_found
+    from vae.checkpoints.card import CARD_FILE, may_be_written, model_card
     from vae.checkpoints.clients import warnings_about
+    from vae.checkpoints.safe import write_text
 
     measured = statistics.summary() | {"images": images}
     warnings: list[str] = []
@@ -39,8 +41,14 @@ def write_factors(model: Path, statistics: "LatentStatistics", images: int, *, p
         found = read_autoencoder(path)
         config = _per_channel(found.config, statistics) if per_channel else _global(found.config, statistics)
         target = path if path.is_file() else found.file.parent
-        save_found(replace(found, config=config, notes=replace(found.notes, latents=measured)), target)
+        notes = replace(found.notes, latents=measured)
+        save_found(replace(found, config=config, notes=notes), target)
         say(f"written  {target}")
+
+        # A folder's card is written with it; where an export is one file, its card lies beside that.
+        card = target.parent / CARD_FILE
+        if target.is_file() and target.parent.parent.name == "exports" and card.is_file() and may_be_written(card):
+            write_text(card, model_card(config, notes, sum(tensor.numel() for tensor in found.state.values())))
         warnings = warnings_about(config)
     for line in warnings:
         warn(line)
@@ -59,7 +67,7 @@ def check_writable(model: Path) -> None:
 
 def _per_channel(config: "AutoencoderConfig", statistics: "LatentStatistics") -> "AutoencoderConfig":
     mean, std = statistics.channel_mean.tolist(), statistics.channel_std.tolist()
-    return replace(config, scaling_factor=1.0, shift_factor=None, latents_mean=mean, latents_std=std)
+    return config.with_scale(1.0, latents_mean=mean, latents_std=std)
 
 
 def _global(config: "AutoencoderConfig", statistics: "LatentStatistics") -> "AutoencoderConfig":
@@ -67,8 +75,7 @@ def _global(config: "AutoencoderConfig", statistics: "LatentStatistics") -> "Aut
 
     has_shift = config.shift_factor is not None or config.latent_channels == LATENT_CHANNELS["flux"]
     shift = statistics.mean if has_shift else None
-    factor = statistics.scaling_factor
-    return replace(config, scaling_factor=factor, shift_factor=shift, latents_mean=None, latents_std=None)
+    return config.with_scale(statistics.scaling_factor, shift)
 
 
 def _files(model: Path) -> list[Path]:

@@ -35,8 +35,10 @@ def place_of(autoencoder: "Autoencoder") -> "torch.device":
 def raw_latents(path: Path, config: "AutoencoderConfig", family: str | None) -> "Tensor":
     """Those in a file (B, C, h, w), as the autoencoder of `config` takes them.
 
-    A tiny one takes scaled latents: raw ones, which are a KL autoencoder's, are scaled by the factors of the `family`
-    that is named, else by those that their file states.
+    Scaled ones were scaled by the factors that their file states, whatever those of the reader are; what the other
+    architecture made is unscaled by the reader's own, for both are those that a diffusion model sees. A tiny one takes
+    scaled latents: raw ones, which are a KL autoencoder's, are scaled by the factors of the `family` that is named,
+    else by those that their file states.
     """
     from vae.checkpoints.families import FAMILIES
     from vae.checkpoints.latentfile import read_latents, scale_in
@@ -45,7 +47,11 @@ def raw_latents(path: Path, config: "AutoencoderConfig", family: str | None) -> 
 
     latents, scaled = read_latents(path, config.latent_channels)
     if scaled:
-        return unscale_latents(latents, config)
+        stated = scale_in(path, config.latent_channels)
+        scale = config if stated is None or stated.architecture != config.architecture else stated
+        unknown = f"{path}: scaled latents, and a model that does not tell its scale"
+        require(scale.scale_is_known, unknown, "--family with them: sd, sdxl, sd3 or flux")
+        return unscale_latents(latents, scale)
     if config.architecture == "kl":
         return latents
     if family is not None:

@@ -102,7 +102,6 @@ def cache_latents(
 
     Example: vae cache-latents runs/first photos/ latents/ --resolution 256 --flip
     """
-    from vae.checkpoints.families import families_of
     from vae.data.processes import workers_for
     from vae.preparing import latents
     from vae.preparing.jobs import Job
@@ -110,8 +109,8 @@ def cache_latents(
 
     encoding = latents.Encoding(resolution, sample, scaled, flip, dtype, batch_size)
     found = read(model, family=family)
-    if not found.scale_is_known and len(families_of(found.config)) != 1:
-        warn(f"{found.file} does not tell its scaling factor: {found.config.scaling_factor} is taken, or name --family")
+    if not found.scale_is_known and not scaled:
+        warn(f"{found.file} does not tell its scaling factor: none is written beside the latents; --family says it")
     autoencoder = found.build()
     options = encoding.described(autoencoder)
     images = open_whole(Named(src, warn, source, split, column, streaming))

@@ -35,18 +35,17 @@ class Line:
     verdict: str
 
 
-def latents_against_base(
-    models: Mapping[str, Autoencoder], images: Sequence[Tensor], *, tells_scale: bool = True
-) -> dict[str, dict[str, Any]]:
+def latents_against_base(models: Mapping[str, Autoencoder], images: Sequence[Tensor]) -> dict[str, dict[str, Any]]:
     """Of each model but the first, which is the base: plain numbers for JSON.
 
     `images` are (1, C, H, W) in [-1, 1] on the models' device. `kind` is "same" (the encoder is, bit for bit), "near",
     "drifted" or "other" (of another shape); `verdict` says it in a sentence; `rescaled` says how the exports differ in
-    what they ask a diffusion model's latents to be multiplied by, if they do and the base's file `tells_scale`.
+    what they ask a diffusion model's latents to be multiplied by, if they do and both files tell it.
     """
     (_, base), *others = models.items()
     found = {name: {"images": len(images)} | _latents(base, model, images) for name, model in others}
-    return found if tells_scale else {name: one | {"rescaled": None} for name, one in found.items()}
+    told = {name: base.config.scale_is_known and model.config.scale_is_known for name, model in others}
+    return {name: one if told[name] else one | {"rescaled": None} for name, one in found.items()}
 
 
 def judge(document: Document, model: str, latents: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from vae.evaluation.collected import Collected, collect
 from vae.evaluation.document import Document, as_csv, of_dataset, rows_of
 from vae.evaluation.gates import check, parse_gates
 from vae.evaluation.measuring import Bench
-from vae.evaluation.models import tells_scale
 from vae.evaluation.recorded import DOCUMENT_FILE, TABLE_FILE
 from vae.evaluation.report.before_after import grid
 from vae.evaluation.report.drawing import Pictures
@@ -117,7 +116,7 @@ def _probed(
         safety = {model: precision(network, audited, advance) for model, network in models}
     latents: dict[str, dict[str, Any]] = {}
     if config.base is not None:
-        latents = latents_against_base(bench.models, images[:SEEN], tells_scale=tells_scale(config.base))
+        latents = latents_against_base(bench.models, images[:SEEN])
     return {"robustness": robustness, "precision": safety}, latents
 
 
@@ -146,5 +145,6 @@ def _pictures(bench: Bench, data: DataConfig, source: Source, index: int) -> Pic
     for codec, made in bench.make(image, [index]):
         reconstructions[codec.name] = to_uint8(made.reconstructions)[0].cpu()
         if not codec.is_crossed:
-            latents[codec.name] = scale_latents(made.latents, bench.models[codec.encoder].config)[0].cpu()
+            scale = bench.models[codec.encoder].config.taking_its_scale()  # assumed will do for a look, and is said
+            latents[codec.name] = scale_latents(made.latents, scale)[0].cpu()
     return Pictures(to_uint8(image)[0].cpu(), reconstructions, latents)

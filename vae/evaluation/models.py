@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from vae.checkpoints import load_autoencoder, read_autoencoder
+from vae.checkpoints import read_autoencoder
 from vae.checkpoints.exports import find_export
 from vae.checkpoints.families import families_of
-from vae.errors import InputError
+from vae.errors import InputError, require
 from vae.models.interface import Autoencoder
 
 
@@ -30,17 +30,26 @@ class Codec:
         return self.encoder != self.decoder
 
 
-def load_models(paths: list[str]) -> dict[str, Autoencoder]:
-    """{short distinct name: model}, in the order given."""
-    found = [find_export(path) for path in paths]
+def load_models(paths: list[str], family: str | None = None) -> dict[str, Autoencoder]:
+    """{short distinct name: model}, in the order given; `family` is that of those whose file does not tell it."""
     names = short_names(paths, "model")
-    return {name: load_autoencoder(path) for name, path in zip(names, found, strict=True)}
+    found = [read_autoencoder(find_export(path)) for path in paths]
+    given = f"family={family!r}, and every model tells its scaling factor"
+    require(family is None or not all(one.scale_is_known for one in found), given, "none")
+    told = [one if family is None or one.scale_is_known else one.of_family(family) for one in found]
+    return {name: one.build() for name, one in zip(names, told, strict=True)}
 
 
-def tells_scale(path: str) -> bool:
-    """Whether a file says by what its latents are to be multiplied: one in LDM's names may be SD's or SDXL's."""
-    found = read_autoencoder(find_export(path))
-    return found.scale_is_known or len(families_of(found.config)) == 1
+def check_scales(models: Mapping[str, Autoencoder]) -> None:
+    """For those whose latents meet: between a KL and a tiny one they are scaled, so that the factor must be known."""
+    for name, model in models.items():
+        meets = any(
+            other.config.architecture != model.config.architecture and _latents_of(other) == _latents_of(model)
+            for other in models.values()
+        )
+        if meets and not model.config.scale_is_known:
+            unknown = f"{name} does not tell its scaling factor, by which a tiny one has its latents"
+            raise InputError(f"{unknown}; state it: family= one of {families_of(model.config)}")
 
 
 def codecs_of(models: dict[str, Autoencoder], *, cross: bool) -> list[Codec]:

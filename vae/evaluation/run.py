@@ -54,6 +54,8 @@ def evaluate_as(config: EvaluateConfig, team: Team) -> Path:
             sizes = {name: model.config.sample_size for name, model in setting.bench.models.items()}
             for name in (name for name, size in sizes.items() if size < resolution):
                 say(f"note: {name} is made for {sizes[name]} px and measured at data.resolution={resolution}")
+            for name in (name for name, model in setting.bench.models.items() if not model.config.scale_is_known):
+                say(f"note: {name} does not tell its scaling factor; pictures of its latents take one, family= says it")
         rows = Rows(folder, team.rank)
         try:
             _measure(setting, rows, team)

@@ -16,7 +16,15 @@ from vae.data.sources import Files, Source
 from vae.errors import InputError
 from vae.evaluation.gates import parse_gates
 from vae.evaluation.measuring import Bench
-from vae.evaluation.models import codecs_of, described, find_device, load_models, short_names, weights_sha256
+from vae.evaluation.models import (
+    check_scales,
+    codecs_of,
+    described,
+    find_device,
+    load_models,
+    short_names,
+    weights_sha256,
+)
 from vae.evaluation.protocol import PROTOCOLS
 from vae.evaluation.recorded import SCHEMA
 from vae.evaluation.team import Team
@@ -48,7 +56,9 @@ def prepare(config: EvaluateConfig, team: Team) -> Setting:
     if config.base is not None:
         find_export(config.base, "base")  # refused by its own key
     device = team.device(find_device(config.device))
-    models = {name: model.to(device) for name, model in load_models(config.models).items()}
+    models = {name: model.to(device) for name, model in load_models(config.models, config.family).items()}
+    if config.cross or config.base is not None:
+        check_scales(models)
     channels, resolution = _channels(models), config.data.resolution
     _check_resolution(models, resolution)
     codecs, protocol = codecs_of(models, cross=config.cross), PROTOCOLS[config.protocol]
@@ -69,7 +79,8 @@ def prepare(config: EvaluateConfig, team: Team) -> Setting:
 def _header(config: EvaluateConfig, bench: Bench, missing: dict[str, str]) -> dict[str, Any]:
     batch_size = None if bench.at_once == 1 else bench.batch_size  # where numbers depend on it
     paths = dict(zip(bench.models, config.models, strict=True))
-    return {
+    family = {} if config.family is None else {"family": config.family}
+    return family | {
         "schema": SCHEMA,
         "protocol": bench.protocol.described(),
         "resolution": config.data.resolution,

@@ -1,7 +1,7 @@
 """The shape of an autoencoder, refused where it cannot be one."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from vae.errors import require
@@ -35,12 +35,20 @@ NOT_OF_THE_ENCODER = (  # settings of the decoder, of diffusion models and of pr
 )
 
 
+class Assumed(float):
+    """A scaling factor that nothing told: that of the family which most often has such a network.
+
+    The number carries it, so that it goes wherever a configuration goes, and is gone when another number is put there.
+    """
+
+
 @dataclass
 class AutoencoderConfig:
     """The shape of an autoencoder and the facts that travel with its weights. Defaults are SD 1.x and 2.x.
 
     `attention_levels` names the levels (0 = full resolution) whose every resnet is followed by attention, as in LDM's
     kl-f16 and kl-f32. Diffusion models see `(latents - shift_factor) * scaling_factor`; the autoencoder never does.
+    Whoever uses that scale asks `scale_is_known` first, and whoever replaces it uses `with_scale`.
 
     `architecture` is "kl" for AutoencoderKL, or "tiny" for AutoencoderTiny, whose latents are scaled already: it has
     one width, `layers_per_block` blocks at each level but one at full resolution, and no groups. With `mid_block_pool`
@@ -136,6 +144,33 @@ class AutoencoderConfig:
     def downsample_factor(self) -> int:
         return 2 ** (len(self.block_out_channels) - 1)
 
+    @property
+    def scale_is_known(self) -> bool:
+        """False where the scaling factor is `Assumed`. A tiny autoencoder needs none: its latents are scaled."""
+        return self.architecture == "tiny" or not isinstance(self.scaling_factor, Assumed)
+
+    def with_scale(
+        self,
+        scaling_factor: float,
+        shift_factor: float | None = None,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
+    ) -> "AutoencoderConfig":
+        """The same network with the scale of other latents. All of it is replaced: old facts beside new ones are false.
+
+        So `latents_std` of before would divide once more what a measured `scaling_factor` brings to a spread of 1.
+        """
+        scale = {"scaling_factor": scaling_factor, "shift_factor": shift_factor}
+        return replace(self, **scale, latents_mean=latents_mean, latents_std=latents_std)
+
+    def assuming_its_scale(self) -> "AutoencoderConfig":
+        """The same, its scaling factor marked as one that nothing told."""
+        return replace(self, scaling_factor=Assumed(self.scaling_factor))
+
+    def taking_its_scale(self) -> "AutoencoderConfig":
+        """The same, an assumed factor taken for known. Only where somebody has been told that it is assumed."""
+        return replace(self, scaling_factor=float(self.scaling_factor))
+
 
 def encoder_differences(ours: AutoencoderConfig, theirs: AutoencoderConfig, whose: str) -> list[str]:
     """In words, by which settings two encoders compute different things; `whose` says who the others are."""
@@ -148,6 +183,6 @@ def encoder_differences(ours: AutoencoderConfig, theirs: AutoencoderConfig, whos
 
 def _is_number(value: object) -> bool:
     try:
-        return type(value) in (int, float) and math.isfinite(value)  # pyright: ignore[reportArgumentType]
+        return type(value) in (int, float, Assumed) and math.isfinite(value)  # pyright: ignore[reportArgumentType]
     except OverflowError:  # an integer beyond any float
         return False

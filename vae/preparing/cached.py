@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vae.checkpoints.found import of_family
 from vae.checkpoints.latentshards import DRAWN, FLIPPED, MOMENTS, StoredLatents
+from vae.errors import require
 from vae.latents import scale_latents, unscale_latents
 from vae.models.posterior import DiagonalGaussian
 
@@ -15,12 +17,18 @@ class LatentShards(StoredLatents, Dataset[Tensor]):
     """number -> latents (C, h, w) as float32, as a diffusion model is trained on, or raw ones with `scaled=False`.
 
     Where posteriors are stored each access draws anew, from torch's global generator; where mirrored images are, half
-    of the accesses give one.
+    of the accesses give one. `family`, "sd" or another, states the scaling factor where what made them did not tell it.
     """
 
-    def __init__(self, folder: str | Path, *, scaled: bool = True) -> None:
+    def __init__(self, folder: str | Path, *, scaled: bool = True, family: str | None = None) -> None:
         super().__init__(folder)
         self.scaled = scaled
+        if family is not None:
+            raw = not self.are_scaled
+            require(raw, f"family={family!r} of scaled latents", "none: they were scaled when they were made")
+            self.config = of_family(self.config, family)
+        told = scaled == self.are_scaled or self.config.scale_is_known
+        require(told, f"{self.folder}: raw latents that do not tell their scale", "family= with them, or scaled=False")
 
     def __getitem__(self, number: int) -> Tensor:
         mirrors = any(FLIPPED in name for name in self.stored)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vae.checkpoints.latentfile import SCALE_KEYS
+from vae.checkpoints.latentfile import SCALE_KEYS, scale_of
 from vae.checkpoints.latentshards import DRAWN, FLIPPED, MOMENTS, NAMES, encoder_digest
 from vae.checkpoints.tensorfile import MAX_HEADER
 from vae.checkpoints.writing import Piece, write_pieces
@@ -53,12 +53,14 @@ class Encoding:
         return (*names, *(f"{name}{FLIPPED}" for name in names)) if self.flip else names
 
     def described(self, model: Autoencoder) -> Json:
-        """With the scale on top, under the names that .latent files have for it."""
+        """With the scale on top, where it is known, under the names that .latent files have for it."""
         factor, config = model.config.downsample_factor, asdict(model.config)
+        told = not self.scaled or model.config.scale_is_known
+        require(told, "--scaled of a file that does not tell its scaling factor", "--family with it, or raw latents")
         require(self.resolution % factor == 0, f"--resolution {self.resolution}", f"a multiple of {factor}")
-        scale = {key: config.pop(key) for key in SCALE_KEYS}
+        network = {key: value for key, value in config.items() if key not in SCALE_KEYS}
         about = {"made": "latents", "stored": list(self.stored)} | asdict(self)
-        return about | scale | {"encoder": encoder_digest(model.state_dict()), "config": config}
+        return about | scale_of(model.config) | {"encoder": encoder_digest(model.state_dict()), "config": network}
 
 
 @torch.no_grad()
