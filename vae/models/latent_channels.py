@@ -11,6 +11,11 @@ from vae.models.autoencoder import INITIAL_LOGVAR, AutoencoderConfig
 State = dict[str, Tensor]
 
 
+def keeps_channels(asked: int | None, before: int | None) -> bool:
+    """Whether latents stay as they are: no other channels were asked for than there were before."""
+    return asked in (None, before)
+
+
 def with_latent_channels(state: State, config: AutoencoderConfig, channels: int) -> tuple[State, AutoencoderConfig]:
     """The weights of an AutoencoderKL with so many latent channels, in float32, and their configuration.
 

@@ -27,12 +27,20 @@ from vae.latents import LatentStatistics, measure_latents
 from vae.models.architectures import build_autoencoder
 from vae.models.autoencoder import AutoencoderConfig
 from vae.models.interface import Autoencoder
+from vae.models.latent_channels import keeps_channels
 from vae.training.counts import images_per_update
 from vae.training.folder import read_progress
 from vae.training.frozen import freeze, posterior_learns
 from vae.training.manifest import step_name
 from vae.training.module import Training
-from vae.training.provenance import as_logged, describe, logged_at, validation_of
+from vae.training.provenance import (
+    CHANNELS_OF_INIT,
+    SCALE_IS_ASSUMED,
+    as_logged,
+    describe,
+    logged_at,
+    validation_of,
+)
 from vae.training.validation import AUDITED
 
 EXPORTS = "exports"  # of a run, in its directory
@@ -53,7 +61,7 @@ def export(training: Training, run: Path, name: str | None = None) -> list[Path]
     summary = describe(asdict(config), run, training.updates, images, training.autoencoder)
     folder, validation = run / EXPORTS / (name or step_name(training.updates)), training.validation
     summary |= _validation(as_logged(validation.measured), validation.latents, config.data, config.model)
-    scale_stays = _scale_stays(asdict(config), learns=training.posterior_learns)
+    scale_stays = _scale_stays(asdict(config), summary, learns=training.posterior_learns)
     return publish(model.eval(), folder, summary, validation.latents, validation.audited, scale_stays=scale_stays)
 
 
@@ -71,16 +79,18 @@ def publish(
     The card is in the diffusers folder, or else beside the file. Returns the paths of the weights.
     The scaling factor is the measured one, 1 / std of the validation latents; so is the shift where the model has one.
     With `scale_stays` they are the model's: its latents are those of a published one, and of diffusion models for that.
-    So are a tiny one's, which are scaled.
+    So are a tiny one's, which are scaled. Where they are a guess of the run's beginning, `summary` says so.
     `force_upcast` says whether float16 is unsafe, as found on `images` (B, C, H, W) in [-1, 1], where they are.
     """
     shift = None if model.config.shift_factor is None else statistics.mean
-    scale_stays = scale_stays or model.config.architecture == "tiny"
-    measured = {} if scale_stays else {"scaling_factor": statistics.scaling_factor, "shift_factor": shift}
-    model.config = replace(model.config, sample_size=summary["resolution"], **measured)
+    kept = model.config.assuming_its_scale() if summary.get(SCALE_IS_ASSUMED) else model.config
+    stays = scale_stays or model.config.architecture == "tiny"
+    config = kept if stays else model.config.with_scale(statistics.scaling_factor, shift)
+    model.config = replace(config, sample_size=summary["resolution"])
     audit = audit_precision(model.to(images.device), list(images[:AUDITED].split(1)))
     model.config = replace(model.config, force_upcast=not audit.is_safe)
-    notes = Notes(latents=statistics.summary(), training=summary | {"precision": audit.verdict})
+    training = {name: value for name, value in summary.items() if name != SCALE_IS_ASSUMED}
+    notes = Notes(latents=statistics.summary(), training=training | {"precision": audit.verdict})
     places = {} if model.config.mid_block_pool else {folder / "diffusers": "diffusers"}
     places |= {folder / f"{folder.parents[1].name}.vae.safetensors": ONE_FILE[model.config.architecture]}
     family = summary.get("family")
@@ -117,14 +127,15 @@ def export_checkpoint(
     judged = to_model_range(first_images(held_out, data, channels).to(device))
     mark = "live_" if live else ""  # beside the averaged ones, and never taken for them
     folder = run / EXPORTS / f"{mark}{step_name(updates)}"
-    scale_stays = _scale_stays(config, learns=learns)
+    scale_stays = _scale_stays(config, summary, learns=learns)
     paths = publish(model, folder, summary, statistics, judged, scale_stays=scale_stays)
     return paths, model.config
 
 
-def _scale_stays(config: dict[str, Any], *, learns: bool) -> bool:
+def _scale_stays(config: dict[str, Any], summary: dict[str, Any], *, learns: bool) -> bool:
     """Where latents are a published model's: its encoder does not learn, or what it learns are a teacher's."""
-    is_as_before = config["init"] is not None and config["latent_channels"] is None and not learns
+    channels_stay = keeps_channels(config["latent_channels"], summary.get(CHANNELS_OF_INIT))
+    is_as_before = config["init"] is not None and channels_stay and not learns
     return is_as_before or config["teacher"] is not None
 
 

@@ -22,10 +22,12 @@ from vae.config import CONFIG_FILE, TrainConfig
 from vae.data.sources import Photos, Source
 from vae.metrics.registry import METRICS
 from vae.models.interface import Autoencoder
+from vae.models.latent_channels import keeps_channels
 from vae.training.frozen import decoder_learns, posterior_learns
 from vae.training.start import Start
 
 ORIGIN_FILE = "origin.json"  # of a run: what only its beginning knows
+CHANNELS_OF_INIT, SCALE_IS_ASSUMED = "latent_channels_of_init", "scale_is_assumed"  # keys in it, of what exports need
 STARTS = {"base": "init", "teacher": "teacher"}  # {what is said of it: the key that names it}
 CUT = "short side to {resolution} px, PIL bicubic, antialiased, central square"  # of the protocol default-v1
 KEYS_OF = {  # of the loss, by how they begin: without its term none of them counts
@@ -41,8 +43,9 @@ CACHED = re.compile(r"models--(.+)")  # a folder of the hub's cache, with -- for
 def record_origin(start: Start, run: Path, sources: tuple[Source, Source], *, resumed: bool) -> None:
     """How many images there are to train and to validate on, and which weights are begun from, by their SHA-256.
 
-    And the family whose latents tiny ones have, where they tell; a teacher or new channels make them others. A run that
-    is `resumed` has said so; what it began from may be gone.
+    And the family whose latents tiny ones have, where they tell; a teacher or new channels make them others. And the
+    channels of init, where some were asked for, and whether the scale is a guess. A run that is `resumed` has said so;
+    what it began from may be gone.
     """
     if resumed:
         return
@@ -53,7 +56,11 @@ def record_origin(start: Start, run: Path, sources: tuple[Source, Source], *, re
         path = getattr(config, key)
         if path is not None:
             origin[name] = _weights(find_export(path, key))
-    are_the_same = config.teacher is None and config.latent_channels is None
+    are_the_same = config.teacher is None and keeps_channels(config.latent_channels, start.channels_before)
+    if config.latent_channels is not None:
+        origin[CHANNELS_OF_INIT] = start.channels_before
+    if not config.model.scale_is_known:
+        origin[SCALE_IS_ASSUMED] = True
     if start.found is not None and are_the_same and config.model.architecture == "tiny":
         origin["family"] = start.found.family
     write_text(run / ORIGIN_FILE, json.dumps(origin, indent=2) + "\n")

@@ -11,7 +11,7 @@ from vae.audit.precision import audit_precision
 from vae.audit.rescale import rescale_checked
 from vae.checkpoints import Found, load_autoencoder, read_autoencoder
 from vae.checkpoints.exports import find_export
-from vae.checkpoints.families import families_of, is_published_network
+from vae.checkpoints.families import is_published_network
 from vae.checkpoints.latentfile import SCALE_KEYS
 from vae.checkpoints.latentshards import encoder_digest
 from vae.config import TrainConfig
@@ -22,7 +22,7 @@ from vae.errors import require
 from vae.models.architectures import as_kl, build_autoencoder
 from vae.models.autoencoder import AutoencoderConfig
 from vae.models.interface import Autoencoder
-from vae.models.latent_channels import with_latent_channels
+from vae.models.latent_channels import keeps_channels, with_latent_channels
 from vae.training.folder import goes_on, model_of
 from vae.training.frozen import decoder_learns, freeze, posterior_learns
 from vae.training.module import Training
@@ -64,7 +64,7 @@ def start_of(config: TrainConfig, folder: Path, images: Source | None = None) ->
         autoencoder = build_autoencoder(start.config.model)
     freeze(autoencoder, config.frozen, config.trained)
     _check_parts(start.config, autoencoder, start.channels_before)
-    start = start._replace(teacher=teacher_of(start.config))
+    start = _taught(start, teacher_of(start.config))
     if config.data.latents is None:
         return start
     given = f"frozen={config.frozen} with data.latents"
@@ -83,6 +83,17 @@ def _check_parts(config: TrainConfig, autoencoder: Autoencoder, before: int | No
     decodes = config.teacher is None or decoder_learns(autoencoder)
     given = f"loss.weights.adversarial={adversarial} where nothing but the encoder learns from a teacher"
     require(decodes or not adversarial, given, "0, as of loss=plain: nothing is decoded")
+
+
+def _taught(start: Start, teacher: Teacher | None) -> Start:
+    """With the teacher; whose scale is assumed has a student whose scale is."""
+    if teacher is None or teacher.model.config.scale_is_known:
+        return start._replace(teacher=teacher)
+    scale = teacher.model.config.scaling_factor
+    guess = f"teacher={start.config.teacher!r} does not tell its scaling factor: {scale} is taken"
+    note = f"{guess}; vae convert FILE FOLDER --family states another once and for all"
+    config = replace(start.config, model=start.config.model.assuming_its_scale())
+    return start._replace(config=config, teacher=teacher, notes=(*start.notes, note))
 
 
 def teacher_of(config: TrainConfig) -> Teacher | None:
@@ -104,20 +115,18 @@ def begin(start: Start, training: Training) -> Training:
 def _initialised(config: TrainConfig, folder: Path, images: Source | None) -> Start:
     assert config.init is not None
     if goes_on(config, folder):
-        return Start(_of_model(config, model_of(folder), knows_scale=True))
+        return Start(_of_model(config, model_of(folder)))
     found, notes = read_autoencoder(find_export(config.init, "init")), []
-    knows_scale = found.scale_is_known or len(families_of(found.config)) == 1
     knows_groups = found.groups_are_known or is_published_network(found.config) or config.model != AutoencoderConfig()
-    config, scale = _of_model(config, found.config, knows_scale), found.config.scaling_factor
-    before = found.config.latent_channels
-    if config.latent_channels not in (None, before):
+    config, before = _of_model(config, found.config), found.config.latent_channels
+    if config.latent_channels is not None and not keeps_channels(config.latent_channels, before):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             state, changed = with_latent_channels(found.state, config.model, config.latent_channels)
         notes.append(f"{before} latent channels of init become {config.latent_channels}")
         found, config = replace(found, state=state, config=changed), replace(config, model=changed)
-    if not knows_scale and config.model.scaling_factor == scale:
-        guess = f"init={config.init!r} does not tell its scaling factor: {scale} is taken"
+    if not config.model.scale_is_known:
+        guess = f"init={config.init!r} does not tell its scaling factor: {config.model.scaling_factor} is taken"
         notes.append(f"{guess}; model= or model.scaling_factor= states another")
     if not knows_groups:
         guess = f"init={config.init!r} does not tell norm_num_groups: {found.config.norm_num_groups} is taken"
@@ -139,18 +148,20 @@ def _made_safe(found: Found, images: Tensor) -> tuple[Found, int]:
     return replace(found, state=model.state_dict()), done.layers
 
 
-def _of_model(config: TrainConfig, stated: AutoencoderConfig, knows_scale: bool) -> TrainConfig:
+def _of_model(config: TrainConfig, stated: AutoencoderConfig) -> TrainConfig:
     """`config` with the architecture that is `stated`; what was chosen besides must be the same.
 
-    A value that is not the default was chosen. Where the scale is a guess, what was chosen of it counts.
+    A value that is not the default was chosen. Where the scale is a guess, what was chosen of it counts, and nothing of
+    the guess is left.
     """
     default, there = asdict(AutoencoderConfig()), asdict(stated)
     chosen = {key: value for key, value in asdict(config.model).items() if value != default[key]}
-    scale = {key: chosen.pop(key) for key in SCALE_KEYS if key in chosen and not knows_scale}
+    scale = {key: chosen.pop(key) for key in SCALE_KEYS if key in chosen and not stated.scale_is_known}
     for key, value in chosen.items():
         fits = value == there[key] or key in MEASURED
         expected = f"{there[key]} of init={config.init!r}, or no model besides"
         require(fits, f"model.{key}={value}", expected)
-    config = replace(config, model=replace(stated, **scale))
+    whole = {key: getattr(config.model, key) for key in SCALE_KEYS}
+    config = replace(config, model=stated.with_scale(**whole) if scale else stated)
     config.check_model()
     return config

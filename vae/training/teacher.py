@@ -24,7 +24,8 @@ class Teacher:
         theirs, ours = (_latents_of(config) for config in (model.config, student))
         given = f"model with {ours[0]} latent channels and factor {ours[1]}"
         require(theirs == ours, given, f"the teacher's {theirs[0]} channels and factor {theirs[1]}")
-        self.model, self.student = model.requires_grad_(False).eval(), student
+        self.model = model.requires_grad_(False).eval()
+        self.scale, self.student = model.config.taking_its_scale(), student.taking_its_scale()  # a run has said it
 
     def to(self, device: torch.device) -> "Teacher":
         self.model.to(device)
@@ -35,7 +36,7 @@ class Teacher:
         """Of images (B, C, H, W) in [-1, 1]; in the teacher's own precision, whatever the run's is."""
         with torch.autocast(images.device.type, enabled=False):
             posterior = self.model.encode(images.to(next(self.model.parameters()).dtype))
-        mean, logvar = scale_moments(posterior.mean, posterior.logvar, self.model.config)
+        mean, logvar = scale_moments(posterior.mean, posterior.logvar, self.scale)
         return Lesson(DiagonalGaussian(mean, logvar), self.student)
 
 
