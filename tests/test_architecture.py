@@ -131,7 +131,7 @@ def test_the_floors_test_can_fail(module, source):
 
 @pytest.mark.parametrize("path", sorted(_modules().values()), ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_stay_small(path):
-    assert len(path.read_text().splitlines()) <= 200
+    assert len(path.read_text().splitlines()) <= 260
 
 
 def test_importing_vae_is_light_and_has_no_side_effects(tmp_path):

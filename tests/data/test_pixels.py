@@ -16,6 +16,7 @@ from skimage import data
 from tests.data.kinds import HEIGHT, PHOTO, TRANSLUCENT, WIDTH, encoded, pixels, png, png_header
 from vae.data import images
 from vae.data.images import ImageError, image_size, open_image
+from vae.data.loading import hash_of_pixels
 from vae.data.pixels import as_depth
 
 RGB, GREY, GREY_ALPHA, RGB_ALPHA = 2, 0, 4, 6  # colour types of PNG
@@ -158,3 +159,15 @@ def test_threads_that_read_side_by_side_leave_warnings_as_they_were(monkeypatch)
     first_has_left.set()
     threads[1].join()
     assert warnings.filters == before
+
+
+def test_the_hash_of_an_image_tells_values_shape_and_depth_and_not_how_it_lies_in_memory():
+    image = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8)
+    known = hash_of_pixels(image)
+    for strides in (image.contiguous(), image.permute(1, 2, 0).contiguous().permute(2, 0, 1)):
+        assert hash_of_pixels(strides) == known
+    one_less = image.clone()
+    one_less[0, 0, 0] ^= 1
+    flat = image.permute(1, 2, 0).reshape(1, -1, 3).permute(2, 0, 1)
+    others = [one_less, flat, image.transpose(1, 2), image.flip(0), image.to(torch.uint16)]
+    assert len({known, *map(hash_of_pixels, others)}) == 6

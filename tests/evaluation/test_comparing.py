@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
 
 from tests.cli.conftest import call  # noqa: F401
+from tests.evaluation.ranks import config_of, saved_model
 from vae.errors import GATE_FAILED, InputError
 from vae.evaluation.comparing import compare, compare_pairs, percent
 from vae.evaluation.recorded import pairs_of, read_evaluation
+from vae.evaluation.run import evaluate
 from vae.metrics.registry import PAIRED
 
 NAMES = ["photo.png", "photo.png", "a,b\n.png", "\udcff.png", *(f"{number}.png" for number in range(36))]  # two alike
@@ -113,8 +116,10 @@ def test_all_and_none_are_said_only_of_all_and_none():
 Table = dict[str, dict[str, np.ndarray]]
 
 
-def _write(folder: Path, columns: Table, names: list[str] = NAMES, **changes: Any) -> Path:
-    """What evaluate.py leaves of one dataset."""
+def _write(
+    folder: Path, columns: Table, names: list[str] = NAMES, pixels: list[str] | None = None, **changes: Any
+) -> Path:
+    """What evaluate.py leaves of one dataset; without `pixels` what it left before it hashed them."""
     folder.mkdir()
     summaries = {model: dict.fromkeys(by_name) | {"rfid": {"mean": 2.5}} for model, by_name in columns.items()}
     document = {
@@ -130,11 +135,11 @@ def _write(folder: Path, columns: Table, names: list[str] = NAMES, **changes: An
     metrics = list(next(iter(columns.values())))
     with (folder / "images.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
-        writer.writerow(["dataset", "image", "model", *metrics, "flags"])
+        writer.writerow(["dataset", "image", "model", *metrics, "flags", *(["pixels"] if pixels else [])])
         for model, by_name in columns.items():
-            for name, *values in zip(names, *by_name.values(), strict=True):
+            for number, (name, *values) in enumerate(zip(names, *by_name.values(), strict=True)):
                 cells = ("" if math.isnan(value) else repr(float(value)) for value in values)
-                writer.writerow(["photos", name, model, *cells, ""])
+                writer.writerow(["photos", name, model, *cells, "", *([pixels[number]] if pixels else [])])
     return folder
 
 
@@ -212,6 +217,68 @@ def test_images_are_paired_by_name_and_those_of_one_alone_are_left_out(call, cap
     np.testing.assert_array_equal(pair.new["psnr"][1:], table["psnr"][kept][1:])
     assert call("compare", old, new) == 0
     assert "1 images are in one evaluation only" in " ".join(capsys.readouterr().err.split())
+
+
+PIXELS = [f"{number:032x}" for number in range(len(NAMES))]
+OTHERS = {"photos": {"images": 40, "sha256": "decaf"}}  # of the same names, and other sizes of files
+
+
+def _noise_images(folder: Path, seed: int) -> Path:
+    """Nine files whose names and sizes tell nothing: bitmaps."""
+    folder.mkdir(parents=True)
+    for number in range(9):
+        pixels = np.random.default_rng([seed, number]).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.bmp")
+    return folder
+
+
+def test_images_of_the_same_names_and_sizes_and_other_pixels_are_not_paired(call, capsys, tmp_path, tiny):  # noqa: F811
+    model, given = saved_model(tmp_path / "a", tiny), {"metrics": ["psnr"], "probe_images": 0}
+    folders = [_noise_images(tmp_path / str(seed) / "images", seed) for seed in (1, 2)]
+    old, new, again = (
+        evaluate(config_of(tmp_path, folder, [model], name=name, **given))
+        for folder, name in ((folders[0], "old"), (folders[1], "new"), (folders[0], "again"))
+    )
+    lists = [json.loads((one / "metrics.json").read_text())["datasets"]["images"]["sha256"] for one in (old, new)]
+    assert lists[0] == lists[1]
+    capsys.readouterr()
+    assert call("compare", old, new) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "9 images of images have the names of those of" in told
+    assert "and other pixels, the first 0.bmp" in told
+    assert call("compare", old, again) == 0
+    assert "by name only" not in capsys.readouterr().err
+
+
+def test_one_image_of_other_pixels_is_enough_to_refuse(tmp_path, table):
+    one = _write(tmp_path / "one", {"model": table}, pixels=PIXELS)
+    other = _write(tmp_path / "other", {"model": table}, pixels=[*PIXELS[:2], "f" * 32, *PIXELS[3:]])
+    with pytest.raises(InputError, match=r"1 images of photos have the names of .* the first a,b\\n\.png"):
+        pairs_of(read_evaluation(one), read_evaluation(other))
+
+
+def test_files_of_other_sizes_and_the_same_pixels_are_paired(tmp_path, table):
+    """As pictures are that were compressed again without loss. Where pixels are not known sizes decide, as ever."""
+    one = _write(tmp_path / "one", {"model": table}, pixels=PIXELS)
+    other = _write(tmp_path / "other", {"model": table}, pixels=PIXELS, datasets=OTHERS)
+    (pair,) = pairs_of(read_evaluation(one), read_evaluation(other))
+    assert (len(pair.old["psnr"]), pair.apart) == (len(NAMES), 0)
+    without_the_last = {"model": {name: values[:-1] for name, values in table.items()}}
+    fewer = _write(tmp_path / "fewer", without_the_last, NAMES[:-1], PIXELS, datasets=OTHERS)
+    unknown = _write(tmp_path / "unknown", {"model": table}, datasets=OTHERS)
+    for another in (fewer, unknown):
+        with pytest.raises(InputError, match="only the same images can be paired"):
+            pairs_of(read_evaluation(one), read_evaluation(another))
+
+
+@pytest.mark.parametrize("known", [(None, None), (None, PIXELS), (PIXELS, None)])
+def test_an_evaluation_from_before_pixels_were_hashed_is_read_and_that_is_said(call, capsys, tmp_path, table, known):  # noqa: F811
+    one, other = (_write(tmp_path / name, {"model": table}, pixels=p) for name, p in zip("ab", known, strict=True))
+    assert call("compare", one, other) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.count("images of photos are paired by name only") == 1
+    assert told.count("holds no hashes of their pixels") == 1
+    assert str((one if known[0] is None else other) / "metrics.json") in told
 
 
 def test_models_are_paired_by_name_or_as_the_only_ones(tmp_path, old, table):

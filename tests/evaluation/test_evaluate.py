@@ -1,6 +1,7 @@
 """Numbers against the authorities on the same uint8 pairs, and what `evaluate` leaves behind."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from vae.checkpoints import load_autoencoder, save_autoencoder
 from vae.checkpoints.exports import find_export
 from vae.config import EvaluateConfig
 from vae.data.config import DataConfig
+from vae.data.loading import hash_of_pixels
 from vae.data.opening import open_sources
 from vae.data.transforms import center_crop, to_model_range, to_uint8
 from vae.errors import InputError
@@ -71,6 +73,14 @@ def test_psnr_and_ssim_equal_scikit_image(tmp_path, model_folder):
         assert float(row["psnr"]) == pytest.approx(peak_signal_noise_ratio(a, b), abs=1e-4)
     means = read_json(folder / "metrics.json")["metrics"]["photos"]["tiny"]
     assert means["psnr"]["mean"] == pytest.approx(np.mean([float(row["psnr"]) for row in rows]))
+
+
+def test_each_row_tells_which_pixels_were_decoded_whatever_was_made_of_them(tmp_path, model_folder):
+    _, photos = open_sources(PHOTOS)
+    given = {"metrics": ["psnr"], "data": replace(PHOTOS, resolution=32)}
+    rows = _rows(_evaluate(tmp_path, str(model_folder), protocol="lightningdit-v1", **given))
+    assert [row["pixels"] for row in rows] == [hash_of_pixels(photos.open(index)) for index in range(len(photos))]
+    assert len({row["pixels"] for row in rows}) == len(rows) > 1
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torchvision")

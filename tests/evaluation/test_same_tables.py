@@ -1,5 +1,6 @@
 """The same tables, byte for byte: for any number of processes, any batch size, and after any kill."""
 
+import json
 import os
 import random
 import signal
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from tests.conftest import read_json
 from tests.evaluation.ranks import FILES, config_of, forked, in_processes, pictures, saved_model
+from vae.config import EvaluateConfig
 from vae.errors import InputError, Stopped
 from vae.evaluation.measuring import Bench
 from vae.evaluation.run import evaluate
+from vae.evaluation.setting import code_sha256
 
 FEW = ["psnr", "ssim", "contrast", "rfid", "kid_clean"]
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -187,4 +190,80 @@ def test_an_evaluation_goes_on_only_with_the_same_models_images_and_settings(tmp
     saved_model(Path(model), tiny)
     evaluate(config)
     with pytest.raises(InputError, match="already holds an evaluation; choose another name"):
+        evaluate(config)
+
+
+def interrupted(config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of an evaluation that ended before its tables."""
+    with monkeypatch.context() as patch:
+        patch.setattr("vae.evaluation.run.finish", stop)
+        with pytest.raises(Stopped):
+            evaluate(config)
+    return Path(config.output) / config.name
+
+
+def test_an_evaluation_does_not_go_on_with_the_same_tensors_in_another_network(tmp_path, tiny, monkeypatch):
+    """Half of the images by groups of 4 and half by groups of 8 would be one table of two networks."""
+    images, model = pictures(tmp_path / "images", 6), saved_model(tmp_path / "a", tiny)
+    config = config_of(tmp_path, images, [model], name="e", metrics=["psnr"], probe_images=0)
+    with monkeypatch.context() as patch:
+        patch.setattr("vae.evaluation.run._missing", lambda *_: [0, 1, 2])
+        interrupted(config, monkeypatch)
+    saved_model(Path(model), replace(tiny, norm_num_groups=8))
+    with pytest.raises(InputError, match=r"holds an interrupted evaluation with other models\.a\.config_sha256"):
+        evaluate(config)
+
+
+def test_an_evaluation_does_not_go_on_with_other_code(tmp_path, tiny, monkeypatch):
+    images, model = pictures(tmp_path / "images", 2), saved_model(tmp_path / "a", tiny)
+    config = config_of(tmp_path, images, [model], name="e", metrics=["psnr"], probe_images=0)
+    interrupted(config, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr("vae.evaluation.setting.code_sha256", lambda: "another")
+        with pytest.raises(InputError, match=r"holds an interrupted evaluation with other library\.code"):
+            evaluate(config)
+    evaluate(config)
+
+
+def test_the_code_is_another_when_one_line_of_it_is(tmp_path):
+    for name in ("one.py", "part/two.py", "part/page.html"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
+    before = code_sha256(tmp_path)
+    (tmp_path / "part" / "page.html").write_text("2")  # no number depends on it
+    (tmp_path / "part" / "__pycache__").mkdir()
+    (tmp_path / "part" / "__pycache__" / "two.pyc").write_text("1")
+    assert code_sha256(tmp_path) == before
+    (tmp_path / "part" / "two.py").write_text("2")
+    assert code_sha256(tmp_path) != before
+    assert code_sha256() == code_sha256()
+
+
+def test_an_evaluation_that_an_earlier_version_began_says_that_it_cannot_go_on(tmp_path, tiny, monkeypatch):
+    """As that version left it: no code, no configurations, and no pixels in the rows."""
+    images, model = pictures(tmp_path / "images", 2), saved_model(tmp_path / "a", tiny)
+    config = config_of(tmp_path, images, [model], name="e", metrics=["psnr"], probe_images=0)
+    folder = interrupted(config, monkeypatch)
+    plan = read_json(folder / "plan.json")
+    plan["library"] = {name: plan["library"][name] for name in ("vae", "torch")}
+    del plan["models"]["a"]["config_sha256"]
+    (folder / "plan.json").write_text(json.dumps(plan))
+    rows = folder / "rows_0.jsonl"
+    lines = [json.loads(line) for line in rows.read_text().splitlines() if line]
+    rows.write_text("".join(json.dumps({k: v for k, v in line.items() if k != "pixels"}) + "\n" for line in lines))
+    told = r"name='e': .* holds what an earlier version of vae began to measure.*choose another name, or delete it"
+    with pytest.raises(InputError, match=told):
+        evaluate(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", r"plan\.json: .*not readable as JSON"), ("[]", r"plan\.json: .*not a JSON object"), (None, "no plan.json")],
+)
+def test_rows_that_nobody_says_the_plan_of_are_not_gone_on_with(tmp_path, tiny, monkeypatch, text, message):
+    images, model = pictures(tmp_path / "images", 2), saved_model(tmp_path / "a", tiny)
+    config = config_of(tmp_path, images, [model], name="e", metrics=["psnr"], probe_images=0)
+    plan = interrupted(config, monkeypatch) / "plan.json"
+    plan.unlink() if text is None else plan.write_text(text)
+    with pytest.raises(InputError, match=message):
         evaluate(config)

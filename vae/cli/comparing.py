@@ -28,7 +28,7 @@ def compare(old: Place, new: Place, metric: Chosen = None, margin: Margins = Non
 
     Example: vae compare evaluations/before evaluations/after --metric psnr --metric lpips_vgg --margin psnr=0.1
     """
-    from vae.evaluation.recorded import only_in_one, pairs_of, read_evaluation
+    from vae.evaluation.recorded import only_in_one, paired_by_name, pairs_of, read_evaluation
 
     before, after = read_evaluation(old), read_evaluation(new)
     pairs = pairs_of(before, after)
@@ -36,6 +36,8 @@ def compare(old: Place, new: Place, metric: Chosen = None, margin: Margins = Non
     say(f"protocol {protocol['name']}, sha256 {protocol['sha256']}, at {after.document['resolution']} px")
     for line in only_in_one(before, after):
         warn(f"{line}, and not compared")
+    for line in paired_by_name(before, after):
+        warn(line)
     metrics = _chosen(metric, pairs)
     margins = _margins(margin or [], metrics)
     losses = [loss for dataset in before.document["datasets"] for loss in _compared(dataset, pairs, metrics, margins)]

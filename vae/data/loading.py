@@ -5,6 +5,7 @@ from itertools import islice
 from typing import NamedTuple, cast
 
 import torch
+import xxhash
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
@@ -35,6 +36,7 @@ class Sample(NamedTuple):
     left_out: list[LeftOut]
     is_enlarged: bool = False
     moments: Tensor | None = None
+    hashed: str = ""
 
 
 class Batch(NamedTuple):
@@ -44,7 +46,7 @@ class Batch(NamedTuple):
     Positions are plain integers, so that reading them never waits for a GPU. `left_out` are the images that could not
     be used: replaced in training, missing in validation, where B may so be 0; `missing` has their indices then.
     `enlarged` are the positions of those that had fewer pixels than are shown. `moments` (B, 2 * latent_channels, h, w)
-    are the posteriors', where they are known beforehand.
+    are the posteriors', where they are known beforehand. `hashes` are those of held-out images as they were decoded.
     """
 
     images: Tensor
@@ -54,6 +56,7 @@ class Batch(NamedTuple):
     enlarged: Sequence[int] = ()
     missing: Sequence[int] = ()
     moments: Tensor | None = None
+    hashes: Sequence[str] = ()
 
     def single(self, place: int) -> "Batch":
         """One of its images."""
@@ -121,11 +124,23 @@ class HeldOutImages(Dataset[Sample]):
         except ImageError as error:
             return Sample(None, index, name, [LeftOut(name, str(error), not isinstance(error, TooSmallError))])
         side = self.config.resolution
-        return Sample(self.cut(pixels, side), index, name, [], is_enlarged=min(pixels.shape[1:]) < side)
+        is_enlarged, hashed = min(pixels.shape[1:]) < side, hash_of_pixels(pixels)
+        return Sample(self.cut(pixels, side), index, name, [], is_enlarged=is_enlarged, hashed=hashed)
 
 
 class TooSmallError(ImageError):
     """An image is whole, and its shorter side below `data.min_side`."""
+
+
+def hash_of_pixels(pixels: Tensor) -> str:
+    """XXH3, 128 bits, of a decoded image (C, H, W): its shape, its depth, its values. The same on every machine.
+
+    Of the image before it is cut: a cut may compute in floats, whose last bits are a machine's own. Channels last, as
+    decoders lie in memory: in the other order hashing a photograph takes half as long as decoding it.
+    """
+    digest = xxhash.xxh3_128(f"{tuple(pixels.shape)} {pixels.dtype}".encode())
+    digest.update(pixels.permute(1, 2, 0).contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def training_loader(images: TrainingImages, sampler: EndlessSampler) -> DataLoader[Batch]:
@@ -169,7 +184,8 @@ def _collate(samples: Sequence[Sample]) -> Batch:
     missing = [sample.position for sample in samples if sample.pixels is None]
     positions, names = [one.position for _, one in usable], [one.name for _, one in usable]
     known = [one.moments for _, one in usable if one.moments is not None]
-    return Batch(images, positions, names, left_out, enlarged, missing, torch.stack(known) if known else None)
+    moments, hashes = torch.stack(known) if known else None, [one.hashed for _, one in usable]
+    return Batch(images, positions, names, left_out, enlarged, missing, moments, hashes)
 
 
 def shut_down(loader: DataLoader[Batch]) -> None:

@@ -10,14 +10,14 @@ from typing import Any
 from vae.evaluation.collected import Collected
 from vae.evaluation.comparing import compare_pairs
 from vae.evaluation.latents import combine
-from vae.evaluation.recorded import whole_models
+from vae.evaluation.recorded import PIXELS, whole_models
 from vae.evaluation.statistics import QUANTILE, summarise
 from vae.metrics.frechet import frechet_distance
 from vae.metrics.kernel import kernel_estimate
 from vae.metrics.registry import CONVENTION_OF, OF_SETS, PAIRED
 
 Document = dict[str, Any]
-Row = dict[str, Any]  # dataset, index, image, model, metrics, flags
+Row = dict[str, Any]  # dataset, index, image, pixels (their hash), model, metrics, flags
 
 
 def of_dataset(collected: Collected, header: Document) -> Document:
@@ -51,21 +51,22 @@ def rows_of(dataset: str, collected: Collected, models: list[str]) -> Iterator[R
             flags += [] if result["is_finite"] else ["not finite"]
             flags += ["identical"] if result.get("is_identical") else []
             numbers = {name: _number(value) for name, value in result.get("metrics", {}).items()}
-            about = {"dataset": dataset, "index": line["index"], "image": line["image"], "model": model}
-            yield about | {"metrics": numbers, "flags": flags}
+            about = {name: line[name] for name in ("index", "image", "pixels")}
+            yield {"dataset": dataset, "model": model, "metrics": numbers, "flags": flags} | about
 
 
 def as_csv(rows: list[Row], header: Document) -> str:
-    """A line for each image and model; empty where there is no value."""
+    """A line for each image and model; empty where there is no value. `pixels` tell the image from another's name."""
     pairs = [name for name in header["measured"] if name in PAIRED]
     protocol = f"{header['protocol']['name']} {header['protocol']['sha256']}"
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(["dataset", "image", "model", *pairs, "flags", "protocol"])
+    writer.writerow(["dataset", "image", "model", *pairs, "flags", "protocol", PIXELS])
     for row in rows:
         values = (row["metrics"].get(name) for name in pairs)
         cells = ["" if value is None else repr(value) for value in values]
-        writer.writerow([row["dataset"], row["image"], row["model"], *cells, " ".join(row["flags"]), protocol])
+        about = [" ".join(row["flags"]), protocol, row["pixels"]]
+        writer.writerow([row["dataset"], row["image"], row["model"], *cells, *about])
     return text.getvalue()
 
 

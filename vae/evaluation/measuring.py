@@ -82,8 +82,10 @@ class Bench:
             absent = self.at_once - len(indices)
             filled = torch.cat([images, images[-1:].expand(absent, -1, -1, -1)])
             lines = self._lines(filled, indices + indices[-1:] * absent)
-            for line, index, name in zip(lines, indices, batch.names[part], strict=False):
-                yield {"dataset": dataset, "index": index, "image": name, "enlarged": index in batch.enlarged} | line
+            of_images = zip(indices, batch.names[part], batch.hashes[part], strict=True)
+            for line, (index, name, hashed) in zip(lines, of_images, strict=False):
+                about = {"dataset": dataset, "index": index, "image": name, "pixels": hashed}
+                yield about | {"enlarged": index in batch.enlarged} | line
 
     def _lines(self, images: Tensor, indices: list[int]) -> list[Line]:
         lines: list[Line] = [{"features": {}, "models": {}} for _ in indices]

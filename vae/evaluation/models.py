@@ -1,8 +1,9 @@
 """The models that a user names: encoders and decoders, crossed."""
 
 import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from vae.checkpoints import read_autoencoder
 from vae.checkpoints.exports import find_export
 from vae.checkpoints.families import families_of
 from vae.errors import InputError, require
+from vae.models.autoencoder_config import AutoencoderConfig
 from vae.models.interface import Autoencoder
 
 
@@ -73,11 +75,17 @@ def described(codec: Codec, models: Mapping[str, Autoencoder], paths: dict[str, 
         "encoder": paths[codec.encoder],
         "decoder": paths[codec.decoder],
         "sha256": weights_sha256(encoder) if not codec.is_crossed else None,
+        "config_sha256": config_sha256(encoder.config) if not codec.is_crossed else None,
         "parameters": sum(parameter.numel() for parameter in used),
         "architecture": encoder.config.architecture,
         "latent_channels": channels,
         "downsample_factor": factor,
     }
+
+
+def config_sha256(config: AutoencoderConfig) -> str:
+    """Of all that is no tensor: the same weights in other groups, or with another scale, are another function."""
+    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()
 
 
 def weights_sha256(model: nn.Module) -> str:

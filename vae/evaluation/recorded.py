@@ -7,15 +7,17 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from vae.data.limits import printable
 from vae.errors import InputError, require
 from vae.metrics.registry import PAIRED
 
 SCHEMA = 1
 DOCUMENT_FILE, TABLE_FILE = "metrics.json", "images.csv"
+PIXELS = "pixels"  # column of the table: an image's hash as it was decoded; early evaluations have none
 NEEDED = ("schema", "protocol", "resolution", "data", "models", "datasets", "metrics")
 
 Key = tuple[str, int]  # an image's name, and how many of that name came before it
@@ -24,12 +26,16 @@ Values = tuple[float, ...]  # one for each of `metrics`, NaN where there is none
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was written: `document` is metrics.json, `tables` the lines of images.csv by dataset and model."""
+    """What was written: `document` is metrics.json, `tables` the lines of images.csv by dataset and model.
+
+    `pixels` are the hashes of the images by dataset, none where they were not recorded.
+    """
 
     file: Path
     document: dict[str, Any]
     metrics: tuple[str, ...]
     tables: dict[tuple[str, str], dict[Key, Values]]
+    pixels: dict[str, dict[Key, str]]
 
     def columns(self, dataset: str, model: str, keys: list[Key]) -> dict[str, np.ndarray]:
         """{metric: (N,) float64} of the named images."""
@@ -99,8 +105,7 @@ def read_evaluation(path: Path) -> Evaluation:
     is_ours = isinstance(document, dict) and all(key in document for key in NEEDED)
     require(is_ours, f"{file}: not an evaluation", f"a {DOCUMENT_FILE} with {', '.join(NEEDED)}: run evaluate.py again")
     require(document["schema"] == SCHEMA, f"{file}: schema {document['schema']}", f"{SCHEMA}: run evaluate.py again")
-    metrics, tables = _read_table(file.with_name(TABLE_FILE))
-    return Evaluation(file, document, metrics, tables)
+    return Evaluation(file, document, *_read_table(file.with_name(TABLE_FILE)))
 
 
 def pairs_of(old: Evaluation, new: Evaluation) -> list[Pair]:
@@ -131,6 +136,17 @@ def only_in_one(old: Evaluation, new: Evaluation) -> list[str]:
     return lost + [f"{name} is measured in {new.file} only" for name in sorted(measured[1] - measured[0])]
 
 
+def paired_by_name(old: Evaluation, new: Evaluation) -> list[str]:
+    """Of which data sets it is not known that the images of both evaluations are the same, in words."""
+    said: list[str] = []
+    for dataset in old.document["datasets"]:
+        silent = [str(one.file) for one in (old, new) if not one.pixels.get(dataset)]
+        if silent:
+            why = f"{silent[0]} holds no hashes of their pixels, as of an earlier version of vae"
+            said.append(f"images of {dataset} are paired by name only: {why}; run evaluate.py again to be sure")
+    return said
+
+
 def _pair(old: Evaluation, new: Evaluation, dataset: str, models: tuple[str, str]) -> Pair:
     before, after = old.tables.get((dataset, models[0]), {}), new.tables.get((dataset, models[1]), {})
     keys = [key for key in before if key in after]
@@ -153,17 +169,40 @@ def _check_comparable(old: Evaluation, new: Evaluation) -> None:
     require(data[0] == data[1], f"{new.file}: data {data[1]}", f"{data[0]}, as in {old.file}")
     names = list(before["datasets"]), list(after["datasets"])
     require(set(names[0]) == set(names[1]), f"{new.file}: datasets {names[1]}", f"those of {old.file}, {names[0]}")
-    for name, about in before["datasets"].items():
-        other = after["datasets"][name]
-        counts = [f"{one['images']} images, list {one['sha256'][:12]}" for one in (about, other)]
-        given = f"{new.file}: {name} with {counts[1]}"
-        expected = f"the images of {old.file} ({counts[0]}): only the same images can be paired"
-        require(about["sha256"] == other["sha256"], given, expected)
+    for name in before["datasets"]:
+        _check_images(old, new, name)
 
 
-def _read_table(file: Path) -> tuple[tuple[str, ...], dict[tuple[str, str], dict[Key, Values]]]:
+def _check_images(old: Evaluation, new: Evaluation, dataset: str) -> None:
+    """The same by their pixels, where both evaluations know them; else by the list of their names and files' sizes."""
+    before, after = (one.pixels.get(dataset, {}) for one in (old, new))
+    others = [key[0] for key, hashed in after.items() if before.get(key, hashed) != hashed]
+    if others:
+        wrong = f"{len(others)} images of {dataset} have the names of those of {old.file} and other pixels"
+        remedy = "measure both on the same files, by models of as many channels"
+        raise InputError(f"{new.file}: {wrong}, the first {printable(others[0])}; {remedy}")
+
+    # lists differ by the sizes of files too: of no weight where all pixels are known to be the same
+    about, other = (one.document["datasets"][dataset] for one in (old, new))
+    are_the_same = bool(before) and before.keys() == after.keys()
+    counts = [f"{one['images']} images, list {one['sha256'][:12]}" for one in (about, other)]
+    given = f"{new.file}: {dataset} with {counts[1]}"
+    expected = f"the images of {old.file} ({counts[0]}): only the same images can be paired"
+    require(are_the_same or about["sha256"] == other["sha256"], given, expected)
+
+
+class _Table(NamedTuple):
+    """`images.csv`, as an Evaluation has it."""
+
+    metrics: tuple[str, ...]
+    tables: dict[tuple[str, str], dict[Key, Values]]
+    pixels: dict[str, dict[Key, str]]
+
+
+def _read_table(file: Path) -> _Table:
     require(file.is_file(), f"{file}: missing", f"the table beside {DOCUMENT_FILE}")
     tables: dict[tuple[str, str], dict[Key, Values]] = {}
+    pixels: dict[str, dict[Key, str]] = {}
     seen: Counter[tuple[str, str, str]] = Counter()
     metrics: tuple[str, ...] = ()
     for row in _lines(file):
@@ -173,9 +212,12 @@ def _read_table(file: Path) -> tuple[tuple[str, ...], dict[tuple[str, str], dict
             values = tuple(math.nan if row[name] == "" else float(row[name]) for name in metrics)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{file}: not a table of an evaluation ({error}); run evaluate.py again") from error
-        tables.setdefault((dataset, model), {})[image, seen[dataset, model, image]] = values
+        key = image, seen[dataset, model, image]
+        tables.setdefault((dataset, model), {})[key] = values
+        if row.get(PIXELS):
+            pixels.setdefault(dataset, {})[key] = row[PIXELS]
         seen[dataset, model, image] += 1
-    return metrics, tables
+    return _Table(metrics, tables, pixels)
 
 
 def _lines(file: Path) -> Iterator[dict[str, str]]:

@@ -48,6 +48,10 @@ class Rows:
                     if (line := _parsed(text)) is not None:
                         yield line
 
+    def are_there(self) -> bool:
+        """Of any process, from before."""
+        return any(self.folder.glob("rows_*.jsonl"))
+
     def known(self) -> set[Key]:
         """Of images that were measured; what could not be read may have been repaired."""
         return {key_of(line) for line in self.read() if "left_out" not in line}

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import track
 
 from vae.checkpoints.lock import locked
+from vae.checkpoints.metadata import read_json
 from vae.checkpoints.safe import write_text
 from vae.config import EvaluateConfig
 from vae.data.loading import Batch, HeldOutImages, indexed_loader, shut_down
@@ -21,7 +22,7 @@ from vae.evaluation.finishing import finish
 from vae.evaluation.measuring import exact_arithmetic
 from vae.evaluation.recorded import DOCUMENT_FILE
 from vae.evaluation.rows import Rows
-from vae.evaluation.setting import Setting, prepare
+from vae.evaluation.setting import CODE, Setting, prepare
 from vae.evaluation.show import say
 from vae.evaluation.team import Team, first_difference, gathered
 
@@ -110,11 +111,22 @@ def _begin(folder: Path, plan: dict[str, Any], held: ExitStack) -> str:
         held.enter_context(locked(folder, "measuring"))
         if (folder / DOCUMENT_FILE).exists():
             return f"name={folder.name!r}: {folder} already holds an evaluation; choose another name"
-        before = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8")) if (folder / PLAN_FILE).exists() else plan
-        if (other := first_difference(before, plan)) is not None:
-            unlike = f"an interrupted evaluation with other {other}"
+        if (folder / PLAN_FILE).exists():
+            unlike = _unlike(read_json(folder / PLAN_FILE), plan)
+        else:
+            unlike = f"rows and no {PLAN_FILE} that says of what" if Rows(folder, 0).are_there() else None
+        if unlike is not None:
             return f"name={folder.name!r}: {folder} holds {unlike}; choose another name, or delete it"
         write_text(folder / PLAN_FILE, json.dumps(plan, indent=2))
     except InputError as error:
         return str(error)
     return ""
+
+
+def _unlike(before: dict[str, Any], plan: dict[str, Any]) -> str | None:
+    """Why an evaluation that was begun by the plan `before` cannot go on by this one."""
+    if CODE not in before.get("library", {}):
+        untold = "which did not note its code and the models' configurations: it cannot go on"
+        return f"what an earlier version of vae began to measure, {untold}"
+    other = first_difference(before, plan)
+    return None if other is None else f"an interrupted evaluation with other {other}"

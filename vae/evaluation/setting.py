@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import PIL
 import torch
 
 import vae
@@ -32,6 +33,8 @@ from vae.metrics.paired import PairedMetrics, unavailable
 from vae.metrics.registry import CONVENTION_OF, OF_SETS, PAIRED
 from vae.models.features import MissingBackboneError
 from vae.models.inception import Inception, load_inception
+
+CODE = "code"  # key of a header's library
 
 
 class Setting(NamedTuple):
@@ -85,7 +88,7 @@ def _header(config: EvaluateConfig, bench: Bench, missing: dict[str, str]) -> di
         "protocol": bench.protocol.described(),
         "resolution": config.data.resolution,
         "seed": config.seed,
-        "library": {"vae": vae.__version__, "torch": torch.__version__},
+        "library": _library(),
         "device": {"type": bench.device.type, "threads": config.threads, "batch_size": batch_size},
         "data": {"bits": config.data.bits, "min_side": config.data.min_side},
         "inception": None if bench.inception is None else weights_sha256(bench.inception),
@@ -94,6 +97,21 @@ def _header(config: EvaluateConfig, bench: Bench, missing: dict[str, str]) -> di
         "measured": [name for name in config.metrics if name not in missing],
         "missing": missing,
     }
+
+
+def _library() -> dict[str, str]:
+    """The code that numbers come from: Pillow decodes and resizes; each torchvision goes with one torch."""
+    ours = {"vae": vae.__version__, CODE: code_sha256()}
+    return ours | {"torch": torch.__version__, "pillow": PIL.__version__}
+
+
+def code_sha256(package: Path = Path(vae.__file__).parent) -> str:
+    """Of the names and the text of all of its Python files: checkouts of one version differ, and so do edited ones."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        text = path.read_bytes()
+        digest.update(f"{path.relative_to(package).as_posix()}\0{len(text)}\0".encode() + text)
+    return digest.hexdigest()
 
 
 def _check_measured(config: EvaluateConfig, missing: dict[str, str]) -> None:

@@ -65,8 +65,13 @@ def leads_alone() -> bool:
 
 
 def first_difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
-    """The first key under which two plans differ."""
-    return next((key for key in [*one, *other] if one.get(key) != other.get(key)), None)
+    """The first key under which two plans differ, with the one below it: "library.code"."""
+    for key in [*one, *other]:
+        a, b = one.get(key), other.get(key)
+        if a != b:
+            below = first_difference(a, b) if isinstance(a, dict) and isinstance(b, dict) else None
+            return key if below is None else f"{key}.{below}"
+    return None
 
 
 @contextmanager
