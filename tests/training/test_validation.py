@@ -4,8 +4,10 @@ import csv
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,11 +16,18 @@ from torch import Tensor
 from tests.conftest import read_json
 from tests.training.driven import Corners
 from tests.training.harness import digest_of, small_run
+from tests.training.images import noise, on
 from tests.training.test_processes import of_processes, run
+from vae.config import TrainConfig
 from vae.errors import InputError
 from vae.metrics.frechet import frechet_distance
 from vae.metrics.kernel import kernel_distance
+from vae.metrics.paired import PairedMetrics
 from vae.models.inception import Inception
+from vae.models.lpips import LPIPS
+from vae.models.posterior import DiagonalGaussian
+from vae.training.advice import Advice
+from vae.training.module import Training
 from vae.training.run import train
 from vae.training.set_metrics import ABSENT, SetMetrics
 
@@ -106,3 +115,66 @@ def test_several_processes_measure_every_image_once_and_keep_one_best(tmp_path, 
     record = read_json(together / "exports" / "best" / "best.json")
     assert record["updates"] == 3
     assert record["value"] == pytest.approx(float(last["val/rfid"]), rel=1e-6)
+
+
+def of_two_channels(output: Path) -> TrainConfig:
+    """A run on flow-like images, of which LPIPS sees the first, the second and the second again."""
+    for side, count in (("train", 4), ("val", 2)):
+        (output / "images" / side).mkdir(parents=True)
+        for number in range(count):
+            np.save(output / "images" / side / f"{number}.npy", noise(40, 48, number, channels=2))
+    config = on(small_run(output / "runs", keep_best="auto"), output / "images")
+    weights = replace(config.loss.weights, perceptual=0.5, adversarial=0.0)
+    loss = replace(config.loss, weights=weights, perceptual_net="alex", perceptual_channels=[0, 1, 1])
+    model = replace(config.model, in_channels=2, out_channels=2)
+    return replace(config, model=model, loss=loss, updates=2, validate_every=2)
+
+
+def test_lpips_of_chosen_channels_is_measured_and_the_best_by_it_kept(tmp_path):
+    folder = train(of_two_channels(tmp_path))
+    measured = [float(row["val/lpips_alex"]) for row in rows_of(folder)]
+    assert all(0 < value < 10 for value in measured)
+    record = read_json(folder / "exports" / "best" / "best.json")
+    assert (record["metric"], record["value"]) == ("lpips_alex", pytest.approx(measured[-1], rel=1e-6))
+
+
+def test_a_validation_sees_the_channels_that_the_loss_sees():
+    network = LPIPS("alex", channels=[0, 1, 1])
+    images, reconstructions = torch.randint(0, 256, (2, 3, 2, 40, 40), dtype=torch.uint8)
+    found = PairedMetrics(("lpips_alex",), shared=network)(images, reconstructions)["lpips_alex"]
+    three = (one[:, [0, 1, 1]] for one in (images, reconstructions))
+    torch.testing.assert_close(found, PairedMetrics(("lpips_alex",))(*three)["lpips_alex"])
+    assert PairedMetrics(("lpips_alex",))(images, reconstructions) == {}
+    assert PairedMetrics(("lpips_alex",), shared=network)(images[..., :30], reconstructions[..., :30]) == {}
+
+
+def told_of_validations(config: TrainConfig, count: int, side: int, capsys: pytest.CaptureFixture[str]) -> str:
+    """What is said of three validations of `count` images of `side` pixels each way."""
+    training, advice = Training(config), Advice(every=1)
+    images, reconstructions = torch.randint(0, 256, (2, count, 3, side, side), dtype=torch.uint8)
+    posterior = DiagonalGaussian(torch.randn(count, 3, 4, 4), torch.full((count, 3, 4, 4), -3.0))
+    for updates in (0, 10, 20):
+        training.validation.start()
+        training.validation.update(list(range(count)), images, reconstructions, posterior)
+        training.validation.finish()
+        trainer: Any = SimpleNamespace(is_global_zero=True, global_step=updates)
+        training.__dict__["_trainer"] = trainer
+        advice.on_validation_end(trainer, training)
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_a_metric_that_is_never_finite_is_said_once_with_the_reason_and_what_becomes_of_the_best(tmp_path, capsys):
+    by_ssim, by_psnr = (small_run(tmp_path, keep_best=metric) for metric in ("ssim", "psnr"))
+    reason = "validation has no finite ssim: needs images of 11 pixels a side or more; these have 8"
+    of_the_best = "; exports/best is chosen by it, and this validation writes none: keep_best= names another metric"
+    assert told_of_validations(by_ssim, 2, 8, capsys) == f"note, update 0: {reason}{of_the_best}"
+    assert told_of_validations(by_psnr, 2, 8, capsys) == f"note, update 0: {reason}"
+    assert told_of_validations(by_ssim, 2, 16, capsys) == ""
+
+
+def test_a_distance_of_sets_that_one_image_cannot_have_is_said(tmp_path, monkeypatch, capsys):
+    inception: Any = Corners()
+    monkeypatch.setattr(SetMetrics, "of", lambda _: SetMetrics(inception))
+    config = small_run(tmp_path, keep_best="rfid")
+    assert "validation has no finite rfid: it takes two images" in told_of_validations(config, 1, 16, capsys)
+    assert told_of_validations(config, 2, 16, capsys) == ""

@@ -1,6 +1,6 @@
 """The metrics of one image against its reconstruction, by name."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class PairedMetrics:
     @torch.no_grad()
     def __call__(self, images: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
         assert images.dtype == reconstructions.dtype == torch.uint8
-        absent = self.missing | unavailable(self.names, images.shape[1], min(images.shape[-2:]))
+        absent = self.absent(images)
         names = [name for name in self.names if name not in absent]
         looks = appearance(images, reconstructions) if OF_APPEARANCE & set(names) else {}
         rows: dict[str, Tensor] = {}
@@ -72,15 +72,24 @@ class PairedMetrics:
                 rows[name] = looks[name]
         return rows
 
+    def absent(self, images: Tensor) -> dict[str, str]:
+        """{name: why} of those that such images (B, C, H, W) do not get here."""
+        channels, side = images.shape[1], min(images.shape[-2:])
+        seeing = [name for name, network in self.lpips.items() if network.sees(channels)]
+        return self.missing | unavailable(self.names, channels, side, seeing)
 
-def unavailable(names: Iterable[str], channels: int, resolution: int) -> dict[str, str]:
-    """{name: why} of the metrics, paired or of sets, that images of so many channels and pixels a side cannot have."""
+
+def unavailable(names: Iterable[str], channels: int, resolution: int, seeing: Collection[str] = ()) -> dict[str, str]:
+    """{name: why} of the metrics, paired or of sets, that images of so many channels and pixels a side cannot have.
+
+    `seeing` are those whose networks were told which channels to see.
+    """
     reasons: dict[str, str] = {}
     for name in names:
         least = LEAST_SIDES.get(name, 1)
         if resolution < least:
             reasons[name] = f"needs images of {least} pixels a side or more; these have {resolution}"
-        if name.startswith("lpips_") and channels == 2:
+        if name.startswith("lpips_") and channels == 2 and name not in seeing:
             reasons[name] = "ImageNet's networks see grey, RGB, RGBA, or three of more channels; these have 2"
         if name in OF_SETS and channels != 3:
             reasons[name] = f"Inception sees RGB images; these have {channels} channels"

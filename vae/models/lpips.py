@@ -56,6 +56,10 @@ class LPIPS(nn.Module):
         """Stay in eval mode."""
         return super().train(False)
 
+    def sees(self, channels: int) -> bool:
+        """Whether images of so many channels: of two nobody can tell which is what, unless they are chosen."""
+        return self.channels is not None or channels != 2
+
     def forward(self, images: Tensor, reconstructions: Tensor) -> Tensor:
         distances = [
             ((a - b).square() * head).sum(dim=1).mean(dim=(1, 2))

@@ -1,5 +1,6 @@
 """Signs of trouble in words: what is wrong, and what to change."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -9,11 +10,13 @@ from lightning.pytorch import Callback
 
 from vae.latents import ACTIVE
 from vae.losses.objective import LossConfig
+from vae.metrics.registry import OF_SETS
 from vae.training.console import warn
 from vae.training.module import Training
 
 WINDOW = 20  # logged updates in a row: one bad batch is no trouble
 CLAMPED = 0.01
+SETS_NEED = "it takes two images, and Inception's weights where every process finds them"
 
 Means = Mapping[str, float]
 
@@ -75,6 +78,8 @@ class Advice(Callback):
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Training)
+        if trainer.is_global_zero:
+            self._say_what_is_not_finite(trainer, pl_module)
         if not trainer.is_global_zero or pl_module.updates == 0 or not pl_module.posterior_learns:
             return
         if not pl_module.autoencoder.is_variational:
@@ -93,6 +98,20 @@ class Advice(Callback):
                 f"{latents.clamped_share:.0%} of the posterior's log-variances stand at their bounds, where they have "
                 f"no gradient: lower optim.learning_rate, or raise loss.weights.kl",
             )
+
+    def _say_what_is_not_finite(self, trainer: lightning.Trainer, training: Training) -> None:
+        """Of the metrics that a validation should have: each would be an empty place in a table, and no best export."""
+        validation, best = training.validation, training.config.best_metric
+        wanted: list[str] = [*validation.metrics.names]
+        if best is not None and best not in wanted:
+            wanted.append(best)  # of sets
+
+        measured = validation.measured
+        for name in (name for name in wanted if measured and not math.isfinite(measured.get(name, math.nan))):
+            untold = SETS_NEED if name in OF_SETS else "no image has a finite one"
+            lost = "; exports/best is chosen by it, and this validation writes none: keep_best= names another metric"
+            reason = validation.absent.get(name, untold)
+            self._say(trainer, f"validation has no finite {name}: {reason}{lost if name == best else ''}")
 
     def _say(self, trainer: lightning.Trainer, words: str) -> None:
         if words not in self._said:

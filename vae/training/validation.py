@@ -18,7 +18,8 @@ AUDITED = 2  # images that decide whether an export is safe in float16
 class Validation:
     """Sums in float64, merged over the processes when all have seen their share.
 
-    `measured` is what the last one found, `latents` what lay between.
+    `measured` is what the last one found, `latents` what lay between, `absent` the metrics that its images cannot have,
+    each with the reason.
     """
 
     def __init__(self, metrics: PairedMetrics, latent_channels: int, sets: SetMetrics) -> None:
@@ -32,6 +33,7 @@ class Validation:
 
     def start(self) -> None:
         self.measured: dict[str, float] = {}
+        self.absent: dict[str, str] = {}
         self._first: list[Tensor] = []
         self.sets.start()
         self.latents = LatentStatistics(self.latent_channels)
@@ -46,6 +48,7 @@ class Validation:
 
     def update(self, indices: list[int], images: Tensor, reconstructions: Tensor, posterior: DiagonalGaussian) -> None:
         """uint8 images (B, C, H, W), their reconstructions, and what lay between. Infinite values are not counted."""
+        self.absent = self.metrics.absent(images)
         self._first += images[: AUDITED - len(self._first)]
         self.latents.update(posterior)
         self.sets.update(indices, images, reconstructions)
