@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,13 +10,15 @@ import torch
 from tests.conftest import without_adversary
 from tests.training.test_resume import cut_at
 from tests.training.test_run import _columns
+from tests.traps.bench import checkpoint_of, rewrite_checkpoint
 from vae.audit.precision import audit_precision
 from vae.checkpoints import load_autoencoder, save_autoencoder
+from vae.checkpoints.latentshards import encoder_digest
 from vae.config import TrainConfig
 from vae.errors import InputError
 from vae.latents import scale_latents, unscale_latents
 from vae.losses.objective import LossConfig, LossWeights
-from vae.models.autoencoder import AutoencoderConfig
+from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from vae.training.autoencoding import Autoencoding
 from vae.training.export import export_checkpoint
 from vae.training.manifest import newest_whole
@@ -230,6 +233,31 @@ def test_a_run_does_not_go_on_with_another_teacher_but_may_find_it_elsewhere(tin
     save_autoencoder(perturbed(replace(tiny, block_out_channels=[16, 16], scaling_factor=2.0)), moved)
     with pytest.raises(InputError, match="or what makes latents"):
         train(replace(config, updates=6))
+
+
+def test_a_run_does_not_go_on_with_the_same_tensors_in_another_teacher(tiny_run, teacher):
+    config = taught(tiny_run, teacher, updates=2, validate_every=2)
+    run, model = train(config), load_autoencoder(teacher)
+    for change in ({"norm_num_groups": 8}, {"scaling_factor": 0.3}, {"latents_std": [1.0, 2.0, 3.0]}):
+        other = AutoencoderKL(replace(model.config, **change))
+        other.load_state_dict(model.state_dict())
+        save_autoencoder(other, teacher)
+        with pytest.raises(InputError, match="or what makes latents"):
+            train(replace(config, updates=4, resume=str(run)))
+
+
+def test_a_run_that_began_when_the_teachers_configuration_was_not_noted_goes_on(tiny_run, teacher):
+    run = train(taught(tiny_run, teacher, updates=2, validate_every=2))
+
+    def as_before(checkpoint: dict[str, Any]) -> None:
+        checkpoint["images"] = checkpoint["images"].rpartition(" ")[0]
+        assert checkpoint["images"].endswith(encoder_digest(load_autoencoder(teacher).state_dict()))
+
+    before = checkpoint_of(run)["images"]
+    rewrite_checkpoint(run, as_before)
+    assert checkpoint_of(run)["images"] != before
+    train(taught(tiny_run, teacher, updates=4, validate_every=2, resume=str(run)))
+    assert checkpoint_of(run)["images"] == before
 
 
 def test_rescaling_that_changes_images_is_refused(from_base, tiny, perturbed, tmp_path):

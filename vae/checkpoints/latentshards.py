@@ -36,6 +36,12 @@ def encoder_digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def config_digest(config: AutoencoderConfig) -> str:
+    """SHA-256 over what scaled latents depend on besides: what no tensor's name or shape tells."""
+    told = {name: getattr(config, name) for name in ("norm_num_groups", *SCALE_KEYS)}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
 class StoredLatents:
     """number -> what is stored of an image. `config` is the autoencoder's, `names` are the images'.
 

@@ -137,7 +137,10 @@ def _check_progress(config: TrainConfig, trainer: lightning.Trainer, checkpoint:
     )
     more = f"at least the {progress.updates} that are done"
     require(config.updates >= progress.updates, f"updates={config.updates}", more)
-    if images != progress.images:
+    is_known = images == progress.images
+    if config.teacher is not None:  # of whose configuration earlier versions noted nothing
+        is_known |= images.rpartition(" ")[0] == progress.images
+    if not is_known:
         others = {"data.latents": config.data.latents, "teacher": config.teacher}
         given = "".join(f" and {key}={value!r}" for key, value in others.items() if value is not None)
         or_these = " (or what makes latents)" if given else ""

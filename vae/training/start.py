@@ -13,7 +13,7 @@ from vae.checkpoints import Found, load_autoencoder, read_autoencoder
 from vae.checkpoints.exports import find_export
 from vae.checkpoints.families import is_published_network
 from vae.checkpoints.latentfile import SCALE_KEYS
-from vae.checkpoints.latentshards import encoder_digest
+from vae.checkpoints.latentshards import encoder_digest, config_digest
 from vae.config import TrainConfig
 from vae.data.loading import first_images
 from vae.data.sources import Source
@@ -51,7 +51,10 @@ class Start(NamedTuple):
     def fingerprint(self) -> tuple[str, ...]:
         """Of what is trained on besides the images."""
         latents = () if self.latents is None else (self.latents.stored.fingerprint(),)
-        return latents if self.teacher is None else (*latents, encoder_digest(self.teacher.model.state_dict()))
+        if self.teacher is None:
+            return latents
+        model = self.teacher.model
+        return (*latents, encoder_digest(model.state_dict()), config_digest(model.config))
 
 
 def start_of(config: TrainConfig, folder: Path, images: Source | None = None) -> Start:
