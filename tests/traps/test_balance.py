@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.traps.bench import Bench
+from tests.conftest import without_adversary
+from tests.traps.bench import Bench, assert_same
 from vae.latents import LatentStatistics
 from vae.losses.adversarial import RunningMean, gradient_penalty, lecam_penalty
 from vae.losses.augment import AUGMENTATIONS, DRAWS, diff_augment
@@ -125,6 +126,26 @@ def test_a_kl_term_that_outweighs_reconstruction_is_said(tiny_run, capsys, monke
     monkeypatch.setattr("vae.training.advice.SIGNS", ())
     with pytest.raises(AssertionError):
         is_said()
+
+
+def test_a_frozen_encoder_has_no_kl_term_however_heavy_its_weight(tiny_run, monkeypatch):
+    """N14: LAV's weight of 1.0 beside none. The mutant computes the term of a posterior that cannot move."""
+
+    def gradients(weight: float) -> dict[str, Tensor]:
+        weights = LossWeights(kl=weight, perceptual=0.0, adversarial=0.0)
+        config = replace(tiny_run, loss=replace(tiny_run.loss, weights=weights), frozen=["encoder", "quant_conv"])
+        bench = Bench(config)
+        bench.load_state_dict(state)
+        found = bench.gradients(0)
+        assert "train/kl" not in bench.logged
+        assert all(name.startswith(("autoencoder.decoder.", "autoencoder.post_quant_conv.")) for name in found)
+        return found
+
+    state = Bench(without_adversary(tiny_run)).state_dict()
+    assert_same(gradients(1.0), gradients(0.0), "gradients with a heavy KL weight and with none")
+    monkeypatch.setattr("vae.training.autoencoding.posterior_learns", lambda _: True)
+    with pytest.raises(AssertionError):
+        gradients(1.0)
 
 
 @pytest.mark.parametrize(

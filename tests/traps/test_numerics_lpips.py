@@ -1,7 +1,8 @@
-"""Rows N5, N6 and N7 of the table of traps: the frozen network inside the loss. Each claim is shown to be false once
-the peers' defect is put in place of our code."""
+"""Rows N5, N6 and N7 of the table of traps: the frozen network inside the loss, and the other frozen ones that see
+images. Each claim is shown to be false once the peers' defect is put in place of our code."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,15 +13,18 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import normalize
 
 import vae
+from tests.conftest import without_adversary
 from tests.traps.bench import Bench
 from vae.config import TrainConfig
 from vae.losses.objective import LossConfig, Objective
 from vae.metrics.paired import PairedMetrics
+from vae.models.autoencoder import AutoencoderKL
 from vae.models.backbones import BACKBONES
 from vae.models.features import load_backbone
 from vae.models.lpips import LPIPS
 from vae.models.posterior import DiagonalGaussian
 from vae.training.module import Training
+from vae.training.teacher import Teacher
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of images in [0, 1]
 with_alex = pytest.mark.parametrize("lpips_net", ["alex"], indirect=True)
@@ -172,21 +176,69 @@ def test_each_backbone_normalises_signed_images_with_imagenets_statistics(monkey
         features_begin_with_imagenets_statistics(lpips_net)
 
 
+def with_frozen_encoder(config: TrainConfig) -> tuple[Bench, nn.Module]:
+    bench = Bench(replace(config, frozen=["encoder", "quant_conv"]))
+    return bench, bench.autoencoder.encoder
+
+
+def with_teacher(config: TrainConfig) -> tuple[Bench, nn.Module]:
+    bench = Bench(replace(config, teacher="another"))
+    bench.autoencoding.teacher = Teacher(AutoencoderKL(config.model), config.model)
+    return bench, bench.autoencoding.teacher.model.encoder
+
+
+def it_sees_signed_images(bench: Bench, encoder: nn.Module) -> None:
+    """What it learned to see, without anybody's statistics."""
+    seen: list[Tensor] = []
+    encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    bench.loss(0)
+    assert seen[0].min() < -0.9
+    assert 0.9 < seen[0].max() <= 1.0
+
+
+RANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "[0, 1]": lambda images: images / 255,
+    "ImageNet's": lambda images: normalize(images / 255, IMAGENET_MEAN, IMAGENET_STD),
+}
+
+
+@pytest.mark.parametrize("mutant", RANGES.values(), ids=RANGES.keys())
+@pytest.mark.parametrize("beside", [with_frozen_encoder, with_teacher])
+def test_a_frozen_encoder_and_a_teacher_see_images_between_minus_one_and_one(monkeypatch, tiny_run, beside, mutant):
+    """N7: the mutants feed them what other frozen networks want."""
+    config = without_adversary(tiny_run)
+    it_sees_signed_images(*beside(config))
+    monkeypatch.setattr("vae.training.module.to_model_range", mutant)
+    with pytest.raises(AssertionError):
+        it_sees_signed_images(*beside(config))
+
+
 PRETRAINED = re.compile(
-    r"\b(import timm|timm\.|transformers\.|torch\.hub\.load\b|from_pretrained|torchvision\.models|load_backbone)"
+    r"\b(import timm|timm\.|transformers\.|torch\.hub\.load\b|from_pretrained|torchvision\.models"
+    r"|load_backbone|load_inception)"
 )
+ENTER = {  # where pretrained networks do: LPIPS, and Inception for rFID and KID
+    "models/features.py",
+    "models/lpips.py",
+    "models/inception.py",
+    "training/set_metrics.py",
+    "evaluation/setting.py",
+    "checkpoints/card.py",  # which tells people how to load
+}
 
 
-def pretrained_networks_enter_by_lpips_alone(sources: dict[str, str]) -> None:
-    found = {path for path, source in sources.items() if PRETRAINED.search(source)}
-    assert found == {"models/features.py", "models/lpips.py", "checkpoints/card.py"}  # which tells people how to load
+def pretrained_networks_enter_by_known_doors(sources: dict[str, str]) -> None:
+    assert {path for path, source in sources.items() if PRETRAINED.search(source)} == ENTER
 
 
 def test_no_other_network_with_a_normalisation_of_its_own_is_loaded():
-    """N7: whoever adds one extends the test above. The mutants load VA-VAE's DINOv2 and a torchvision network."""
+    """N7: whoever adds one extends the tests above. The mutants load VA-VAE's DINOv2 and a torchvision network.
+
+    Inception's normalisation is held by `tests/models/test_inception.py`.
+    """
     package = Path(vae.__file__).parent
     sources = {str(path.relative_to(package)): path.read_text() for path in package.rglob("*.py")}
-    pretrained_networks_enter_by_lpips_alone(sources)
+    pretrained_networks_enter_by_known_doors(sources)
     for foreign in ("import timm\nnet = timm.create_model('dinov2')", "import torchvision\ntorchvision.models.vgg16()"):
         with pytest.raises(AssertionError):
-            pretrained_networks_enter_by_lpips_alone(sources | {"losses/features.py": foreign})
+            pretrained_networks_enter_by_known_doors(sources | {"losses/features.py": foreign})

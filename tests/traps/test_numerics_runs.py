@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import dropout
 
 from tests.conftest import without_adversary
 from tests.traps.bench import PLAYING, Bench
 from vae.config import EvaluateConfig, TrainConfig
 from vae.errors import InputError
 from vae.evaluation.run import evaluate
-from vae.models.autoencoder import AutoencoderKL
+from vae.models.architectures import build_autoencoder
+from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from vae.models.autoencoder_config import KL_ONLY
 from vae.models.lpips import LPIPS
 from vae.models.posterior import DiagonalGaussian
 from vae.training.module import Training
@@ -193,6 +196,25 @@ def test_a_loss_that_is_not_finite_is_never_replaced_by_a_number(monkeypatch, ti
     monkeypatch.setattr(LPIPS, "forward", lambda self, a, b: distance(self, a, b).nan_to_num(0.0))
     with pytest.raises(AssertionError, match="perceptual"):
         what_is_not_finite_stays_so(bench)
+
+
+def encoding_is_the_same_in_both_modes(config: AutoencoderConfig) -> None:
+    model, images = build_autoencoder(config), torch.rand(2, config.in_channels, 32, 32) * 2 - 1
+    with torch.no_grad():
+        trained, used = model.train().encode(images), model.eval().encode(images)
+    assert torch.equal(trained.mean, used.mean)
+    assert torch.equal(trained.logvar, used.logvar)
+
+
+def test_the_encoder_is_the_same_function_in_training_mode(monkeypatch, tiny):
+    """N15: so that a frozen one may stay in it. The mutant has a dropout, as a network of others might."""
+    of_tiny = {"block_out_channels": [8, 8], "architecture": "tiny", "mid_block_pool": True} | KL_ONLY
+    for config in (tiny, replace(tiny, **of_tiny)):
+        encoding_is_the_same_in_both_modes(config)
+    encode = AutoencoderKL.encode
+    monkeypatch.setattr(AutoencoderKL, "encode", lambda self, images: encode(self, dropout(images, 0.5, self.training)))
+    with pytest.raises(AssertionError):
+        encoding_is_the_same_in_both_modes(tiny)
 
 
 def training_draws_latents(decoded: list[Decoded]) -> None:

@@ -13,7 +13,7 @@ from vae.checkpoints import Found, load_autoencoder, read_autoencoder
 from vae.checkpoints.exports import find_export
 from vae.checkpoints.families import is_published_network
 from vae.checkpoints.latentfile import SCALE_KEYS
-from vae.checkpoints.latentshards import encoder_digest, config_digest
+from vae.checkpoints.latentshards import config_digest, encoder_digest
 from vae.config import TrainConfig
 from vae.data.loading import first_images
 from vae.data.sources import Source
