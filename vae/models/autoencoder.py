@@ -97,8 +97,8 @@ class AutoencoderKL(Autoencoder[Encoder, Decoder]):
         return DiagonalGaussian.from_moments(self.quant_conv(self.encoder(images)))
 
     def decode_features(self, latents: Tensor) -> Tensor:
-        weight_dtype = self.decoder.conv_in.weight.dtype  # posteriors are float32 also where the weights are half
-        return self.decoder.features(self.post_quant_conv(latents.to(weight_dtype)))
+        weight = next(self.decoder.conv_in.parameters())  # posteriors are float32 also where the weights are half
+        return self.decoder.features(self.post_quant_conv(latents.to(weight.dtype)))
 
     @property
     def last_layer(self) -> nn.Conv2d:

@@ -4,6 +4,10 @@ A norm, SiLU and a convolution keep nothing for backward but the norm's input: w
 the input of each, but the other two are made again by passes over memory that cost little beside a convolution. Of the
 sd preset's activations two fifths are left, in half precision a third. Downsampling makes no padded copy of the image,
 upsampling no enlarged one where it is a transposed convolution.
+
+So the parameters of layers are read, and the layers themselves are not called. That is done with layers that are as
+they were made. One with a hook, another class, another padding, and whatever else makes it compute something else, is
+called.
 """
 
 from collections.abc import Iterator
@@ -13,10 +17,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 TRANSPOSED_ON = ("cpu",)  # where upsampling by a transposed convolution was measured to be faster
 aten = torch.ops.aten
 Gradients = tuple[Tensor | None, ...]
+Shape = tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int], int, str]
+SAME: Shape = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")  # kernel, stride, padding, dilation, groups, beyond borders
+HALF: Shape = ((3, 3), (2, 2), (0, 0), (1, 1), 1, "zeros")
 _is_plain = False
 
 
@@ -33,16 +41,16 @@ def layer_by_layer() -> Iterator[None]:
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     """silu(norm(x)) of x (B, C, H, W)."""
-    if _is_plain:
+    if _is_plain or not is_plain_norm(norm):
         return F.silu(norm(x))
-    return _NormSilu.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+    return _NormSilu.apply(x, *_read(norm), norm.num_groups, norm.eps)
 
 
 def norm_silu_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
     """conv(silu(norm(x))) of x (B, C, H, W), where `conv` keeps H and W."""
-    if _is_plain:
-        return conv(F.silu(norm(x)))
-    return _NormSiluConv.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps, conv.weight, conv.bias)
+    if _is_plain or not (is_plain_norm(norm) and is_plain_conv(conv, SAME)):
+        return conv(norm_silu(norm, x))
+    return _NormSiluConv.apply(x, *_read(norm), norm.num_groups, norm.eps, *_read(conv))
 
 
 def pad_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -50,9 +58,9 @@ def pad_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
     Computed with two on all sides, of which the first row and column of the result are left out.
     """
-    if _is_plain:
+    if _is_plain or not is_plain_conv(conv, HALF):
         return conv(F.pad(x, (0, 1, 0, 1)))
-    return F.conv2d(x, conv.weight, conv.bias, stride=2, padding=2)[:, :, 1:, 1:].contiguous()
+    return F.conv2d(x, *_read(conv), stride=2, padding=2)[:, :, 1:, 1:].contiguous()
 
 
 def nearest_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -62,9 +70,51 @@ def nearest_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
     image with stride 2, which multiplies 2.25 times less. Shi et al., "Is the deconvolution layer the same as a
     convolutional layer?" (2016).
     """
-    if _is_plain or x.device.type not in TRANSPOSED_ON:
+    if _is_plain or x.device.type not in TRANSPOSED_ON or not is_plain_conv(conv, SAME):
         return conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-    return F.conv_transpose2d(x, transposed_kernel(conv.weight), conv.bias, stride=2, padding=1)
+    weight, bias = _read(conv)
+    return F.conv_transpose2d(x, transposed_kernel(weight), bias, stride=2, padding=1)
+
+
+def is_plain_norm(norm: nn.Module) -> bool:
+    """Whether to call `norm` is to compute what its class says of its parameters, and nothing beside."""
+    return type(norm) is nn.GroupNorm and _is_whole(norm) and is_as_made(norm)
+
+
+def is_plain_conv(conv: nn.Module, shape: Shape) -> bool:
+    """The same of `conv`, if it has that `shape`."""
+    return (
+        type(conv) is nn.Conv2d
+        and (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode) == shape
+        and _is_whole(conv)
+        and is_as_made(conv)
+    )
+
+
+def is_as_made(layer: nn.Module) -> bool:
+    """No hook, and no method of its own, as some programs set to add a LoRA or to make images tile."""
+    own = layer.__dict__  # looked at for every layer of every pass: a microsecond is much
+    return not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or "_conv_forward" in own
+        or _has_any_global_hook()
+    )
+
+
+def _is_whole(layer: nn.Module) -> bool:
+    """Weight and bias are there, and parameters of its own: not made of others at every call."""
+    held = layer.__dict__["_parameters"]
+    return held.get("weight") is not None and held.get("bias") is not None
+
+
+def _read(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias; by their names as attributes they are found later than all else of a module."""
+    held = layer.__dict__["_parameters"]
+    return held["weight"], held["bias"]
 
 
 def transposed_kernel(weight: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ FLUX.2. Parameter names are those of diffusers' AutoencoderTiny.
 """
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -101,13 +102,11 @@ class AutoencoderTiny(Autoencoder[TinyEncoder, TinyDecoder]):
         return DiagonalGaussian(mean, torch.full_like(mean, LOGVAR_RANGE[0]))
 
     def decode_features(self, latents: Tensor) -> Tensor:
-        return self.decoder.features(latents.to(self.last_layer.weight.dtype))
+        return self.decoder.features(latents.to(next(self.decoder.parameters()).dtype))
 
     @property
     def last_layer(self) -> nn.Conv2d:
-        last = self.decoder.layers[-1]
-        assert isinstance(last, nn.Conv2d)
-        return last
+        return cast(nn.Conv2d, self.decoder.layers[-1])
 
     def to_images(self, features: Tensor) -> Tensor:
         return 2 * self.last_layer(features) - 1

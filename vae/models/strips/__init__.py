@@ -20,7 +20,7 @@ from vae.models.interface import Autoencoder
 from vae.models.posterior import DiagonalGaussian
 from vae.models.strips.maps import Given
 from vae.models.strips.rowwise import Work
-from vae.models.strips.stages import USUAL_ROWS, planned
+from vae.models.strips.stages import USUAL_ROWS, planned, refuse_changed
 from vae.models.strips.stored import freed_at_once
 
 MB = 10**6
@@ -38,9 +38,10 @@ def decode_in_strips(
     `memory` is in bytes, beyond the model, what is given, and what libraries keep to themselves (some 20 MiB on a CPU);
     None is as little as costs no time. A temporary file, where one is needed, is in `tempfile.gettempdir()`. `advance`
     gets shares of the work that add up to 1. Raises InputError where `memory` is too little, with the least that would
-    do.
+    do, and where a layer has been changed or has a hook.
     """
     model = as_kl(model, *TINY)
+    refuse_changed(model.decoder)
     _check(latents, model.config.latent_channels, memory)
     latents = model.post_quant_conv(latents.to(model.decoder.conv_in.weight))
     return _in_strips(model.decoder, latents, memory, advance)
@@ -55,6 +56,7 @@ def encode_in_strips(
     `memory`, `advance` and errors are those of `decode_in_strips`.
     """
     model = as_kl(model, *TINY)
+    refuse_changed(model.encoder)
     _check(images, model.config.in_channels, memory)
     model.check_size(images)
     return DiagonalGaussian.from_moments(model.quant_conv(_in_strips(model.encoder, images, memory, advance)))

@@ -145,7 +145,7 @@ class Attended(Map):
         super().__init__(source.channels, source.height, source.width, source)
         self.layer, self.queries = layer, 1
         self.normed = Normed(source, layer.group_norm, statistics, silu=False)
-        weight, tokens = layer.to_k.weight, source.height * source.width
+        weight, tokens = layer.group_norm.weight, source.height * source.width
         self.keys, self.values = (weight.new_empty(1, 1, tokens, source.channels) for _ in range(2))
 
     def look(self, top: int, bottom: int) -> None:

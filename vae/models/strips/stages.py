@@ -5,13 +5,18 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from vae.errors import InputError
 from vae.models.autoencoder import Decoder, Encoder
+from vae.models.fast import HALF, SAME, Shape, is_as_made, is_plain_conv, is_plain_norm
 from vae.models.layers import Attention, DownBlock, Downsample, MidBlock, ResnetBlock, UpBlock, Upsample
 
 LEAST_ROWS, USUAL_ROWS, MOST_ROWS = 16, 32, 64  # of a strip: to keep maps rather than compute twice; by default; ever
 HALO = 4  # rows: two convolutions computed at once, above and below
 ALIVE = 3  # rows of a layer's input and output there at once, for each row that is asked for
 KERNELS = 5  # of an upsampling there at once, while its kernel is rearranged
+POINT: Shape = ((1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros")  # a shortcut
+BLOCKS = (Encoder, Decoder, DownBlock, UpBlock, MidBlock, ResnetBlock, Attention, Downsample, Upsample)
+AROUND = (nn.ModuleList, nn.Sequential, nn.Identity)
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,32 @@ class Stage:
     def work(self) -> int:
         """In proportion to multiplications, attention's products apart."""
         return sum(each.numel() for each in self.layer.parameters()) * self.height * self.width
+
+
+def refuse_changed(half: Encoder | Decoder) -> None:
+    """Raises InputError where a layer would not be obeyed: parameters are read here, and few layers are called.
+
+    Those of an attention's projections are called, whatever stands in for them, if not with all tokens at once.
+    """
+    side = "encoder" if isinstance(half, Encoder) else "decoder"
+    called = {each for block in half.modules() if isinstance(block, Attention) for each in _projections(block)}
+    for name, layer in half.named_modules():
+        if not (is_as_made(layer) and (layer in called or _is_known(layer))):
+            raise InputError(
+                f"{side}.{name} is not as it was made, expected layers without hooks, adapters or another padding in "
+                f"strips; take the image whole, or merge the change into the weights"
+            )
+
+
+def _projections(block: Attention) -> Iterator[nn.Module]:
+    for each in (block.to_q, block.to_k, block.to_v, block.to_out):
+        yield from each.modules()
+
+
+def _is_known(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.Conv2d):
+        return any(is_plain_conv(layer, shape) for shape in (SAME, HALF, POINT))
+    return is_plain_norm(layer) or type(layer) in BLOCKS + AROUND
 
 
 def planned(half: Encoder | Decoder, height: int, width: int, itemsize: int) -> list[Stage]:
@@ -81,7 +112,7 @@ def _stage(layer: nn.Module, height: int, width: int, itemsize: int) -> Stage:
 def _channels(layer: nn.Module) -> Sequence[int]:
     """Taken and made."""
     if isinstance(layer, Attention):
-        return layer.to_q.in_features, layer.to_q.in_features
+        return layer.group_norm.num_channels, layer.group_norm.num_channels
     conv = layer.conv1 if isinstance(layer, ResnetBlock) else getattr(layer, "conv", layer)
     assert isinstance(conv, nn.Conv2d)
     return conv.in_channels, conv.out_channels
