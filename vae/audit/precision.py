@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vae.audit.activations import peaks_of, rounding
 from vae.latents import unscale_latents
+from vae.models.arithmetic import float32_arithmetic
 from vae.models.interface import Autoencoder
 
 FLOAT16_MAX = 65504.0
@@ -63,6 +64,7 @@ class PrecisionAudit:
 
 
 @torch.no_grad()
+@float32_arithmetic()
 def audit_precision(
     model: Autoencoder, images: Sequence[Tensor], advance: Callable[[], object] = lambda: None
 ) -> PrecisionAudit:

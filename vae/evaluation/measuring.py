@@ -21,6 +21,7 @@ from vae.evaluation.models import Codec
 from vae.evaluation.rows import Line, packed
 from vae.latents import latents_for
 from vae.metrics.paired import PairedMetrics
+from vae.models.arithmetic import float32_arithmetic
 from vae.models.inception import Inception
 from vae.models.interface import Autoencoder
 from vae.models.posterior import DiagonalGaussian
@@ -130,12 +131,11 @@ def exact_arithmetic(threads: int) -> Iterator[None]:
 
     Sums over pixels end in other bits with another number of threads.
     """
-    before = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        # float32 within: what cuDNN's flags say of TF32 must not contradict it.
+        with float32_arithmetic(), torch.backends.cudnn.flags(True, False, deterministic=True, allow_tf32=False):
             yield
     finally:
-        torch.set_num_threads(before[0])
-        torch.backends.cuda.matmul.allow_tf32 = before[1]
+        torch.set_num_threads(before)

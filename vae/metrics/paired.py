@@ -12,6 +12,7 @@ from vae.metrics.ms_ssim import LEAST_SIDE, ms_ssim
 from vae.metrics.psnr import psnr
 from vae.metrics.registry import OF_SETS, PAIRED
 from vae.metrics.ssim import WINDOW, ssim
+from vae.models.arithmetic import float32_arithmetic
 from vae.models.features import MissingBackboneError
 from vae.models.lpips import LPIPS
 
@@ -57,6 +58,7 @@ class PairedMetrics:
         return self
 
     @torch.no_grad()
+    @float32_arithmetic()
     def __call__(self, images: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
         assert images.dtype == reconstructions.dtype == torch.uint8
         absent = self.absent(images)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vae.models.arithmetic import float32_arithmetic
 from vae.models.inception_blocks import Convolution, MixedA, MixedB, MixedC, MixedD, MixedE
 from vae.models.inception_weights import find_weights, read_weights
 
@@ -61,6 +62,7 @@ class Inception(nn.Module):
         return x.mean(dim=(2, 3))
 
     @torch.no_grad()
+    @float32_arithmetic()
     def features(self, images: Tensor, convention: str) -> Tensor:
         """Images uint8 (B, 3, H, W) -> (B, 2048) float32; `convention`, of CONVENTIONS, says how they are resized."""
         assert images.dtype == torch.uint8

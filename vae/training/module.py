@@ -23,6 +23,7 @@ from vae.losses.augment import DRAWS, diff_augment
 from vae.losses.objective import Objective
 from vae.metrics.paired import PairedMetrics
 from vae.models.architectures import build_autoencoder
+from vae.models.arithmetic import float32_arithmetic
 from vae.models.discriminator import PatchDiscriminator
 from vae.training import ranks
 from vae.training.autoencoding import Autoencoding
@@ -164,10 +165,10 @@ class Training(lightning.LightningModule):
         self.validation.to(self.device).start()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        """The averaged weights in float32, posterior mode, protocol default-v1; returns reconstructions as uint8."""
+        """The averaged weights in float32, TF32 off; posterior mode, protocol default-v1. Returns uint8 images."""
         if not len(batch.images):
             return None  # none of them could be read
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False), float32_arithmetic():
             posterior = self.average.encode(self._images(batch))
             reconstructions = to_uint8(self.average.decode(posterior.mode()))
             self.validation.update(batch.positions, as_depth(batch.images, 8), reconstructions, posterior)
