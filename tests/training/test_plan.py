@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
@@ -107,6 +109,35 @@ def test_operations_and_bytes_of_a_dry_run_are_those_of_a_real_one(config, case)
         _run(update, config)
     before = sum(tensor.nbytes for tensor in update.training.state_dict().values()) + dry.moments + dry.gradients
     assert cost.peak == pytest.approx(before + _peak(profile), rel=0.15)
+
+
+CONVOLUTIONS = {
+    "3x3": lambda x, w: F.conv2d(x, w, padding=1),
+    "1x1": lambda x, w: F.conv2d(x, w[:, :, :1, :1]),
+    "downsampling": lambda x, w: F.conv2d(x, w, stride=2, padding=2),
+    "upsampling": lambda x, w: F.conv_transpose2d(x, w, stride=2, padding=1),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("backwards", [False, True])
+def test_what_a_convolution_takes_inside_its_kernel_is_counted(name, backwards):
+    """Of float64, for which no CPU has a better one: so bfloat16 is computed where instructions for it are missing."""
+    x, weight = torch.randn(3, 16, 32, 32).double(), torch.randn(16, 16, 3, 3).double()
+    gradient = torch.randn_like(CONVOLUTIONS[name](x, weight))
+    x.requires_grad_(backwards)
+
+    def made() -> Tensor:
+        result = CONVOLUTIONS[name](x, weight)
+        return torch.autograd.grad(result, x, gradient)[0] if backwards else result
+
+    made()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        made()
+    with Meter() as meter:
+        made()
+    known = sum(tensor.nbytes for tensor in (x, weight, gradient))
+    assert abs(meter.peak - _peak(profile)) < known, (meter.peak, _peak(profile))
 
 
 def _peak(profile: Any) -> int:

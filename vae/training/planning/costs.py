@@ -4,6 +4,7 @@ The run's own training step is followed on fake tensors, which have shapes and n
 is counted as it would be executed, and nothing is computed or allocated.
 """
 
+import math
 import warnings
 import weakref
 from dataclasses import dataclass, replace
@@ -23,6 +24,9 @@ from vae.training.planning.update import Update, largest_size, random_batch
 from vae.training.run import build_module
 from vae.training.start import teacher_of
 
+aten = torch.ops.aten
+CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -38,11 +42,13 @@ class Cost:
 class Meter(TorchDispatchMode):
     """Counts while entered: `flops`, the bytes of all storages that are `live`, and their `peak`.
 
-    Of fake and of real tensors alike. Workspaces inside kernels are not seen.
+    Of fake and of real tensors alike. Of workspaces inside kernels the largest alone are known, those of a CPU's
+    convolutions; without `workspaces` not even they are counted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, workspaces: bool = True) -> None:
         super().__init__()
+        self.workspaces = workspaces
         self.flops = self.live = self.peak = 0
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
@@ -55,6 +61,9 @@ class Meter(TorchDispatchMode):
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor):
                 self._hold(tensor.untyped_storage())
+        if self.workspaces and func in CONVOLUTIONS:
+            given = args[1:] if func is aten.convolution_backward.default else args
+            self.peak = max(self.peak, self.live + _workspace(*given))
         return result
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
@@ -77,7 +86,8 @@ class DryRun:
         self.device = "cuda" if target.device == "cuda" and torch.cuda.is_available() else "cpu"
         if self.device == "cuda":
             torch.empty(1, device="cuda")  # backward on fake tensors of a GPU wants it awake
-        self._fake, self._meter = FakeTensorMode(), Meter()
+        self._fake = FakeTensorMode()
+        self._meter = Meter(workspaces=self.device == target.device)  # a CPU's say nothing about a GPU's
         self.training, teacher = build_on_meta(config), teacher_of(config)
         with self._fake, self._meter:
             self.training._apply(self._faked)
@@ -146,6 +156,27 @@ class DryRun:
 
     def _faked(self, tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=self.device)
+
+
+def _workspace(x: Tensor, weight: Tensor, _: Any, stride: Any, padding: Any, *more: Any) -> int:
+    """Bytes that a convolution of x (B, C, H, W), or its backward pass, takes inside its kernel and gives back.
+
+    Without a kernel for the type, as on CPUs without instructions for bfloat16, torch writes down what every output
+    pixel sees, so that the convolution becomes a product of matrices: nine times the input of a 3x3 one.
+    """
+    kernel = torch._C._select_conv_backend(x, weight, None, stride, padding, *more[:4], None).name
+    batch, channels, height, width = x.shape
+    taps = math.prod(weight.shape[2:])
+    if kernel == "SlowTranspose2d":
+        itemsize = max(x.itemsize, torch.float32.itemsize)  # what it sums in
+        return batch * weight.shape[1] * taps * height * width * itemsize
+    if kernel != "Slow2d" or taps == 1:
+        return 0
+    rows, columns = (
+        (side + 2 * around - reach) // step + 1
+        for side, around, reach, step in zip((height, width), padding, weight.shape[2:], stride, strict=True)
+    )
+    return batch * channels * taps * rows * columns * x.itemsize
 
 
 def build_on_meta(config: TrainConfig) -> Training:

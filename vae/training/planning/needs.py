@@ -83,7 +83,7 @@ class Sizing:
         needed = self.needed(self.batch)
         if available is None:
             return Memory(parts, needed, None, None, None, [])
-        remedies = [] if needed <= available else list(self._remedies(available))
+        remedies = [] if needed <= available else [one for one in self._remedies(available) if one.needed < needed]
         return Memory(parts, needed, available, needed <= available, self.largest(available), remedies)
 
     def _remedies(self, available: int) -> Iterator[Remedy]:
