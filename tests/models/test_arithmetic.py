@@ -59,10 +59,6 @@ def _says(setting: Callable[[], Any], precision: str) -> Callable[[], None]:
     return lambda: setattr(setting(), "fp32_precision", precision)
 
 
-def _both(*calls: Callable[[], None]) -> Callable[[], None]:
-    return lambda: [call() for call in calls] and None
-
-
 SETTINGS: dict[str, Callable[[], None]] = {
     "as it comes": lambda: None,
     "high": lambda: torch.set_float32_matmul_precision("high"),
@@ -70,14 +66,21 @@ SETTINGS: dict[str, Callable[[], None]] = {
     "cuBLAS": lambda: setattr(backends.cuda.matmul, "allow_tf32", True),
     "cuDNN off": lambda: setattr(backends.cudnn, "allow_tf32", False),
 }
+
+
+def _all_but_convolutions() -> None:
+    backends.fp32_precision = "tf32"
+    backends.cudnn.conv.fp32_precision = "ieee"
+
+
 if IS_NEW:
     SETTINGS |= {
         "all": _says(lambda: backends, "tf32"),
         "all of cuDNN": _says(lambda: backends.cudnn, "tf32"),
         "a mix of old and new": _says(OPERATIONS[0], "ieee"),
+        "all, and convolutions not": _all_but_convolutions,
         "products of CPUs": _says(OPERATIONS[4], "bf16"),
         "products of GPUs": _says(OPERATIONS[2], "tf32"),
-        "all, and convolutions not": _both(_says(lambda: backends, "tf32"), _says(OPERATIONS[0], "ieee")),
     }
 
 
