@@ -43,7 +43,7 @@ class PeerStep:
         optimiser: type[torch.optim.Adam] = torch.optim.Adam,
     ) -> None:
         (self.vae, self.discriminator), self.lpips = networks, lpips
-        self.weights, self.limit = config.loss.weights, config.loss.adaptive_maximum
+        self.weights, self.bound_of = config.loss.weights, config.loss.bound_of
         self.clip, self.autocast = config.optim.gradient_clip, autocast
         rate, betas = config.optim.learning_rate, (config.optim.betas[0], config.optim.betas[1])
         self.optimisers = [optimiser(network.parameters(), lr=rate, betas=betas) for network in networks]
@@ -65,7 +65,9 @@ class PeerStep:
         last = self.vae.decoder.conv_out.weight
         (nll_gradient,) = torch.autograd.grad(nll, last, retain_graph=True)
         (gradient,) = torch.autograd.grad(adversarial, last, retain_graph=True)
-        balance = (nll_gradient.norm() / (gradient.norm() + ADAPTIVE_EPS)).clamp(0.0, self.limit).detach()
+        elements = images[0].numel()
+        limit = self.bound_of(elements) * elements  # of losses that are sums
+        balance = (nll_gradient.norm() / (gradient.norm() + ADAPTIVE_EPS)).clamp(0.0, limit).detach()
         loss = nll + self.weights.kl * kl + balance * self.weights.adversarial * adversarial
         parts = {"pixel": pixel.mean(), "perceptual": perceptual.mean(), "kl": kl / images[0].numel()}
         weight = balance / images[0].numel()  # of losses that are means

@@ -97,6 +97,8 @@ def test_a_term_without_a_weight_is_an_error():
         (lambda: LossConfig(perceptual_net="dino"), r"loss\.perceptual_net='dino'"),
         (lambda: LossConfig(discriminator_start=10, adversarial_start=5), r"loss\.discriminator_start=10"),
         (lambda: LossConfig(adaptive_maximum=0.0), r"loss\.adaptive_maximum=0"),
+        (lambda: LossConfig(adaptive_bound=-1.0), r"loss\.adaptive_bound=-1"),
+        (lambda: LossConfig(adaptive_bound=float("inf")), r"loss\.adaptive_bound=inf"),
         (lambda: LossWeights(kl=-1.0), r"loss\.weights\.kl=-1"),
         (lambda: LossWeights(kl=float("nan")), r"loss\.weights\.kl=nan"),
         (lambda: LossWeights(pixel=0.0, perceptual=0.0), "nothing to reconstruct"),

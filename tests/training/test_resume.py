@@ -101,6 +101,41 @@ def test_a_run_goes_on_though_it_began_before_some_keys_were_there(tmp_path, mon
     assert train(replace(config, resume=AUTO)) == tmp_path / "run"
 
 
+def _forget(run: Path, *keys: str) -> None:
+    """What a configuration of the loss had no key for when the run began."""
+    file = run / "config.json"
+    saved = json.loads(file.read_text())
+    for key in keys:
+        del saved["loss"][key]
+    file.write_text(json.dumps(saved))
+
+
+def test_a_run_begun_with_the_older_bound_of_the_adaptive_weight_ends_with_the_bits_it_would_have_had(
+    tmp_path, monkeypatch
+):
+    """Presets name that bound no longer; a run from before has it in its configuration."""
+    config = small_run(tmp_path)
+    older = replace(config, loss=replace(config.loss, adaptive_maximum=5.0))
+    expected = digest_of(train(replace(older, name="whole")))
+    assert expected != digest_of(train(replace(config, name="new"))), "this bound holds the weight back"
+    run = cut_at(older, PLAYING, monkeypatch)
+    _forget(run, "adaptive_bound")
+    assert digest_of(train(config)) == expected
+    with pytest.raises(InputError, match=r"loss\.adaptive_maximum was 5\.0 and is 7\.0"):
+        train(replace(config, loss=replace(config.loss, adaptive_maximum=7.0)))
+
+
+def test_a_run_whose_rule_was_corrected_since_it_began_is_told_so(tmp_path, monkeypatch, capsys):
+    config = small_run(tmp_path)
+    config = replace(config, loss=replace(config.loss, r1=0.1, adaptive_maximum=1e4))
+    run = cut_at(config, PLAYING, monkeypatch)
+    train(replace(config, updates=10))
+    assert "loss.r1" not in capsys.readouterr().out
+    _forget(run, "adaptive_bound")
+    train(config)
+    assert "note: loss.r1: since this run began its penalty became that of one logit" in capsys.readouterr().out
+
+
 def test_auto_refuses_a_run_of_that_name_with_another_configuration(tmp_path, monkeypatch):
     config = small_run(tmp_path)
     cut_at(config, 4, monkeypatch)

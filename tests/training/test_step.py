@@ -63,9 +63,11 @@ class Textbook:
 
 
 @pytest.fixture
-def networks(tiny: AutoencoderConfig) -> tuple[AutoencoderKL, PatchDiscriminator]:
+def networks(tiny: AutoencoderConfig, request: pytest.FixtureRequest) -> tuple[AutoencoderKL, PatchDiscriminator]:
+    """With the norm of the test's parameter, if it has one."""
+    norm = request.node.callspec.params.get("norm", "group") if hasattr(request.node, "callspec") else "group"
     model = AutoencoderKL(tiny).double()
-    discriminator = PatchDiscriminator(CONFIG.discriminator).double()
+    discriminator = PatchDiscriminator(replace(CONFIG.discriminator, norm=norm)).double()
     with torch.no_grad():
         for parameter in discriminator.parameters():
             parameter.mul_(5.0)  # logits on both sides of the hinge
@@ -89,10 +91,20 @@ def _run_single_pass(model, discriminator, objective, images, noise, updates, co
     return logs
 
 
-@pytest.mark.parametrize(("updates", "maximum"), [(SLEEPING, 1e4), (WARMING_UP, 1e4), (PLAYING, 1e4), (PLAYING, 1e-2)])
-def test_both_networks_gradients_equal_the_textbook_objective(networks, lpips_net, updates, maximum):
+@pytest.mark.parametrize(
+    ("updates", "maximum", "norm"),
+    [
+        (SLEEPING, 1e4, "group"),
+        (WARMING_UP, 1e4, "group"),
+        (PLAYING, 1e4, "group"),
+        (PLAYING, 1e-2, "group"),
+        (PLAYING, 1e4, "batch"),
+    ],
+)
+def test_both_networks_gradients_equal_the_textbook_objective(networks, lpips_net, updates, maximum, norm):
     model, discriminator = networks
-    config = replace(CONFIG, perceptual_net=lpips_net, adaptive_maximum=maximum)
+    judge = replace(CONFIG.discriminator, norm=norm)
+    config = replace(CONFIG, perceptual_net=lpips_net, adaptive_maximum=maximum, discriminator=judge)
     objective = Objective(config)
     assert objective.lpips is not None
     objective.lpips.double()
@@ -173,4 +185,4 @@ def test_nothing_adversarial_is_computed_before_its_time(networks):
     logged = [set(_run_single_pass(model, discriminator, objective, images, noise, updates)) for updates in range(3)]
     base = {"pixel", "kl"}
     learning = base | {"discriminator", "real_logits", "fake_logits", "logit_gap", "discriminator_accuracy"}
-    assert logged == [base, learning, learning | {"adversarial", "adaptive_weight"}]
+    assert logged == [base, learning, learning | {"adversarial", "adaptive_weight", "adversarial_share"}]

@@ -1,6 +1,7 @@
 """The discriminator's balance: the adaptive weight, its running means, and what is said when the game goes wrong."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from vae.latents import LatentStatistics
 from vae.losses.adversarial import RunningMean, gradient_penalty, lecam_penalty
 from vae.losses.augment import AUGMENTATIONS, DRAWS, diff_augment
 from vae.losses.objective import LossConfig, LossWeights
-from vae.models.discriminator import DiscriminatorConfig, PatchDiscriminator
+from vae.models.discriminator import NORMS, DiscriminatorConfig, PatchDiscriminator
 from vae.models.posterior import LOGVAR_RANGE, DiagonalGaussian
 from vae.training.advice import WINDOW, Advice
 from vae.training.game import AdversarialGame
@@ -50,13 +51,24 @@ def test_the_adaptive_weight_is_smoothed_capped_and_moves_once_an_update(tiny_ru
     for mutant in (MovesWithEveryBatch(0.9), RunningMean(0.0)):
         with pytest.raises(AssertionError):
             moves_once_an_update(mutant)
-    config = replace(tiny_run.loss, adaptive_maximum=1.0)
-    training = Training(replace(tiny_run, loss=config))
-    assert training.game is not None
-    leaf = torch.rand(2, 3, 32, 32, requires_grad=True)
-    huge = torch.full_like(leaf, 1e6)
-    _, logs = training.game.gradient(leaf, huge, torch.rand(2, 8, 32, 32), scale=1.0)
-    assert logs["adaptive_weight"] == pytest.approx(1.0 / leaf[0].numel())
+
+
+def _weight_at(config: LossConfig, side: int) -> float:
+    """The adaptive weight where the reconstruction's gradient is huge."""
+    game = AdversarialGame(PatchDiscriminator(config.discriminator), config, nn.Conv2d(8, 3, 3, padding=1))
+    leaf = torch.rand(2, 3, side, side, requires_grad=True)
+    _, logs = game.gradient(leaf, torch.full_like(leaf, 1e6), torch.rand(2, 8, side, side), scale=1.0)
+    assert logs["adversarial_share"] < 1e-3
+    return float(logs["adaptive_weight"])
+
+
+def test_the_adaptive_weights_bound_is_the_same_at_every_size_of_image():
+    """T13: a bound on sums, as LDM's 1e4, is another one at each size; the older key still means that."""
+    config = LossConfig(discriminator=DiscriminatorConfig(8, 2))
+    assert [_weight_at(config, side) for side in (16, 32, 48)] == pytest.approx([config.adaptive_bound] * 3)
+    assert [_weight_at(replace(config, adaptive_bound=0.5), side) for side in (16, 32)] == [0.5, 0.5]
+    older = replace(config, adaptive_maximum=1e2)
+    assert [_weight_at(older, side) for side in (16, 32)] == pytest.approx([1e2 / 3 / side**2 for side in (16, 32)])
 
 
 def means_are_saved(training: Training) -> None:
@@ -76,29 +88,64 @@ def test_running_means_are_in_checkpoints(tiny_run):
         means_are_saved(training)
 
 
-def statistics_are_of_both(discriminator: nn.Module, images: Tensor, fakes: Tensor) -> None:
-    """The first normalisation of a step sees reals and fakes together, once."""
-    seen: list[int] = []
-    norm = next(module for module in discriminator.modules() if isinstance(module, nn.BatchNorm2d))
-    handle = norm.register_forward_hook(lambda module, given, output: seen.append(len(given[0])))
-    config = LossConfig(weights=LossWeights(perceptual=0.0), discriminator=DiscriminatorConfig(8, 2, "batch"))
-    AdversarialGame(discriminator, config, nn.Conv2d(1, 1, 1)).loss(images, fakes)
-    handle.remove()
-    assert seen == [len(images) + len(fakes)]
+BATCH = DiscriminatorConfig(8, 2, "batch")
 
 
-class TwoForwards(PatchDiscriminator):
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.cat([self.main(part) for part in images.chunk(2)])
+def opinions(game: AdversarialGame, images: Tensor, fakes: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean logit of the same fakes where the discriminator learns, and where it judges them."""
+    leaf = fakes.clone().requires_grad_()
+    _, judged = game.gradient(leaf, torch.ones_like(leaf), torch.rand(len(leaf), 1, *leaf.shape[2:]), scale=1.0)
+    _, learned = game.loss(images, fakes)
+    return learned["fake_logits"], -judged["adversarial"]
 
 
-def test_batch_norm_sees_real_and_fake_in_one_forward():
-    """T16: the mutant has two forwards before one backward, each with statistics of its own."""
-    images, fakes = torch.rand(2, 2, 3, 32, 32)
-    config = DiscriminatorConfig(8, 2, "batch")
-    statistics_are_of_both(PatchDiscriminator(config), images, fakes)
-    with pytest.raises(AssertionError):
-        statistics_are_of_both(TwoForwards(config), images, fakes)
+def _game(norm: str, kind: type[AdversarialGame] = AdversarialGame) -> AdversarialGame:
+    judge = DiscriminatorConfig(8, 2, norm)
+    config = LossConfig(weights=LossWeights(perceptual=0.0), discriminator=judge)
+    discriminator = PatchDiscriminator(judge)
+    with torch.no_grad():
+        for parameter in discriminator.parameters():
+            parameter.mul_(3.0)  # an opinion
+    return kind(discriminator, config, nn.Conv2d(1, 3, 3, padding=1))
+
+
+class NormalisedTogether(AdversarialGame):
+    def _judge(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        real_logits, fake_logits = self.discriminator(torch.cat([real, fake])).chunk(2)
+        return real_logits, fake_logits
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_autoencoder_is_judged_by_the_function_that_learned(norm):
+    """T16: the mutant normalises fakes with images among them where it learns, and alone where it judges."""
+    images, fakes = torch.rand(2, 2, 3, 32, 32) * torch.tensor([2.0, 0.5]).view(2, 1, 1, 1, 1) - 1
+    learned, judged = opinions(_game(norm), images, fakes)
+    assert learned.item() == pytest.approx(judged.item(), rel=1e-4)
+    if norm == "batch":
+        learned, judged = opinions(_game(norm, NormalisedTogether), images, fakes)
+        assert learned.item() != pytest.approx(judged.item(), rel=0.1)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_images_and_fakes_share_one_forward_where_no_norm_mixes_them(norm):
+    game, seen = _game(norm), []
+    first = next(module for module in game.discriminator.modules() if isinstance(module, nn.Conv2d))
+    first.register_forward_hook(lambda module, given, output: seen.append(len(given[0])))
+    game.loss(torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32))
+    assert seen == ([2, 2] if norm == "batch" else [4])
+
+
+def test_a_batch_norm_that_is_made_synchronous_stays_without_running_statistics():
+    """T16: the trainer converts it over several GPUs. Nothing of a forward is left in buffers for the next one."""
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(PatchDiscriminator(BATCH))
+    norms = [module for module in converted.modules() if isinstance(module, nn.SyncBatchNorm)]
+    assert norms
+    assert not any(norm.track_running_stats for norm in norms)
+    assert not list(converted.buffers())
+    images = torch.rand(2, 3, 32, 32)
+    plain = PatchDiscriminator(BATCH)
+    plain.load_state_dict(converted.state_dict())
+    torch.testing.assert_close(converted(images), plain(images))
 
 
 def _advise(config: Any, logged: dict[str, float], capsys: pytest.CaptureFixture[str]) -> str:
@@ -153,11 +200,13 @@ def test_a_frozen_encoder_has_no_kl_term_however_heavy_its_weight(tiny_run, monk
     [
         ({"discriminator_accuracy": 0.99, "logit_gap": 8.0}, "the discriminator wins"),
         ({"discriminator_accuracy": 0.5, "logit_gap": 0.001}, "the discriminator sleeps"),
+        ({"discriminator_accuracy": 0.7, "logit_gap": 1.0, "adversarial_share": 0.3}, "weight stands at its bound"),
     ],
 )
-def test_a_discriminator_that_wins_or_sleeps_is_said_once(tiny_run, capsys, logged, words):
+def test_a_discriminator_that_wins_sleeps_or_is_held_back_is_said_once(tiny_run, capsys, logged, words):
     assert _advise(tiny_run, {"pixel": 0.2} | logged, capsys).count(words) == 1
-    assert _advise(tiny_run, {"pixel": 0.2, "discriminator_accuracy": 0.7, "logit_gap": 1.0}, capsys) == ""
+    good = {"pixel": 0.2, "discriminator_accuracy": 0.7, "logit_gap": 1.0, "adversarial_share": 1.02}
+    assert _advise(tiny_run, good, capsys) == ""
 
 
 def _validated(training: Training, posterior: DiagonalGaussian, capsys: pytest.CaptureFixture[str]) -> str:
@@ -211,13 +260,43 @@ def test_kl_per_channel_adds_up_to_the_posteriors():
 
 
 def test_the_gradient_penalty_is_that_of_a_linear_discriminator_on_paper():
+    """Of four logits an image, each of a patch of its own."""
     images = torch.rand(4, 3, 8, 8, requires_grad=True)
-    weight = torch.rand(3, 8, 8, requires_grad=True)
-    penalty = gradient_penalty((images * weight).sum(dim=(1, 2, 3)), images)
+    weight = torch.rand(1, 3, 4, 4, requires_grad=True)
+    penalty = gradient_penalty(nn.functional.conv2d(images, weight, stride=4), images)
     torch.testing.assert_close(penalty, weight.square().sum())
     penalty.backward()
     assert weight.grad is not None
     torch.testing.assert_close(weight.grad, 2 * weight)
+
+
+def _penalty_at(side: int, penalty: Callable[[Tensor, Tensor], Tensor]) -> float:
+    discriminator = PatchDiscriminator(DiscriminatorConfig(8, 3))
+    images = torch.rand(1, 3, side, side).requires_grad_()
+    return penalty(discriminator(images), images).item()
+
+
+def _of_the_sum(real_logits: Tensor, images: Tensor) -> Tensor:
+    return torch.autograd.grad(real_logits.sum(), images)[0].square().sum()
+
+
+def _of_the_mean(real_logits: Tensor, images: Tensor) -> Tensor:
+    return torch.autograd.grad(real_logits.mean(), images)[0].square().sum()
+
+
+def test_the_gradient_penalty_means_the_same_at_every_size_of_image():
+    """The mutants differentiate the sum of a patch discriminator's logits, which grows, and their mean, which falls."""
+
+    def ratio(penalty: Callable[[Tensor, Tensor], Tensor]) -> float:
+        found = []
+        for side in (64, 192):
+            torch.manual_seed(0)
+            found.append(_penalty_at(side, penalty))
+        return found[1] / found[0]
+
+    assert 0.6 < ratio(gradient_penalty) < 1.6
+    assert ratio(_of_the_sum) > 5
+    assert ratio(_of_the_mean) < 1 / 5
 
 
 def test_lecam_is_zero_where_logits_keep_to_the_other_sides_mean():

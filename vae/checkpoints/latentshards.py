@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vae.checkpoints.latentfile import SCALE_KEYS
+from vae.checkpoints.latentfile import SCALE_KEYS, stated_scale
 from vae.checkpoints.tensorfile import Index, read_index
 from vae.data.names import Computed, Names
 from vae.data.shards import DROPPED, INDEX

@@ -51,12 +51,15 @@ def adaptive_weight(reconstruction_gradient: Tensor, adversarial_gradient: Tenso
 
 
 def gradient_penalty(real_logits: Tensor, images: Tensor) -> Tensor:
-    """R1: the squared gradient of each real image's summed logits, mean over the batch.
+    """R1: the squared gradient of each real image's summed logits, by the number of those logits; mean over the batch.
 
-    Mescheder et al., "Which Training Methods for GANs do actually Converge?" (2018), without its gamma / 2.
+    Mescheder et al., "Which Training Methods for GANs do actually Converge?" (2018), without its gamma / 2. A logit's
+    gradient reaches its own patch only. So the squared sum grows with the number of patches, while the loss is their
+    mean: divided by it, the penalty is that of one patch, and gamma means the same at every size of image.
     """
+    logits_of_an_image = real_logits[0].numel()
     (gradient,) = torch.autograd.grad(real_logits.sum(), images, create_graph=True)
-    return gradient.square().flatten(1).sum(dim=1).mean()
+    return gradient.square().flatten(1).sum(dim=1).mean() / logits_of_an_image
 
 
 def lecam_penalty(real_logits: Tensor, fake_logits: Tensor, mean_real: Tensor, mean_fake: Tensor) -> Tensor:

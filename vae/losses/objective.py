@@ -48,8 +48,10 @@ class LossWeights:
 
 @dataclass
 class LossConfig:
-    """`adaptive_maximum` bounds the adaptive weight in LDM's units, of a reconstruction loss summed over the image;
-    `adaptive_smoothing` is the decay of its running mean (0: each update's own, as LDM).
+    """`adaptive_bound` is the most that the adaptive weight may be, of terms that are means per image element: the same
+    at every size of image. `adaptive_maximum` is the older bound, in LDM's units of losses summed over an image (at
+    256 px 196,608 times as much); where it is a number it counts in place of the other. `adaptive_smoothing` is the
+    decay of the weight's running mean (0: each update's own, as LDM).
 
     `discriminator_start` and `adversarial_start` count `updates`: the discriminator learns from the first on, the
     autoencoder feels it from the second on, at full weight after `adversarial_ramp` more. Before `autoencoder_start`
@@ -67,7 +69,8 @@ class LossConfig:
     perceptual_channels: list[int] | None = None
     adversarial: str = "hinge"
     adaptive: bool = True
-    adaptive_maximum: float = 1.0e4
+    adaptive_bound: float = 10.0
+    adaptive_maximum: float | None = None
     adaptive_smoothing: float = 0.9
     autoencoder_start: int = 0
     discriminator_start: int = 45_000
@@ -94,7 +97,9 @@ class LossConfig:
             f"from 0 to loss.adversarial_start={self.adversarial_start}: the discriminator learns before it counts",
         )
         require(self.adversarial_ramp >= 0, f"loss.adversarial_ramp={self.adversarial_ramp}", "0 or more updates")
-        require(self.adaptive_maximum > 0, f"loss.adaptive_maximum={self.adaptive_maximum}", "a positive number")
+        bound, older = self.adaptive_bound, self.adaptive_maximum
+        require(0 < bound < math.inf, f"loss.adaptive_bound={bound}", "a positive number")
+        require(older is None or older > 0, f"loss.adaptive_maximum={older}", "a positive number, or null")
         smoothing = self.adaptive_smoothing
         require(0 <= smoothing < 1, f"loss.adaptive_smoothing={smoothing}", "from 0 (none) to below 1")
         require(self.kl_warmup >= 0, f"loss.kl_warmup={self.kl_warmup}", "0 or more updates")
@@ -105,6 +110,10 @@ class LossConfig:
     def starts(self) -> tuple[int, int]:
         """The update at which the autoencoder begins to learn, and the discriminator."""
         return self.autoencoder_start, self.discriminator_start
+
+    def bound_of(self, elements: int) -> float:
+        """The most that the adaptive weight may be, of terms that are means over an image of so many `elements`."""
+        return self.adaptive_bound if self.adaptive_maximum is None else self.adaptive_maximum / elements
 
     def _check_warm_up(self) -> None:
         start, adversarial = self.autoencoder_start, bool(self.weights.adversarial)
@@ -122,7 +131,7 @@ class LossConfig:
             require(0 <= getattr(self, key) < math.inf, f"loss.{key}={getattr(self, key)}", "0 (off) or more")
         known = set(self.augment) <= set(AUGMENTATIONS)
         require(known, f"loss.augment={self.augment}", f"some of {sorted(AUGMENTATIONS)}")
-        mixes = self.r1 > 0 and self.discriminator.norm == "batch"
+        mixes = self.r1 > 0 and self.discriminator.mixes_images
         require(not mixes, f"loss.r1={self.r1} with loss.discriminator.norm='batch'", "'group': R1 is of single images")
 
 

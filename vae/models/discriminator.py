@@ -22,7 +22,11 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 @dataclass
 class DiscriminatorConfig:
-    """`norm`: "group" or "none"; "batch" for parity with LDM, made synchronous across processes by the trainer."""
+    """`norm`: "group" or "none"; "batch" for parity with LDM, made synchronous across processes by the trainer.
+
+    With "batch" real and reconstructed images are normalised apart, in the discriminator's update and in the
+    autoencoder's alike.
+    """
 
     channels: int = 64
     layers: int = 3
@@ -33,6 +37,11 @@ class DiscriminatorConfig:
         require(self.norm in NORMS, f"{key}.norm={self.norm!r}", f"one of {sorted(NORMS)}")
         require(self.channels >= 2, f"{key}.channels={self.channels}", "2 or more")
         require(self.layers >= 1, f"{key}.layers={self.layers}", "1 or more")
+
+    @property
+    def mixes_images(self) -> bool:
+        """Whether the logits of an image depend on the others of its batch."""
+        return self.norm == "batch"
 
     @property
     def smallest_image(self) -> int:

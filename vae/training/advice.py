@@ -17,6 +17,7 @@ from vae.training.module import Training
 WINDOW = 20  # logged updates in a row: one bad batch is no trouble
 CLAMPED = 0.01
 SETS_NEED = "it takes two images, and Inception's weights where every process finds them"
+HELD_BACK = 0.9
 
 Means = Mapping[str, float]
 
@@ -38,6 +39,12 @@ SIGNS = (
         lambda means, _: "logit_gap" in means and abs(means["logit_gap"]) < 0.01,
         "the discriminator sleeps (real and reconstructed images get the same logits): start it earlier with "
         "loss.discriminator_start, or raise optim.discriminator_learning_rate",
+    ),
+    Sign(
+        lambda means, _: means.get("adversarial_share", 1.0) < HELD_BACK,
+        f"the adaptive weight stands at its bound: the adversary has less than {HELD_BACK:.0%} of the gradient that "
+        "loss.weights.adversarial asks for (train/adversarial_share). Raise loss.adaptive_bound, or, where the "
+        "discriminator sleeps, see to that first",
     ),
     Sign(
         lambda means, loss: loss.weights.kl * means.get("kl", 0.0) > _reconstruction(means, loss),

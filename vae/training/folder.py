@@ -4,7 +4,7 @@ import glob
 import json
 import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +52,22 @@ MAY_CHANGE = (  # at resume, and is listed then: where it runs, how long, in whi
 SILENT = ("name", "output", "resume", "plan")  # differences that nobody needs to be told
 
 
+CORRECTED = (  # a key of the loss, the values it is about, and what runs from before `loss.adaptive_bound` are told
+    (
+        "r1",
+        lambda gamma: gamma > 0,
+        "loss.r1: since this run began its penalty became that of one logit, no longer of all logits of an image "
+        "together: from here on it is weaker by their number",
+    ),
+    (
+        "discriminator.norm",
+        lambda norm: norm == "batch",
+        "loss.discriminator.norm='batch': since this run began images and reconstructions came to be normalised apart "
+        "where the discriminator learns, as where it judges",
+    ),
+)
+
+
 class Progress(NamedTuple):
     """Where a checkpoint stands; `images` is the digest of the names it was trained and validated on."""
 
@@ -82,6 +98,17 @@ def model_of(run: Path) -> AutoencoderConfig:
         return AutoencoderConfig(**read_json(run / CONFIG_FILE)["model"])
     except (KeyError, TypeError) as error:
         raise InputError(f"{run / CONFIG_FILE}: no model in it ({error}); restore it or start a new run") from error
+
+
+def with_bound_of(config: TrainConfig, run: Path) -> TrainConfig:
+    """`config` for going on in `run`: one that began with the adaptive weight's older bound keeps it, to the last bit.
+
+    Presets no longer name that bound. One that is asked for all the same is compared with the run's, as other keys.
+    """
+    saved = run / CONFIG_FILE
+    if not saved.is_file():
+        return config  # no run: refused in better words where it is opened
+    return _with_bound_of(config, _read(saved))
 
 
 def open_folder(config: TrainConfig, folder: Path, *, is_first: bool) -> tuple[Path | None, list[str]]:
@@ -136,7 +163,8 @@ def _changes(config: TrainConfig, saved: Path) -> list[str]:
         raise InputError(
             f"resume={config.resume!r}: {'; '.join(refused)}. Repeat the run's overrides or none, or start a new run"
         )
-    return [line for key, line in _differences(config, saved).items() if not key.startswith(SILENT)]
+    changed = [line for key, line in _differences(config, saved).items() if not key.startswith(SILENT)]
+    return [*changed, *_corrected(_read(saved))]
 
 
 def _refused(config: TrainConfig, saved: Path) -> list[str]:
@@ -148,18 +176,38 @@ def _differences(config: TrainConfig, saved: Path) -> dict[str, str]:
 
     A key younger than the run had no other value than the default.
     """
-    try:
-        before = _flat(asdict(TrainConfig())) | _flat(json.loads(saved.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{saved}: not readable as a run's configuration ({error}); restore it or start a new run"
-        ) from error
-    now = _flat(asdict(config))
+    known = _read(saved)
+    before, now = _flat(asdict(TrainConfig())) | known, _flat(asdict(_with_bound_of(config, known)))
     return {
         key: f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and not (config.init is not None and key.startswith("model."))
     }
+
+
+def _corrected(before: dict[str, Any]) -> list[str]:
+    """What a run that began with these values learns by another rule from now on."""
+    values = _flat(asdict(TrainConfig())) | before
+    if "loss.adaptive_bound" in before or not values["loss.weights.adversarial"]:
+        return []
+    return [words for key, applies, words in CORRECTED if applies(values[f"loss.{key}"])]
+
+
+def _with_bound_of(config: TrainConfig, before: dict[str, Any]) -> TrainConfig:
+    older = before.get("loss.adaptive_maximum")
+    if older is None or "loss.adaptive_bound" in before or config.loss.adaptive_maximum is not None:
+        return config
+    return replace(config, loss=replace(config.loss, adaptive_maximum=older))
+
+
+def _read(saved: Path) -> dict[str, Any]:
+    """The configuration in a run's directory: {"a.b": value}."""
+    try:
+        return _flat(json.loads(saved.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{saved}: not readable as a run's configuration ({error}); restore it or start a new run"
+        ) from error
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

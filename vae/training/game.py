@@ -20,6 +20,7 @@ from vae.training.ranks import mean_over_ranks
 Logs = dict[str, Tensor]
 Augment = Callable[[Tensor], Tensor]
 LECAM_DECAY = 0.999  # Tseng et al.
+SMALLEST = 1e-30  # of a norm to divide by, in what is logged
 
 
 def unchanged(images: Tensor) -> Tensor:
@@ -57,26 +58,31 @@ class AdversarialGame(nn.Module):
         scale: float,
         augment: Augment = unchanged,
     ) -> tuple[Tensor, Logs]:
-        """The weighted adversarial gradient at the reconstructions. The discriminator is held constant."""
+        """The weighted adversarial gradient at the reconstructions. The discriminator is held constant.
+
+        `adversarial_share` tells how much of what its weight asks for the adversary has at the last layer: 1 where the
+        adaptive weight makes both gradients equal there, less where its bound holds it back.
+        """
         constant = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
         adversarial = self.generator_loss(functional_call(self.discriminator, constant, (augment(leaf),)))
         (gradient,) = torch.autograd.grad(adversarial, leaf)
+        logs: Logs = {}
         balance = torch.ones((), device=leaf.device, dtype=leaf.dtype)
         if self.config.adaptive:
             weight = self._networks[1].weight
             at_last_layer = [last_layer_gradient(features, weight, g) for g in (reconstruction_gradient, gradient)]
             ours, theirs = mean_over_ranks(torch.stack(at_last_layer))
-            ratio = adaptive_weight(ours, theirs, self.config.adaptive_maximum / leaf[0].numel())
+            ratio = adaptive_weight(ours, theirs, self.config.bound_of(leaf[0].numel()))
             balance = self.balance.blend(ratio)
-        logs = {"adversarial": adversarial.detach(), "adaptive_weight": balance}
+            logs["adversarial_share"] = balance * theirs.norm() / ours.norm().clamp_min(SMALLEST)
+        logs |= {"adversarial": adversarial.detach(), "adaptive_weight": balance}
         return scale * self.config.weights.adversarial * balance * gradient, logs
 
     def loss(self, images: Tensor, reconstructions: Tensor, augment: Augment = unchanged) -> tuple[Tensor, Logs]:
-        """Real and fake in one concatenated forward."""
+        """What the discriminator learns by, from images and detached reconstructions."""
         config = self.config
         images = images.detach().requires_grad_(config.r1 > 0)
-        logits = self.discriminator(torch.cat([augment(images), augment(reconstructions)]))
-        real_logits, fake_logits = logits.chunk(2)
+        real_logits, fake_logits = self._judge(augment(images), augment(reconstructions))
         loss = self.discriminator_loss(real_logits, fake_logits)
         logs = {"discriminator": loss.detach()} | _summary(real_logits.detach(), fake_logits.detach())
         if config.r1:
@@ -88,6 +94,17 @@ class AdversarialGame(nn.Module):
             logs["lecam"] = lecam_penalty(real_logits, fake_logits, mean_real, mean_fake)
             loss = loss + config.lecam * logs["lecam"]
         return loss, {name: value.detach() for name, value in logs.items()}
+
+    def _judge(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits of both: in one concatenated forward, or each by itself where a norm mixes the images of a batch.
+
+        The autoencoder is judged on reconstructions alone. With statistics of real images among theirs the
+        discriminator would learn as one function and judge as another; LDM has two forwards for that reason.
+        """
+        if self.config.discriminator.mixes_images:
+            return self.discriminator(real), self.discriminator(fake)
+        real_logits, fake_logits = self.discriminator(torch.cat([real, fake])).chunk(2)
+        return real_logits, fake_logits
 
     def sleep(self) -> Tensor:
         return asleep(self.discriminator.parameters())

@@ -23,7 +23,7 @@ from vae.models.architectures import as_kl, build_autoencoder
 from vae.models.autoencoder import AutoencoderConfig
 from vae.models.interface import Autoencoder
 from vae.models.latent_channels import keeps_channels, with_latent_channels
-from vae.training.folder import goes_on, model_of
+from vae.training.folder import goes_on, model_of, with_bound_of
 from vae.training.frozen import decoder_learns, freeze, posterior_learns
 from vae.training.module import Training
 from vae.training.pairs import PairedLatents, pair
@@ -58,10 +58,12 @@ class Start(NamedTuple):
 
 
 def start_of(config: TrainConfig, folder: Path, images: Source | None = None) -> Start:
-    """For a run in `folder`; one that goes on has its architecture, and reads no `init` again.
+    """For a run in `folder`; one that goes on has its architecture and its bound, and reads no `init` again.
 
     Latents are looked for, and weights made safe in float16, where the training `images` are given.
     """
+    if goes_on(config, folder):
+        config = with_bound_of(config, folder)
     start = Start(config) if config.init is None else _initialised(config, folder, images)
     with torch.device("meta"):
         autoencoder = build_autoencoder(start.config.model)

@@ -65,7 +65,7 @@ def build_trainer(
     arguments["strategy"] = _strategy(arguments, config.timeout_minutes)
     quieten()
     accumulate = arguments.get("accumulate_grad_batches", 1)
-    has_batch_norm = bool(config.loss.weights.adversarial) and config.loss.discriminator.norm == "batch"
+    has_batch_norm = bool(config.loss.weights.adversarial) and config.loss.discriminator.mixes_images
     bar = [Progress()] if arguments.get("enable_progress_bar", True) else []
     checkpoints = Checkpoints(best, config.validate_every, config.checkpoint_minutes, requests)
     try:
