@@ -4,7 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import skimage.data
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from tests.conftest import read_json
 from tests.presets import CONFIGS
@@ -12,14 +15,29 @@ from vae import compose
 from vae.checkpoints import load_autoencoder, save_autoencoder
 from vae.config import TrainConfig
 from vae.errors import InputError
+from vae.losses.objective import LossConfig, Objective, weighted_sum
 from vae.models.architectures import build_autoencoder
 from vae.models.autoencoder import AutoencoderConfig
 from vae.models.backbones import BACKBONES
-from vae.models.discriminator import DiscriminatorConfig
+from vae.models.discriminator import DiscriminatorConfig, PatchDiscriminator
 from vae.models.features import MissingBackboneError, load_backbone
+from vae.training.game import AdversarialGame
 from vae.training.run import train
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+WITH_ADVERSARY = [
+    "anime",
+    "finetune_16_channels",
+    "finetune_sd_decoder",
+    "inflate_8_channels",
+    "ldm_f16c16",
+    "ldm_f32c64",
+    "ldm_f4c3",
+    "ldm_f8c4",
+    "quickstart",
+    "sd3_f8c16",
+    "sdxl_f8c4",
+]
 UPDATES = 3
 TINY = {
     "architecture": "tiny",
@@ -101,11 +119,60 @@ def test_every_recipe_trains(name, published, tmp_path, both_nets):
     run = train(config)
     columns = (run / "metrics.csv").read_text().partition("\n")[0].split(",")
     weights = read_json(run / "config.json")["loss"]["weights"]
+    assert bool(weights["adversarial"]) == (name in WITH_ADVERSARY)
     expected = {"adversarial", "pixel", "perceptual", "activation"} & {key for key, value in weights.items() if value}
     if name == "encoder_from_teacher":
         expected = {"latent"}
     assert {f"train/{term}" for term in expected} <= set(columns)
     assert load_autoencoder(run / "exports" / f"step_{UPDATES:07}" / "diffusers") is not None
+
+
+def _photograph(side: int) -> Tensor:
+    """The middle of an embedded photograph, (1, 3, side, side) in [-1, 1]."""
+    pixels = torch.from_numpy(skimage.data.astronaut())
+    start = (pixels.shape[0] - side) // 2
+    square = pixels[start : start + side, start : start + side]
+    return square.permute(2, 0, 1)[None] / 127.5 - 1.0
+
+
+def _shares_of_the_adversary(loss: LossConfig, side: int, bounds: list[dict[str, float]]) -> list[float]:
+    """At the last layer, of what its weight asks for, with each of the `bounds`.
+
+    The decoder is a stand-in that makes blurred pictures, as one of f8c4 does; the discriminator has an opinion.
+    """
+    judge = DiscriminatorConfig(channels=8, layers=loss.discriminator.layers)
+    loss = replace(loss, discriminator=judge, perceptual_net="alex")
+    discriminator, last_layer = PatchDiscriminator(judge), torch.nn.Conv2d(3, 3, 3, padding=1)
+    with torch.no_grad():
+        discriminator.main[-1].weight.mul_(10.0)  # pyright: ignore[reportCallIssue]
+        torch.nn.init.dirac_(last_layer.weight)
+
+    images = _photograph(side)
+    features = functional.interpolate(functional.avg_pool2d(images, 4), scale_factor=4.0, mode="bilinear")
+    leaf = last_layer(features).detach().requires_grad_()
+    objective = Objective(loss)
+    terms = {"pixel": objective.pixel(images, leaf)}
+    if objective.lpips is not None:
+        terms["perceptual"] = objective.lpips(images, leaf).mean()
+    (gradient,) = torch.autograd.grad(weighted_sum(terms, loss.weights), leaf)
+
+    shares = []
+    for bound in bounds:
+        game = AdversarialGame(discriminator, replace(loss, **bound), last_layer)
+        _, logs = game.gradient(leaf, gradient, features, scale=1.0)
+        shares.append(logs["adversarial_share"].item())
+    return shares
+
+
+@pytest.mark.parametrize("name", WITH_ADVERSARY)
+def test_in_every_recipe_with_an_adversary_it_has_its_share_of_the_last_layers_gradient(name, both_nets):
+    """A bound of 100 on summed losses left 0.2 to 2 % of it to a decoder's adversary."""
+    asked = [f"{key}=MODEL.safetensors" for key in ("init", "teacher") if uses(name, key)]
+    config = compose(f"experiment={name}", *asked)
+    assert config.loss.adaptive
+    share, before = _shares_of_the_adversary(config.loss, config.data.resolution, [{}, {"adaptive_maximum": 100.0}])
+    assert before < 0.1
+    assert 0.5 < share < 1.5
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
