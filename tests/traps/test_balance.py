@@ -45,7 +45,7 @@ class MovesWithEveryBatch(RunningMean):
         return blended
 
 
-def test_the_adaptive_weight_is_smoothed_capped_and_moves_once_an_update(tiny_run):
+def test_the_adaptive_weight_is_smoothed_and_moves_once_an_update():
     """T13: the mutant moves with each micro-batch; LDM's has no memory and a cap that never binds."""
     moves_once_an_update(RunningMean(0.9))
     for mutant in (MovesWithEveryBatch(0.9), RunningMean(0.0)):
@@ -318,6 +318,27 @@ def test_augmentations_are_differentiable_and_the_same_for_the_same_draws(name):
     diff_augment(leaf, draws, [name]).sum().backward()
     assert leaf.grad is not None
     assert (leaf.grad != 0).any()
+
+
+def test_the_same_draws_for_both_give_the_discriminator_the_mean_gradient_of_draws_apart():
+    """Over three draws, and over the nine pairs of them; the authors draw apart. With noise that is smaller."""
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64) * 2 - 1
+    fakes = images + 0.1 * torch.randn_like(images)
+    game = _game("group")
+    game.discriminator.double()
+    draws = torch.rand(3, 2, DRAWS, dtype=torch.float64)
+
+    def gradient(of_images: Tensor, of_fakes: Tensor) -> Tensor:
+        """The augmentation is called for images first."""
+        given = iter((of_images, of_fakes))
+        loss, _ = game.loss(images, fakes, lambda batch: diff_augment(batch, next(given), list(AUGMENTATIONS)))
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(game.discriminator.parameters()))])
+
+    same = torch.stack([gradient(one, one) for one in draws])
+    apart = torch.stack([gradient(one, other) for one in draws for other in draws])
+    torch.testing.assert_close(same.mean(dim=0), apart.mean(dim=0))
+    assert same.var(dim=0, correction=0).sum() < 0.7 * apart.var(dim=0, correction=0).sum()
 
 
 def test_a_translation_moves_whole_pixels_and_brings_in_zeros():
