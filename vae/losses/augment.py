@@ -3,8 +3,8 @@
 Zhao et al., "Differentiable Augmentation for Data-Efficient GAN Training" (2020). Against a discriminator that learns a
 small data set by heart. The draws are given: uniform in [0, 1), one row of `DRAWS` numbers per image.
 
-An image and its reconstruction get the same draws, where the authors draw for each. The discriminator's loss is a term of
-images plus a term of reconstructions, so its gradient has the same mean over draws either way, and less noise this way.
+An image and its reconstruction get the same draws, where the authors draw for each. The discriminator's loss is a term
+of images plus one of reconstructions, so its gradient has the same mean over draws either way, and less noise this way.
 """
 
 from collections.abc import Sequence
