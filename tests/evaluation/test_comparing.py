@@ -14,7 +14,7 @@ from scipy import stats
 from tests.cli.conftest import call  # noqa: F401
 from tests.evaluation.ranks import config_of, saved_model
 from vae.errors import GATE_FAILED, InputError
-from vae.evaluation.comparing import compare, compare_pairs, percent
+from vae.evaluation.comparing import Comparison, compare, compare_pairs, percent
 from vae.evaluation.recorded import pairs_of, read_evaluation
 from vae.evaluation.run import evaluate
 from vae.metrics.registry import PAIRED
@@ -105,6 +105,52 @@ def test_too_few_images_show_nothing(values, few):
     row = compare("psnr", ("a", np.array(values)), ("b", np.array(values) + 1)).as_row()
     assert row["verdict"] == f"no difference shown between a and b in PSNR: {few} a finite number of both"
     json.dumps(row, allow_nan=False)
+
+
+def _no_longer_identical(count: int, of: int = 60) -> tuple[np.ndarray, np.ndarray]:
+    """PSNR of images that were identical and are at 47 dB, the others being as they were."""
+    before = np.concatenate([np.full(count, math.inf), np.linspace(28, 32, of - count)])
+    return before, np.where(np.isinf(before), 47.0, before)
+
+
+def test_images_that_were_identical_and_are_not_any_more_are_counted_and_worse_where_that_is_no_chance():
+    before, after = _no_longer_identical(50)
+    row = _only(compare_pairs({"a": {"psnr": before}, "b": {"psnr": after}}))
+    assert (row["lost"], row["gained"], row["known"]) == (50, 0, 60)
+    identical = "identical are 50 of 60 images with a alone, 0 with b alone"
+    assert row["verdict"] == f"a is better than b: {identical}, wins on 92 % of images"
+    turned = _only(compare_pairs({"b": {"psnr": after}, "a": {"psnr": before}}))
+    assert turned["verdict"].startswith(
+        "a is better than b: identical are 0 of 60 images with b alone, 50 with a alone"
+    )
+
+
+def test_a_few_that_are_no_longer_identical_are_counted_and_the_images_are_not_called_equal():
+    before, after = _no_longer_identical(3)
+    row = _only(compare_pairs({"a": {"psnr": before}, "b": {"psnr": after}}))
+    identical = "identical are 3 of 60 images with a alone, 0 with b alone"
+    assert row["verdict"] == f"no difference shown between a and b in PSNR; {identical}"
+
+
+def test_better_numbers_of_some_do_not_outweigh_others_that_are_no_longer_identical():
+    before, after = _no_longer_identical(30)
+    after = after + np.where(np.isinf(before), 0.0, 1.0)
+    row = _only(compare_pairs({"a": {"psnr": before}, "b": {"psnr": after}}))
+    assert row["verdict"].startswith("no difference shown between a and b in PSNR: better by 1.000 dB [1.000, 1.000]")
+    assert row["verdict"].endswith("; identical are 30 of 60 images with a alone, 0 with b alone")
+
+
+def test_images_that_one_model_alone_has_numbers_of_are_not_called_equally_good():
+    values = np.linspace(28, 32, 20)
+    broken = np.where(np.arange(20) < 12, math.nan, values)
+    verdict = _only(compare_pairs({"a": {"psnr": values}, "b": {"psnr": broken}}))["verdict"]
+    assert verdict.endswith("equally good on every image that both have a number of")
+
+
+def test_a_row_of_an_earlier_evaluation_is_read():
+    row = _only(compare_pairs({"a": {"psnr": _column(29, 4)}, "b": {"psnr": _column(28, 4)}}))
+    known = ("metric", "first", "second", "images", "difference", "low", "high", "wins", "p", "verdict")
+    assert Comparison.of_row({name: row[name] for name in known}).gain() == Comparison.of_row(row).gain()
 
 
 def test_all_and_none_are_said_only_of_all_and_none():
@@ -204,6 +250,25 @@ def test_a_new_model_that_breaks_on_an_image_is_a_loss(call, capsys, tmp_path, o
     new = _write(tmp_path / "new", {"model": broken})
     assert call("compare", old, new) == 4
     assert "loss: photos, model: 1 images had numbers and have none now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("count", "status"), [(50, 4), (1, 4), (0, 0)])
+def test_images_that_are_no_longer_identical_are_a_loss(call, capsys, tmp_path, count, status):  # noqa: F811
+    names = [f"{number}.png" for number in range(60)]
+    before, after = _no_longer_identical(count)
+    paths = [_write(tmp_path / name, {"model": {"psnr": one}}, names) for name, one in (("a", before), ("b", after))]
+    assert call("compare", *paths, "--metric", "psnr", "--margin", "psnr=3") == status
+    said = f"loss: photos, model: {count} of 60 images were identical and are not any more"
+    assert (said in capsys.readouterr().out) == bool(status)
+    assert call("compare", *reversed(paths), "--metric", "psnr") == 0
+
+
+def test_as_many_that_became_identical_make_up_for_those_that_are_not_any_more(call, tmp_path):  # noqa: F811
+    names = [f"{number}.png" for number in range(60)]
+    before, after = _no_longer_identical(5)
+    before, after = np.append(before[:55], after[:5]), np.append(after[:55], before[:5])
+    paths = [_write(tmp_path / name, {"model": {"psnr": one}}, names) for name, one in (("a", before), ("b", after))]
+    assert call("compare", *paths, "--metric", "psnr") == 0
 
 
 def test_images_are_paired_by_name_and_those_of_one_alone_are_left_out(call, capsys, tmp_path, old, table):  # noqa: F811

@@ -24,7 +24,8 @@ def compare(old: Place, new: Place, metric: Chosen = None, margin: Margins = Non
     """Say what got better and worse between two evaluations of the same images, with intervals; status 4 for a loss.
 
     A loss is shown where the whole 95 % interval of the paired difference is below minus the margin (0 unless given),
-    and the difference is shown after Holm's correction for all metrics and models of the dataset.
+    and the difference is shown after Holm's correction for all metrics and models of the dataset. It is a loss too if
+    more images stopped being identical with their reconstruction than became so, or if images have no number any more.
 
     Example: vae compare evaluations/before evaluations/after --metric psnr --metric lpips_vgg --margin psnr=0.1
     """
@@ -57,11 +58,10 @@ def _compared(dataset: str, pairs: "list[Pair]", metrics: list[str], margins: di
     compared = [comparing.compare(name, ("old", pair.old[name]), ("new", pair.new[name])) for pair, name in asked]
     compared = comparing.corrected(compared)
     _print_table(dataset, asked, compared, margins)
-    losses = [
-        f"{dataset}, {pair.model}: {one.verdict}"
-        for (pair, _), one in zip(asked, compared, strict=True)
-        if is_loss(one, margins)
-    ]
+    both = list(zip(asked, compared, strict=True))
+    losses = [f"{dataset}, {pair.model}: {one.verdict}" for (pair, _), one in both if is_loss(one, margins)]
+    fewer = [(pair, one) for (pair, _), one in both if one.lost > one.gained]
+    losses += [f"{dataset}, {pair.model}: {_no_longer_identical(one)}" for pair, one in fewer]
     for pair in (pair for pair in pairs if pair.dataset == dataset):
         if pair.apart:
             warn(f"{dataset}, {pair.model}: {pair.apart} images are in one evaluation only, and left out")
@@ -73,6 +73,11 @@ def _compared(dataset: str, pairs: "list[Pair]", metrics: list[str], margins: di
 def is_loss(comparison: "Comparison", margins: dict[str, float]) -> bool:
     allowed = margins.get(comparison.metric, 0.0)
     return comparison.is_shown and comparison.high is not None and comparison.high < -allowed
+
+
+def _no_longer_identical(one: "Comparison") -> str:
+    others = f", and {one.gained} others are" if one.gained else ""
+    return f"{one.lost} of {one.known} images were identical and are not any more{others}"
 
 
 def _print_table(
@@ -99,11 +104,11 @@ def _print_table(
 
 def _judged(one: "Comparison", margins: dict[str, float]) -> tuple[str, str]:
     """The last cell of a line, and its colour."""
-    if not one.is_shown or one.difference is None:
-        return "no difference shown", ""
-    if one.difference > 0:
+    if is_loss(one, margins) or one.lost > one.gained:
+        return "worse", "red"
+    if one.sign > 0:
         return "better", "green"
-    return ("worse", "red") if is_loss(one, margins) else ("worse, not shown beyond the margin", "yellow")
+    return ("worse, not shown beyond the margin", "yellow") if one.is_shown else ("no difference shown", "")
 
 
 def _print_sets(old: "Evaluation", new: "Evaluation") -> None:
