@@ -23,6 +23,7 @@ from vae.evaluation.base import judge, latents_against_base, unfit
 from vae.evaluation.report.findings import findings
 from vae.evaluation.report.page import render
 from vae.evaluation.run import evaluate
+from vae.latents import scale_latents
 from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
 
 PHOTOS = DataConfig(source="photos", resolution=32, validation_batch_size=2, workers=0)
@@ -103,6 +104,34 @@ def test_the_same_encoder_with_another_scale_is_no_drop_in(base):
     tuned.config = replace(tuned.config, scaling_factor=0.5)
     latents = _latents(base, tuned)
     assert (latents["kind"], latents["rescaled"]) == ("same", "its scaling factor is 0.5, the base's 0.18215")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"latents_std": [5.0, 8.0, 5.0]}, "the scale of its channel 1 is 0.022769 (shift 0), the base's 0.03643"),
+        ({"latents_mean": [0.0, 0.0, 1.0]}, "the scale of its channel 2 is 0.03643 (shift 1), the base's 0.03643"),
+        (
+            {"latents_mean": None, "latents_std": None},
+            "the scale of its channel 0 is 0.18215 (shift 0), the base's 0.0",
+        ),
+        ({"latents_mean": None, "latents_std": None, "scaling_factor": 0.18215 / 5.0}, None),  # in other words
+        ({"latents_std": [5.0, 5.05, 4.95]}, None),  # 1 %
+    ],
+)
+def test_latents_that_are_scaled_otherwise_in_one_channel_are_no_drop_in(base, changes, said):
+    """As a diffusion model sees them: another standard deviation is another scale, however it is written down."""
+    per_channel = {"latents_mean": [0.0, 0.0, 0.0], "latents_std": [5.0, 5.0, 5.0]}
+    base.config = replace(base.config, **per_channel)
+    tuned = _tuned(base, "decoder")
+    tuned.config = replace(tuned.config, **changes)
+    latents = _latents(base, tuned)
+    assert (latents["kind"], latents["rescaled"] is None) == ("same", said is None)
+    assert (latents["rescaled"] or "").startswith(said or "")
+    assert bool(unfit(latents)) == (said is not None)
+    seen = [scale_latents(torch.full((1, 3, 2, 2), 5.0), one.config) for one in (base, tuned)]
+    is_same = torch.allclose(*seen, rtol=0.02, atol=0.0)
+    assert is_same == (said is None)
 
 
 def test_small_changes_of_an_encoder_are_near_the_base(base):

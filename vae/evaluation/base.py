@@ -1,16 +1,19 @@
 """What has become of a base: are the latents still its own, is anything worse, and so, is a model harmless?"""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vae.audit.drift import TOLERATED, latent_drift
 from vae.evaluation.comparing import Comparison, percent
 from vae.evaluation.report.wording import counted, listed, short
 from vae.evaluation.statistics import FEWEST
+from vae.latents import unscale_latents
 from vae.metrics.registry import PAIRED
 from vae.models.autoencoder_config import AutoencoderConfig
 from vae.models.interface import Autoencoder
@@ -51,28 +54,31 @@ def latents_against_base(models: Mapping[str, Autoencoder], images: Sequence[Ten
 def judge(document: Document, model: str, latents: dict[str, Any]) -> dict[str, Any]:
     """Whether `model` can stand where the base stood, and why, from what was measured of both.
 
-    `is_harmless` is None where no harm is shown and images are too few to say more: none can show any, or a metric's
-    own interval does and all of them together do not.
+    `is_harmless` is None where no harm is shown and what was measured cannot tell: a metric is perhaps worse, or one on
+    some data set has a number of fewer than `FEWEST` images. The rules are a table in docs/evaluation.md, which the
+    tests read.
     """
     compared, misfit = list(_compared(document, model)), unfit(latents)
-    both = short(model), short(document["base"])
     losses = [*_said(compared, "worse"), *_broken(document, model), *_float16(document, model, -1)]
-    doubts = _said(compared, "perhaps worse")
-    is_few = bool(doubts) or all(one.images < FEWEST for _, one in compared)
+    doubts = [*_said(compared, "perhaps worse"), *_few(compared)]
+
+    # The first of these that applies decides.
+    name, base = short(model), short(document["base"])
     if misfit:
-        is_harmless, headline = False, "{} is NOT a drop-in for {}".format(*both)
+        is_harmless, headline = False, f"{name} is NOT a drop-in for {base}"
     elif losses:
-        is_harmless, headline = False, "{} fits where {} did, but NOT without loss".format(*both)
+        is_harmless, headline = False, f"{name} fits where {base} did, but NOT without loss"
+    elif not compared:
+        is_harmless, headline = None, f"{name} fits where {base} did; nothing measured tells whether it is better"
+    elif doubts:
+        is_harmless = None
+        headline = f"{name} fits where {base} did; so few images do not tell whether it is better"
     else:
-        is_harmless = None if is_few else True
-        known, unknown = (
-            "{} is a drop-in for {}",
-            "{} fits where {} did; so few images do not tell whether it is better",
-        )
-        headline = (unknown if is_few else known).format(*both)
-    merits = [*_said(compared, "better"), *_float16(document, model, 1), *_said(compared, "perhaps better")]
+        is_harmless, headline = True, f"{name} is a drop-in for {base}"
+
     fit = [] if misfit else [latents["verdict"].partition(":")[0]]
-    reasons = [*misfit, *losses, *fit, *doubts, *merits, *_open(compared)]
+    merits = [*_said(compared, "better"), *_float16(document, model, 1), *_said(compared, "perhaps better")]
+    reasons = [*misfit, *losses, *fit, *doubts, *_single(compared), *merits, *_open(compared)]
     verdict = {"is_harmless": is_harmless, "headline": headline, "reasons": reasons}
     return verdict | {"verdict": f"{headline}: {'; '.join(reasons)}", "latents": latents}
 
@@ -88,6 +94,30 @@ def unfit(latents: dict[str, Any]) -> list[str]:
     return [] if latents["rescaled"] is None else [latents["rescaled"]]
 
 
+def rescaled(before: AutoencoderConfig, now: AutoencoderConfig) -> str | None:
+    """How programs that read an export's configuration would scale the same latents in another way, in some channel.
+
+    None where they would not, and between two shapes of latents or two architectures: those are compared otherwise.
+    """
+    kinds = [(one.architecture, one.latent_channels, one.downsample_factor) for one in (before, now)]
+    if kinds[0] != kinds[1]:
+        return None
+    seen = [_seen_through(one) for one in (before, now)]
+    (shift, scale), (new_shift, new_scale) = seen
+    apart = torch.maximum((new_scale / scale - 1.0).abs(), ((new_shift - shift) * scale).abs())
+    if apart.max() <= TOLERATED:
+        return None
+    if all(one.latents_mean is None or one.latents_std is None for one in (before, now)):
+        old, new = (
+            f"{one.scaling_factor:.5g}" + (f" (shift {one.shift_factor:.4g})" if one.shift_factor is not None else "")
+            for one in (before, now)
+        )
+        return f"its scaling factor is {new}, the base's {old}"
+    worst = int(apart.argmax())
+    old, new = (f"{float(scales[worst]):.5g} (shift {float(shifts[worst]):.4g})" for shifts, scales in seen)
+    return f"the scale of its channel {worst} is {new}, the base's {old}"
+
+
 def lines_against_base(document: Document, dataset: str, model: str) -> list[Line]:
     """By every metric that both have a number of."""
     return [_line(document, dataset, Comparison.of_row(row)) for row in _rows(document, dataset, model)]
@@ -95,10 +125,13 @@ def lines_against_base(document: Document, dataset: str, model: str) -> list[Lin
 
 def _line(document: Document, dataset: str, one: Comparison) -> Line:
     metric = PAIRED[one.metric]
-    means = (document["metrics"][dataset][name][one.metric]["mean"] for name in (one.first, one.second))
+    means = (one.before, one.after)
+    if not one.known:  # an evaluation made before these were kept
+        means = (document["metrics"][dataset][name][one.metric]["mean"] for name in (one.first, one.second))
     before, after = ("-" if mean is None else f"{mean:.{metric.digits}f}" for mean in means)
     title = " ".join(filter(None, (metric.title, metric.unit, metric.arrow)))
-    return Line(title, before, after, one.gain(), percent(one.wins), _word(one))
+    gain = one.gain() + (f"; identical: {one.lost} lost, {one.gained} gained" if one.lost or one.gained else "")
+    return Line(title, before, after, gain, percent(one.wins), _word(one))
 
 
 def _latents(base: Autoencoder, model: Autoencoder, images: Sequence[Tensor]) -> dict[str, Any]:
@@ -113,22 +146,17 @@ def _latents(base: Autoencoder, model: Autoencoder, images: Sequence[Tensor]) ->
     return {
         "kind": "same" if drift.is_same else kind,
         "verdict": drift.verdict,
-        "rescaled": _rescaled(before, now) if before.architecture == now.architecture else None,
+        "rescaled": rescaled(before, now),
         "changed": len(drift.changed),
         "encoder_tensors": drift.encoder_tensors,
     } | {name: value if math.isfinite(value) else None for name, value in moved.items()}
 
 
-def _rescaled(before: AutoencoderConfig, now: AutoencoderConfig) -> str | None:
-    """Programs that read an export's configuration would scale the same latents in another way."""
-    shift = abs((now.shift_factor or 0.0) - (before.shift_factor or 0.0)) * before.scaling_factor
-    if max(abs(now.scaling_factor / before.scaling_factor - 1.0), shift) <= TOLERATED:
-        return None
-    old, new = (
-        f"{one.scaling_factor:.5g}" + (f" (shift {one.shift_factor:.4g})" if one.shift_factor is not None else "")
-        for one in (before, now)
-    )
-    return f"its scaling factor is {new}, the base's {old}"
+def _seen_through(config: AutoencoderConfig) -> tuple[Tensor, Tensor]:
+    """Shift and scale of each channel (C,) on the way to a diffusion model, whichever way `config` states them."""
+    zeros = torch.zeros(1, config.latent_channels, 1, 1, dtype=torch.float64)
+    shift, one_further = (unscale_latents(seen, config).flatten() for seen in (zeros, zeros + 1.0))
+    return shift, 1.0 / (one_further - shift)
 
 
 def _rows(document: Document, dataset: str, model: str) -> list[dict[str, Any]]:
@@ -143,34 +171,83 @@ def _compared(document: Document, model: str) -> Iterator[tuple[str, Comparison]
 
 
 def _word(one: Comparison) -> str:
-    """ "perhaps": by the interval of this metric alone, and not of as many as were compared."""
-    sure = "" if one.is_shown else "perhaps "
-    if one.high is not None and one.high < 0:
-        return f"{sure}worse"
-    return f"{sure}better" if one.low is not None and one.low > 0 else OPEN
+    """ "perhaps": by the interval of this metric alone and not of as many as were compared, or on all of its images."""
+    is_below, is_above = one.high is not None and one.high < 0, one.low is not None and one.low > 0
+    shown = (is_above - is_below) if one.is_shown else 0
+    if -1 in (shown, one.sign_of_lost):
+        return "worse"
+    if is_below or (one.is_worse_on_all and not one.is_few):
+        return "perhaps worse"
+    if 1 in (shown, one.sign_of_lost):
+        return "better"
+    return "perhaps better" if is_above else OPEN
 
 
 def _said(compared: Compared, word: str) -> list[str]:
-    sign = SIGNS[word]
-    return [
-        f"{PAIRED[one.metric].title} {word} by {one.gain(sign)}{where}" for where, one in compared if _word(one) == word
-    ]
+    said = [(where, one) for where, one in compared if _word(one) == word]
+    return [f"{PAIRED[one.metric].title} {word}{_by(one, SIGNS[word])}{where}" for where, one in said]
+
+
+def _by(one: Comparison, sign: int) -> str:
+    """Its mean, where that is what is meant; on how many images, where that is what is known."""
+    by = f" by {one.gain(sign)}" if one.difference and one.difference * sign > 0 else ""
+    is_in_interval = one.low is None or one.high is None or one.low <= 0 <= one.high
+    each = f" on each of {counted(one.known, 'image')}" if one.is_worse_on_all and is_in_interval else ""
+    return by + each + (f" ({_no_longer_identical(one)})" if one.lost else "")
+
+
+def _no_longer_identical(one: Comparison) -> str:
+    others = f", {one.gained} others are" if one.gained else ""
+    return f"{one.lost} of {counted(one.known, 'image')} no longer identical{others}"
+
+
+def _few(compared: Compared) -> Iterator[str]:
+    """What was not measured on enough images to tell: a data set, or a metric on one that applies to some of them."""
+    if not compared:
+        yield "no metric of single images was measured, and those of whole sets show no difference: measure psnr too"
+    for where in dict.fromkeys(where for where, _ in compared):
+        here = [one for at, one in compared if at == where]
+        few = [one for one in here if one.is_few]
+        if all(one.is_few or not one.known for one in here):
+            count = max(one.images for one in here)
+            yield f"{counted(count, 'image')}{where} cannot show a difference, {FEWEST} can"
+        elif few:
+            each = (f"{PAIRED[one.metric].title} of {counted(one.images, 'image')}" for one in few)
+            yield f"{listed(list(each))}{where} cannot show a difference, {FEWEST} images can"
+
+
+def _single(compared: Compared) -> Iterator[str]:
+    """What became of single images, which a mean over many does not show."""
+    for where, one in compared:
+        if one.lost and _word(one) == OPEN:
+            yield f"{_no_longer_identical(one)}{where}"
+    for where in dict.fromkeys(where for where, _ in compared):
+        each = [_badly_worse(one) for at, one in compared if at == where and one.badly_worse]
+        if each:
+            yield f"badly worse{where}: {listed(each)}"
+
+
+def _badly_worse(one: Comparison) -> str:
+    metric = PAIRED[one.metric]
+    worst = f"{one.worst:.{metric.digits}f} {metric.unit}".rstrip()
+    return f"{one.badly_worse} of {counted(one.known, 'image')} in {metric.title} (at worst by {worst})"
 
 
 def _open(compared: Compared) -> Iterator[str]:
     for where in dict.fromkeys(where for where, _ in compared):
-        left = [one for at, one in compared if at == where and _word(one) == OPEN]
-        count = max((one.images for one in left), default=FEWEST)
-        if count < FEWEST:
-            yield f"{counted(count, 'image')}{where} cannot show a difference, {FEWEST} can"
-        elif left:
+        here = [one for at, one in compared if at == where and one.known and not one.is_few]
+        left = [one for one in here if _word(one) == OPEN]
+        if left:
             yield f"{OPEN} in {listed([PAIRED[one.metric].title for one in left])}{where}"
 
 
 def _broken(document: Document, model: str) -> list[str]:
     """Images that come out as what is not a number, where the base's do not."""
-    pairs = [(one["image"], one["model"]) for about in document["datasets"].values() for one in about["not_finite"]]
-    count = sum(name == model and (image, document["base"]) not in pairs for image, name in pairs)
+    count = 0
+    for about in document["datasets"].values():
+        broken = Counter((one["image"], one["model"]) for one in about["not_finite"])
+        of_model = ((image, number) for (image, name), number in broken.items() if name == model)
+        count += sum(max(0, number - broken[image, document["base"]]) for image, number in of_model)
     return [f"{counted(count, 'reconstruction')} not finite"] if count else []
 
 
