@@ -80,6 +80,51 @@ def test_a_run_that_goes_on_is_measured_at_its_new_end_and_not_twice_there(from_
     assert "measured before" in capsys.readouterr().out
 
 
+def test_another_base_is_measured_and_not_answered_by_what_was_said_of_the_first(from_base, made, perturbed, tiny):
+    first = compare_with_init(made)
+    other = save_autoencoder(perturbed(tiny), made.parent / "other")
+    second = compare_with_init(made, base=str(other))
+    assert [folder.name for folder in (first, second)] == ["step_0000002", "step_0000002_2"]
+    assert [read_json(folder / "metrics.json")["base"] for folder in (first, second)] == ["base", "other"]
+    assert compare_with_init(made, base=str(other)) == second
+    assert compare_with_init(made) == first
+    shutil.move(str(from_base.init), made.parent / "moved")
+    assert compare_with_init(made, base=str(made.parent / "moved")) == first
+
+
+def test_a_base_of_another_scale_is_another_base(from_base, made):
+    first = compare_with_init(made)
+    base = load_autoencoder(from_base.init)
+    base.config = replace(base.config, scaling_factor=0.5)
+    other = save_autoencoder(base, made.parent / "other")
+    rescaled = read_json(compare_with_init(made, base=str(other)) / "metrics.json")["against_base"]["run"]["latents"]
+    assert rescaled["rescaled"] == "its scaling factor is 0.18215, the base's 0.5"
+    assert compare_with_init(made) == first
+
+
+def test_a_base_of_other_latents_is_measured_once(from_base, made, perturbed, tiny):
+    """Of another size and another scale: the size alone is told."""
+    other = replace(tiny, block_out_channels=[8, 16, 16], scaling_factor=0.5)
+    bases = [str(save_autoencoder(perturbed(other), made.parent / "other"))] * 2
+    assert [compare_with_init(made, base=base).name for base in bases] == ["step_0000002", "step_0000002"]
+
+
+def test_an_export_that_was_written_anew_is_measured_anew(from_base, made, perturbed, tiny):
+    first = compare_with_init(made)
+    save_autoencoder(perturbed(tiny), made / "exports" / "step_0000002" / "diffusers")
+    second = compare_with_init(made)
+    kinds = [read_json(one / "metrics.json")["against_base"]["run"]["latents"]["kind"] for one in (first, second)]
+    assert (second.name, kinds) == ("step_0000002_2", ["same", "drifted"])
+
+
+def test_an_interrupted_comparison_with_another_base_is_left_alone(from_base, made, perturbed, tiny):
+    first = compare_with_init(made)
+    (first / "metrics.json").unlink()
+    other = save_autoencoder(perturbed(tiny), made.parent / "other")
+    assert compare_with_init(made, base=str(other)).name == "step_0000002_2"
+    assert compare_with_init(made) == first
+
+
 def test_a_base_that_is_gone_is_said_with_a_command_that_measures_the_same_images(
     from_base, made, capsys, monkeypatch, tmp_path
 ):

@@ -2,8 +2,11 @@
 
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,8 +17,10 @@ from vae.data.config import DataConfig
 from vae.data.processes import Place
 from vae.errors import InputError, Stopped
 from vae.evaluation import show
+from vae.evaluation.base import rescaled
+from vae.evaluation.models import codecs_of, described, load_models, tells_scale
 from vae.evaluation.recorded import DOCUMENT_FILE
-from vae.evaluation.run import evaluate_as
+from vae.evaluation.run import PLAN_FILE, evaluate_as
 from vae.evaluation.team import Team, leads_alone
 
 EVALUATIONS = "evaluations"  # of a run, in its directory
@@ -34,6 +39,7 @@ IMAGES = (  # what of a DataConfig says which images are measured, and cut how
     "bits",
     "min_side",
 )
+PATHS = {"encoder", "decoder"}  # of what is said of a model
 OF_DOOR = ("validation_fraction", "validation_images")  # configs/evaluate has other values than the dataclass
 
 
@@ -41,7 +47,8 @@ def compare_with_init(run: str | Path, base: str | None = None) -> Path:
     """Hold the newest export of `run` against the weights that it began from, which are at `base` if they were moved.
 
     On the run's validation images, at its resolution: latents, reconstructions, float16, pictures before and after. The
-    folder with the report is returned, RUN/evaluations/step_N; what is there already is not measured again. Raises
+    folder with the report is returned, RUN/evaluations/step_N. What is there already is not measured again; where it is
+    of another base, or of an export that was written anew since, the report goes to step_N_2 and so on. Raises
     InputError where the run began from chance, or what it needs is gone.
     """
     run = Path(run).expanduser()
@@ -72,7 +79,7 @@ def after_training(config: TrainConfig, run: Path) -> None:
 
 def _compare(run: Path, base: str, data: DataConfig) -> Path:
     find_export(base, "init")
-    folder = run / EVALUATIONS / _step_of(find_export(run))
+    folder = _folder_of(run, base)
     if (folder / DOCUMENT_FILE).exists():
         show.against_base(json.loads((folder / DOCUMENT_FILE).read_text(encoding="utf-8")))
         show.say(f"measured before; delete {folder} to measure it again")
@@ -90,6 +97,35 @@ def _compare(run: Path, base: str, data: DataConfig) -> Path:
         data=replace(data, **squares),
     )
     return evaluate_as(config, Team(Place()))
+
+
+def _folder_of(run: Path, base: str) -> Path:
+    """Where the newest export of `run` is, or will be, held against `base`: step_N, step_N_2 if that is of others."""
+    first = run / EVALUATIONS / _step_of(find_export(run))
+    if _begun(first) is None:
+        return first
+
+    # What was measured, or interrupted, may be of another base, or of an export that was written anew since.
+    paths = [base, str(run)]
+    models = load_models(paths)
+    now = [described(codec, models, dict(zip(models, paths, strict=True))) for codec in codecs_of(models, cross=False)]
+    scale = rescaled(*(model.config for model in models.values())) if tells_scale(base) else None
+    folders = (first if number == 1 else first.with_name(f"{first.name}_{number}") for number in count(1))
+    return next(folder for folder in folders if (begun := _begun(folder)) is None or _is_of(begun, now, scale))
+
+
+def _begun(folder: Path) -> dict[str, Any] | None:
+    """The document that is there, or the plan of one that was interrupted."""
+    found = [folder / file for file in (DOCUMENT_FILE, PLAN_FILE) if (folder / file).exists()]
+    return json.loads(found[0].read_text(encoding="utf-8")) if found else None
+
+
+def _is_of(begun: dict[str, Any], now: Sequence[dict[str, Any]], scale: str | None) -> bool:
+    """Whether `begun` is of the models that are described `now`, wherever they were then."""
+    scales = [verdict["latents"]["rescaled"] for verdict in begun.get("against_base", {}).values()]
+    both = zip(begun["models"].values(), now, strict=True)
+    are_same = all(then[key] == one[key] for then, one in both for key in then.keys() & one.keys() - PATHS)
+    return are_same and all(one == scale for one in scales)
 
 
 def _step_of(export: Path) -> str:
