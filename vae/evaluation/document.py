@@ -11,7 +11,7 @@ from vae.evaluation.collected import Collected
 from vae.evaluation.comparing import compare_pairs
 from vae.evaluation.latents import combine
 from vae.evaluation.recorded import PIXELS, whole_models
-from vae.evaluation.statistics import QUANTILE, summarise
+from vae.evaluation.statistics import FEWEST, QUANTILE, summarise
 from vae.metrics.frechet import frechet_distance
 from vae.metrics.kernel import kernel_estimate
 from vae.metrics.registry import CONVENTION_OF, OF_SETS, PAIRED
@@ -92,6 +92,8 @@ def _of_set(collected: Collected, model: str, metric: str) -> Mapping[str, Any]:
     if metric.startswith("rfid"):
         return summary | {"mean": frechet_distance(images, reconstructions)}
     value, error = kernel_estimate(images, reconstructions)
+    if len(images) < FEWEST:
+        return summary | {"mean": value}
     return summary | {"mean": value, "low": value - QUANTILE * error, "high": value + QUANTILE * error}
 
 
