@@ -136,8 +136,8 @@ class EvaluateConfig:
     `datasets` are values of `data.root` in place of the one, `cross` measures each encoder with the decoders of the
     others too. With another number of the CPU's `threads` sums end in other bits. The first `probe_images` images are
     for the tests of robustness and precision. `gates` fail with status 4: {psnr: 28, lpips_alex: 0.1}. Images that
-    cannot be read or reconstructed are left out and listed, and the status is 3 unless `allow_left_out`. `inception`
-    names the weights of rFID and KID; `download` may fetch what is missing.
+    cannot be read or reconstructed are left out and listed, and the status is 3 unless `allow_left_out`; what cannot be
+    reconstructed fails the gates. `inception` names the weights of rFID and KID; `download` may fetch what is missing.
     """
 
     model: Any = None  # str | list[str]; OmegaConf has no such union

@@ -13,7 +13,7 @@ from PIL import Image
 from tests.conftest import read_json
 from tests.evaluation.ranks import config_of, pictures, saved_model
 from vae.config import EvaluateConfig
-from vae.errors import Stopped
+from vae.errors import GATE_FAILED, Stopped
 from vae.evaluation.measuring import Bench
 from vae.evaluation.run import evaluate
 
@@ -81,6 +81,16 @@ def test_what_is_left_out_on_purpose_costs_no_status(config, tmp_path, capsys):
     folder = evaluate(replace(config, name="allowed", allow_left_out=True))
     assert "1 of 6 images are left out" in capsys.readouterr().out
     assert (folder / "metrics.json").exists()
+
+
+def test_a_gate_fails_where_most_images_are_not_finite_though_that_is_allowed(config, tmp_path, capsys):
+    for number in range(6):
+        Image.new("RGB", (48, 48), "white").save(tmp_path / "images" / f"nan {number}.png")
+    with pytest.raises(Stopped, match="1 of 1 gates failed") as stop:
+        evaluate(replace(config, name="gated", allow_left_out=True, gates={"psnr": 1.0}))
+    assert stop.value.code == GATE_FAILED
+    said = "images, model: PSNR has no number of every image: 6 of 11 reconstructions are not finite"
+    assert said in capsys.readouterr().out
 
 
 def test_an_evaluation_of_nothing_finite_says_so(tmp_path, tiny, monkeypatch):

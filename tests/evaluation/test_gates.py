@@ -12,7 +12,8 @@ from vae.metrics.registry import METRICS
 
 def _document(**means: float | None) -> dict[str, Any]:
     summaries = {name: {"mean": mean, "infinite": 0} for name, mean in means.items()}
-    return {"metrics": {"photos": {"tiny": summaries}}, "missing": {}}
+    photos = {"images": 10, "not_finite": []}
+    return {"datasets": {"photos": photos}, "metrics": {"photos": {"tiny": summaries}}, "missing": {}}
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,7 @@ def test_a_gate_has_the_direction_of_its_metric(metric, passing, failing, bound,
 def test_every_model_on_every_dataset_is_checked():
     summary = {"psnr": {"mean": 25.0, "infinite": 0}, "ssim": {"mean": 0.7, "infinite": 0}}
     document: dict[str, Any] = {
+        "datasets": {d: {"images": 10, "not_finite": []} for d in ("photos", "faces")},
         "metrics": {d: {"a": summary, "b": summary} for d in ("photos", "faces")},
         "missing": {},
     }
@@ -51,6 +53,21 @@ def test_a_metric_that_is_not_measured_fails_with_its_reason():
     words = ["photos, tiny: rFID is not measured, at most 1 is asked (no weights)"]
     assert check(document, {"psnr": 28, "rfid": 1}) == words
     assert check(document, {"kid": 1}) == ["photos, tiny: KID is not measured, at most 1 is asked"]
+
+
+def test_images_that_are_not_finite_fail_every_gate_of_their_model():
+    """The mean is of the others: 4 of 10 here, and all of them fine."""
+    document = _document(psnr=30.0, ssim=0.7)
+    document["metrics"]["photos"]["other"] = document["metrics"]["photos"]["tiny"]
+    document["datasets"]["photos"]["not_finite"] = [{"image": f"{n}.png", "model": "tiny"} for n in range(6)]
+    lost = "6 of 10 reconstructions are not finite"
+    assert check(document, {"psnr": 28, "ssim": 0.8}) == [
+        f"photos, tiny: PSNR has no number of every image: {lost}",
+        f"photos, tiny: SSIM is 0.7000, at least 0.8 is asked, and {lost}",
+        "photos, other: SSIM is 0.7000, at least 0.8 is asked",
+    ]
+    document["metrics"]["photos"]["tiny"]["psnr"] = {"mean": None, "infinite": 4}
+    assert check(document, {"psnr": 28})[0] == f"photos, tiny: PSNR has no number of every image: {lost}"
 
 
 def test_images_without_any_error_pass_and_no_value_fails():

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from collections import Counter
 from typing import Any
 
 from vae.errors import require
@@ -24,30 +25,40 @@ def parse_gates(given: dict[str, Any]) -> Gates:
 
 
 def check(document: dict[str, Any], gates: dict[str, Any]) -> list[str]:
-    """What the means of metrics.json miss, a sentence for each dataset, model and gate; a metric not measured fails."""
+    """What metrics.json misses, a sentence for each dataset, model and gate; a metric not measured fails.
+
+    So does every metric of a model that made an image of what is not a number: the means are of the others.
+    """
     bounds = parse_gates(gates)
-    return [
-        f"{dataset}, {model}: {METRICS[name].title} {failure}"
-        for dataset, models in document["metrics"].items()
-        for model, summaries in models.items()
-        for name, bound in bounds.items()
-        if (failure := _failure(METRICS[name], bound, summaries.get(name), document["missing"].get(name)))
-    ]
+    failed = []
+    for dataset, models in document["metrics"].items():
+        about = document["datasets"][dataset]
+        broken = Counter(one["model"] for one in about["not_finite"])
+        for model, summaries in models.items():
+            lost = f"{broken[model]} of {about['images']}" if broken[model] else ""
+            for name, bound in bounds.items():
+                failure = _failure(METRICS[name], bound, summaries.get(name), document["missing"].get(name), lost)
+                failed += [f"{dataset}, {model}: {METRICS[name].title} {failure}"] if failure else []
+    return failed
 
 
-def _failure(metric: Metric, bound: float, summary: dict[str, Any] | None, reason: str | None) -> str:
-    """Empty where the gate is passed. Where every image is without an error, PSNR has no mean and passes any gate."""
+def _failure(metric: Metric, bound: float, summary: dict[str, Any] | None, reason: str | None, lost: str) -> str:
+    """Empty where the gate is passed. Where every image is without an error, PSNR has no mean and passes any gate.
+
+    `lost`: how many of how many reconstructions are not finite, if any.
+    """
     asked = f"{_asked(metric, f'{bound:g}')} is asked"
+    of_others = f", and {lost} reconstructions are not finite" if lost else ""
     if summary is None:
         return f"is not measured, {asked}" + (f" ({reason})" if reason else "")
     mean = summary["mean"]
-    if mean is None:
-        return "" if metric.ideal == math.inf and summary["infinite"] else f"has no value, {asked}"
-    if _passes(metric, mean, bound):
-        return ""
-    shown = f"{mean:.{metric.digits}f}"
-    just_missed = _passes(metric, float(shown), bound)
-    return f"is {f'{mean if just_missed else shown} {metric.unit}'.rstrip()}, {asked}"
+    if mean is None and not (metric.ideal == math.inf and summary["infinite"]):
+        return f"has no value, {asked}{of_others}"
+    if mean is not None and not _passes(metric, mean, bound):
+        shown = f"{mean:.{metric.digits}f}"
+        just_missed = _passes(metric, float(shown), bound)
+        return f"is {f'{mean if just_missed else shown} {metric.unit}'.rstrip()}, {asked}{of_others}"
+    return f"has no number of every image: {lost} reconstructions are not finite" if lost else ""
 
 
 def _passes(metric: Metric, mean: float, bound: float) -> bool:
