@@ -128,6 +128,62 @@ def test_the_findings_name_the_best_model_and_what_a_viewer_would_see(reported):
     assert "1 image could not be measured." in said
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "kind", "words"),
+    [
+        (0.820, 0.951, "plain", "Whether model keeps contrast is not shown."),
+        (0.960, 1.051, "plain", "Whether model keeps contrast is not shown."),
+        (0.90, 1.10, "plain", "Whether model keeps contrast is not shown."),
+        (0.955, 1.045, "good", "model keeps contrast."),
+        (0.82, 0.94, "bad", "model comes out foggy."),
+        (1.06, 1.2, "bad", "model comes out harsh."),
+    ],
+)
+def test_contrast_is_kept_only_where_the_whole_interval_is(reported, low, high, kind, words):
+    mean = (low + high) / 2
+    document = {"metrics": {"photos": {"model": {"contrast": {"mean": mean, "low": low, "high": high}}}}}
+    found = findings(_of_one_model(reported[0]) | document)
+    assert [one.kind for one in found if one.headline == words] == [kind]
+    assert sum("contrast" in one.headline or "comes out" in one.headline for one in found) == 1
+
+
+def test_what_is_kept_is_told_apart_from_what_is_not_shown(reported):
+    summaries = {"contrast": (0.99, 0.98, 1.0), "saturation": (0.884, 0.82, 0.951)}
+    metrics = {name: dict(zip(("mean", "low", "high"), one, strict=True)) for name, one in summaries.items()}
+    found = findings(_of_one_model(reported[0]) | {"metrics": {"photos": {"model": metrics}}})
+    assert [one.headline for one in found if "keeps" in one.headline] == [
+        "model keeps contrast.",
+        "Whether model keeps saturation is not shown.",
+    ]
+
+
+def _of_one_model(document: dict[str, Any]) -> dict[str, Any]:
+    about = next(iter(document["models"].values()))
+    return document | {"models": {"model": about}, "comparisons": {"photos": []}, "latents": {}, "robustness": {}}
+
+
+def test_images_that_are_not_finite_when_disturbed_are_counted_where_their_numbers_stand(reported):
+    """Two of four images survive the strongest noise, none survives a tile."""
+    document, rows, pictures = reported
+    model = next(iter(document["models"]))
+    survived = {"mean": 21.5, "identical": 0, "not_finite": 2}
+    lost = {"mean": None, "identical": 0, "not_finite": 4}
+    probed = document["robustness"][model] | {
+        "latent_noise": [{"noise": 0.5, "psnr": survived}],
+        "equivariance": [{"transform": "flip", "psnr": survived, "to_image": survived}],
+        "tiled": [{"tile": 64, "decoded": lost, "encoded_and_decoded": lost}],
+    }
+    precision = document["precision"] | {model: document["precision"][model] | {"psnr": {"float16": None}}}
+    document = document | {"robustness": document["robustness"] | {model: probed}, "precision": precision}
+    page = render(document, rows, pictures)
+    assert "<b>21.5 (2 not finite)</b>" in page
+    assert page.count("<b>not finite</b>") == 3  # two of tiles, and float16
+    assert f"{model}: 2 of 4 images not finite by latent noise, and not in its means" in page
+    (finding,) = [one for one in findings(document) if one.headline.endswith("makes images that are not finite.")]
+    assert finding.kind == "bad"
+    assert finding.detail == "2 of 4 images by latent noise; 2 of 4 images by equivariance; 4 of 4 images by tiled."
+
+
 def test_equal_models_are_not_ranked():
     document, _, _ = evaluation(_photographs(8), {"a": lambda image: image // 2, "b": lambda image: image // 2})
     assert findings(document)[0].headline == "No best model is shown."

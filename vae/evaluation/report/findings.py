@@ -1,18 +1,18 @@
 """What the numbers say, in sentences: first of all which model is better, and what a user would see."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vae.evaluation.comparing import Comparison, percent
 from vae.evaluation.report.gallery import main_metrics
+from vae.evaluation.report.trials import not_finite
 from vae.evaluation.report.wording import counted, figure, listed, short
-from vae.metrics.registry import PAIRED
+from vae.metrics.registry import PAIRED, VISIBLE
 
 NEAR = {"contrast": 0.05, "saturation": 0.05, "sharpness": 0.1}  # how far from 1 before it is worth a word
 BELOW = {"contrast": "foggy", "saturation": "washed out", "sharpness": "blurred"}
 ABOVE = {"contrast": "harsh", "saturation": "oversaturated", "sharpness": "oversharpened"}
-VISIBLE = 2.3  # CIELAB's just noticeable difference: Mahy, Van Eycken, Oosterlinck (1994)
 RELIABLE = 10_000  # images below which an rFID is mostly the bias of few samples
 
 
@@ -29,7 +29,8 @@ def findings(document: dict[str, Any]) -> list[Finding]:
     found = [finding for dataset in document["datasets"] for finding in _of_dataset(document, dataset)]
     failed = (document.get("gates") or {}).get("failed") or []
     gates = [Finding("bad", f"{counted(len(failed), 'gate')} failed.", "; ".join(map(short, failed)))] if failed else []
-    return [*_against_base(document), *gates, *found, *_precision(document.get("precision") or {})]
+    bears = _disturbed(document.get("robustness") or {})
+    return [*_against_base(document), *gates, *found, *bears, *_precision(document.get("precision") or {})]
 
 
 def _against_base(document: dict[str, Any]) -> Iterator[Finding]:
@@ -41,9 +42,7 @@ def _against_base(document: dict[str, Any]) -> Iterator[Finding]:
 def winner(row: dict[str, Any]) -> str | None:
     """The model that a comparison shows to be the better one."""
     compared = Comparison.of_row(row)
-    if compared.difference is None or not compared.is_shown:
-        return None
-    return compared.second if compared.difference > 0 else compared.first
+    return {1: compared.second, -1: compared.first}.get(compared.sign)
 
 
 def best(document: dict[str, Any], dataset: str, metric: str) -> str | None:
@@ -128,32 +127,51 @@ def _margin(document: dict[str, Any], dataset: str, metric: str, first: str) -> 
     is_second = first == closest.second
     other, share = (closest.first, closest.wins) if is_second else (closest.second, 1.0 - closest.wins)
     about = PAIRED[metric]
+    if not closest.is_shown:
+        return f"{about.title}: {closest.identical}."
     gain = closest.gain(1 if is_second else -1)
     return f"{about.title} {about.direction} by {gain} than {short(other)}, on {percent(share)} of images."
 
 
 def _appearance(metrics: dict[str, Any], model: str, where: str) -> Iterator[Finding]:
-    """Foggy, washed out, blurred? Said where the whole interval is off by more than one would overlook."""
+    """Foggy, washed out, blurred? Said where the whole interval is off by more than one would overlook.
+
+    Kept is what the whole interval is within that of; what lies on both sides is neither.
+    """
     known = {name: one for name in NEAR if (one := metrics.get(name)) and None not in (one["low"], one["high"])}
-    wrong = []
+    wrong, kept, untold = [], [], []
     for name, summary in known.items():
         low, high = summary["low"], summary["high"]
         word = BELOW[name] if high < 1 - NEAR[name] else ABOVE[name] if low > 1 + NEAR[name] else None
+        detail = f"{PAIRED[name].title} {summary['mean']:.3f} [{low:.3f}, {high:.3f}] of the image's"
         if word:
-            wrong.append((word, f"{PAIRED[name].title} {summary['mean']:.3f} [{low:.3f}, {high:.3f}] of the image's"))
+            wrong.append((word, detail))
+        elif 1 - NEAR[name] <= low and high <= 1 + NEAR[name]:
+            kept.append((PAIRED[name].title, detail))
+        else:
+            untold.append((PAIRED[name].title, f"{detail}, where 1 within {NEAR[name]:g} would be kept"))
     shift = metrics.get("colour_shift")
     if shift and shift["low"] is not None and shift["low"] > VISIBLE:
         wrong.append(("off in colour", f"mean colour moved by {shift['mean']:.1f} ΔE, visible from {VISIBLE} on"))
     if wrong:
-        detail = "; ".join(detail for _, detail in wrong)
-        yield Finding("bad", f"{model} comes out {listed([word for word, _ in wrong])}{where}.", _sentence(detail))
-    elif known:
-        detail = ", ".join(f"{PAIRED[name].title} {summary['mean']:.3f}" for name, summary in known.items())
-        yield Finding(
-            "good",
-            f"{model} keeps {listed([PAIRED[name].title for name in known])}{where}.",
-            _sentence(f"{detail} of the image's"),
-        )
+        yield _together("bad", f"{model} comes out {{}}{where}.", wrong)
+    elif kept:
+        yield _together("good", f"{model} keeps {{}}{where}.", kept)
+    if untold:
+        yield _together("plain", f"Whether {model} keeps {{}}{where} is not shown.", untold)
+
+
+def _together(kind: str, headline: str, said: Sequence[tuple[str, str]]) -> Finding:
+    words, details = zip(*said, strict=True)
+    return Finding(kind, headline.replace("{}", listed(words)), _sentence("; ".join(details)))
+
+
+def _disturbed(robustness: dict[str, Any]) -> Iterator[Finding]:
+    for model, one in robustness.items():
+        broken = not_finite(one) if one else {}
+        if broken:
+            details = (f"{count} of {counted(one['images'], 'image')} by {probe}" for probe, count in broken.items())
+            yield Finding("bad", f"{short(model)} makes images that are not finite.", _sentence("; ".join(details)))
 
 
 def _precision(verdicts: dict[str, Any]) -> Iterator[Finding]:

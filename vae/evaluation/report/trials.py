@@ -7,8 +7,10 @@ from typing import Any
 from markupsafe import Markup
 
 from vae.evaluation.report.charts import Point, lines
-from vae.evaluation.report.wording import NOTHING, figure
+from vae.evaluation.report.wording import NOTHING, counted, figure, short
+from vae.evaluation.robustness import PROBES
 
+NOT_FINITE = "not finite"
 Trial = dict[str, Any]  # what was done, and {name: decibels over the images}
 
 TRANSFORMS = {
@@ -60,9 +62,25 @@ def robustness_section(document: dict[str, Any]) -> Robustness | None:
         for one in known.values()
         for probe, reason in (one.get("missing") or {}).items()
     )
+    broken = [
+        f"{short(model)}: {count} of {counted(one['images'], 'image')} not finite by {probe}, and not in its means"
+        for model, one in known.items()
+        for probe, count in not_finite(one).items()
+    ]
     precision = document.get("precision") or {}
     groups = [*_groups(list(known.values())), *_formats([precision.get(model) or {} for model in known])]
-    return Robustness(list(known), max(one["images"] for one in known.values()), curves, groups, list(missing))
+    return Robustness(list(known), max(one["images"] for one in known.values()), curves, groups, [*broken, *missing])
+
+
+def not_finite(one: dict[str, Any]) -> dict[str, int]:
+    """{probe in words: how many images it makes come out as what is not a number}, at most by any trial of it."""
+    trials = {"plain": [{"psnr": one["plain"]}]} | {name: one.get(name) or [] for name in PROBES}
+    found: dict[str, int] = {}
+    for name, done in trials.items():
+        counts = [value["not_finite"] for trial in done for value in trial.values() if isinstance(value, dict)]
+        if any(counts):
+            found["coding alone" if name == "plain" else name.replace("_", " ")] = max(counts)
+    return found
 
 
 def _noisy(one: dict[str, Any]) -> list[Point]:
@@ -130,7 +148,7 @@ def _groups(models: list[dict[str, Any]]) -> Iterator[Group]:
 def _formats(models: list[dict[str, Any]]) -> Iterator[Group]:
     formats = dict.fromkeys(name for one in models for name in one.get("psnr") or {})
     if formats:
-        rows = [(name, [_decibels((one.get("psnr") or {}).get(name)) for one in models]) for name in formats]
+        rows = [(name, [_in_format(one.get("psnr") or {}, name) for one in models]) for name in formats]
         yield Group("Half precision", "against float32", rows)
 
 
@@ -160,10 +178,23 @@ def _points(trials: list[Trial], across: str) -> list[Point]:
     return [(x, y) for x, y in values if y is not None]
 
 
-def _decibels(over_images: Any) -> str:
-    """Over the images of a trial, or a number."""
-    if not isinstance(over_images, dict):
-        return figure(over_images, 1)
-    if over_images["mean"] is None and over_images.get("identical"):
-        return "identical"
-    return figure(over_images["mean"], 1)
+def _in_format(psnr: dict[str, float | None], name: str) -> str:
+    """A number is absent where the format was not tried, and null where an image came out as what is not one."""
+    if name not in psnr:
+        return NOTHING
+    value = psnr[name]
+    return NOT_FINITE if value is None else figure(value, 1)
+
+
+def _decibels(over_images: dict[str, Any] | None) -> str:
+    """Over the images of a trial, those that are not finite counted beside it."""
+    if over_images is None:
+        return NOTHING
+    mean, broken = over_images["mean"], over_images.get("not_finite", 0)
+    if mean is None and over_images.get("identical"):
+        known = "identical"
+    elif mean is None and broken:
+        return NOT_FINITE
+    else:
+        known = figure(mean, 1)
+    return f"{known} ({broken} {NOT_FINITE})" if broken else known
