@@ -46,9 +46,7 @@ def latents_against_base(models: Mapping[str, Autoencoder], images: Sequence[Ten
     what they ask a diffusion model's latents to be multiplied by, if they do and both files tell it.
     """
     (_, base), *others = models.items()
-    found = {name: {"images": len(images)} | _latents(base, model, images) for name, model in others}
-    told = {name: base.config.scale_is_known and model.config.scale_is_known for name, model in others}
-    return {name: one if told[name] else one | {"rescaled": None} for name, one in found.items()}
+    return {name: {"images": len(images)} | _latents(base, model, images) for name, model in others}
 
 
 def judge(document: Document, model: str, latents: dict[str, Any]) -> dict[str, Any]:
@@ -97,8 +95,11 @@ def unfit(latents: dict[str, Any]) -> list[str]:
 def rescaled(before: AutoencoderConfig, now: AutoencoderConfig) -> str | None:
     """How programs that read an export's configuration would scale the same latents in another way, in some channel.
 
-    None where they would not, and between two shapes of latents or two architectures: those are compared otherwise.
+    None where they would not, where the scale of one is only assumed, and between two shapes of latents or two
+    architectures: those are compared otherwise.
     """
+    if not (before.scale_is_known and now.scale_is_known):
+        return None
     kinds = [(one.architecture, one.latent_channels, one.downsample_factor) for one in (before, now)]
     if kinds[0] != kinds[1]:
         return None

@@ -18,7 +18,7 @@ from vae.data.processes import Place
 from vae.errors import InputError, Stopped
 from vae.evaluation import show
 from vae.evaluation.base import rescaled
-from vae.evaluation.models import codecs_of, described, load_models, tells_scale
+from vae.evaluation.models import codecs_of, described, load_models
 from vae.evaluation.recorded import DOCUMENT_FILE
 from vae.evaluation.run import PLAN_FILE, evaluate_as
 from vae.evaluation.team import Team, leads_alone
@@ -109,7 +109,7 @@ def _folder_of(run: Path, base: str) -> Path:
     paths = [base, str(run)]
     models = load_models(paths)
     now = [described(codec, models, dict(zip(models, paths, strict=True))) for codec in codecs_of(models, cross=False)]
-    scale = rescaled(*(model.config for model in models.values())) if tells_scale(base) else None
+    scale = rescaled(*(model.config for model in models.values()))
     folders = (first if number == 1 else first.with_name(f"{first.name}_{number}") for number in count(1))
     return next(folder for folder in folders if (begun := _begun(folder)) is None or _is_of(begun, now, scale))
 
