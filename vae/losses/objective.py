@@ -57,8 +57,8 @@ class LossConfig:
     autoencoder feels it from the second on, at full weight after `adversarial_ramp` more. Before `autoencoder_start`
     the autoencoder stays as it is: a discriminator that begins from nothing learns against it first. The KL term is at
     full weight after `kl_warmup` updates. Activations are held below `activation_limit`, an eighth of float16's range:
-    a safe model has a quarter, on other images too. `r1` (its gamma), `lecam` (its lambda) and `augment` (of
-    DiffAugment) restrain the discriminator; 0 and [] are off.
+    a safe model has a quarter, on other images too. `r1` (its gamma, of one logit), `lecam` (its lambda) and `augment`
+    (of DiffAugment) restrain the discriminator; 0 and [] are off.
     `perceptual_channels` are the three that LPIPS sees; null: grey repeated, RGBA composited on white, of more than
     four the first three.
     """

@@ -32,7 +32,7 @@ class Sign(NamedTuple):
 SIGNS = (
     Sign(
         lambda means, _: means.get("discriminator_accuracy", 0.0) > 0.95,
-        "the discriminator wins (right in more than 95 %): lower optim.discriminator_learning_rate, set loss.r1=10 or "
+        "the discriminator wins (right in more than 95 %): lower optim.discriminator_learning_rate, set loss.r1=0.1 or "
         "loss.lecam=0.1, and for few images loss.augment=[color,translation,cutout]",
     ),
     Sign(
