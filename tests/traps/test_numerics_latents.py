@@ -1,4 +1,4 @@
-"""Rows N1, N3, N4, N13 and N16 of the table of traps: what the KL term weighs, whose noise it is, and what latents
+"""Rows N1, N3, N4, N13, N16 and N18 of the table of traps: what the KL term weighs, whose noise it is, and what latents
 are scaled by. Each claim is shown to be false once the peers' defect is put in place of our code."""
 
 from collections.abc import Callable
@@ -34,6 +34,7 @@ from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from vae.models.posterior import DiagonalGaussian
 
 RANKS = 2
+SMALL_SCALE = 2.0**8  # for 2 images of 32 px what the usual 2**16 is for 8 of 256 px
 FLUX2 = getattr(diffusers, "AutoencoderKLFlux2", None)
 
 
@@ -73,6 +74,34 @@ def test_the_kl_term_is_the_closed_form_and_weighs_what_it_weighs_in_ldm(monkeyp
     monkeypatch.setattr("vae.losses.objective.kl_per_element", peer)
     with pytest.raises(AssertionError):
         kl_weighs_against_the_pixels_what_it_weighs_in_ldm()
+
+
+def log_variances_learn_from_kl_in_float16_as_in_float32(bench: Bench) -> None:
+    """At the bias of the layer that makes them: nothing but the KL term moves it where means are decoded."""
+    model, channels = bench.autoencoder, bench.config.model.latent_channels
+    last = model.quant_conv if isinstance(model.quant_conv, nn.Conv2d) else model.encoder.conv_out
+    assert isinstance(last, nn.Conv2d)
+    gradients = []
+    for in_float16 in (False, True):
+        with torch.autocast("cpu", torch.float16, enabled=in_float16):
+            loss = bench.loss(0)
+        (SMALL_SCALE * loss).backward()
+        assert last.bias is not None
+        assert last.bias.grad is not None
+        gradients.append(last.bias.grad[channels:].float() / SMALL_SCALE)
+    assert (gradients[0] < 0).all()  # towards wider posteriors
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0.05, atol=0.0)
+
+
+@pytest.mark.parametrize("quant_conv", [True, False])
+def test_the_kl_term_reaches_log_variances_in_float16_where_means_are_decoded(monkeypatch, tiny_run, quant_conv):
+    """N20: the mutant computes the layer that makes moments in float16, as autocast has it; zero is what it learns."""
+    model = replace(tiny_run.model, use_quant_conv=quant_conv)
+    bench = Bench(replace(tiny_run, model=model, latents="mean"))
+    log_variances_learn_from_kl_in_float16_as_in_float32(bench)
+    monkeypatch.setattr("vae.models.autoencoder._never_in_float16", lambda layer, x: layer(x))
+    with pytest.raises(AssertionError, match="not close"):
+        log_variances_learn_from_kl_in_float16_as_in_float32(bench)
 
 
 def ranks_draw_their_own_noise(bench: Bench) -> None:

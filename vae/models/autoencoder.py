@@ -40,7 +40,7 @@ class Encoder(Half):
         for block in self.down_blocks:
             x = self.run(block, x)
         x = self.run(self.mid_block, x)
-        return self.conv_out(norm_silu(self.conv_norm_out, x))
+        return _never_in_float16(self.conv_out, norm_silu(self.conv_norm_out, x))
 
 
 class Decoder(Half):
@@ -94,7 +94,7 @@ class AutoencoderKL(Autoencoder[Encoder, Decoder]):
 
     def encode(self, images: Tensor) -> DiagonalGaussian:
         self.check_size(images)
-        return DiagonalGaussian.from_moments(self.quant_conv(self.encoder(images)))
+        return DiagonalGaussian.from_moments(_never_in_float16(self.quant_conv, self.encoder(images)))
 
     def decode_features(self, latents: Tensor) -> Tensor:
         weight = next(self.decoder.conv_in.parameters())  # posteriors are float32 also where the weights are half
@@ -109,3 +109,17 @@ class AutoencoderKL(Autoencoder[Encoder, Decoder]):
         yield self.encoder.mid_block
         yield self.decoder.mid_block
         yield from self.decoder.up_blocks
+
+
+def _never_in_float16(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x), in float32 where autocast would compute in float16: for layers that make moments.
+
+    The KL term's gradient at a log-variance is 1e-6 (its weight) over the elements of all images: with a loss scale of
+    2**16 still below float16's smallest number, and zero is all that such a layer would learn of it from means.
+    """
+    device = x.device.type
+    if not (torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16):
+        return layer(x)
+    dtype = next((parameter.dtype for parameter in layer.parameters()), torch.float32)
+    with torch.autocast(device, enabled=False):
+        return layer(x.to(dtype))
