@@ -98,6 +98,21 @@ def test_two_processes_train_as_one_with_the_double_batch(tmp_path, compiled):
         assert one == pytest.approx(two, rel=1e-6), name
 
 
+@pytest.mark.slow
+def test_two_processes_make_an_update_that_overflows_again_together(tmp_path):
+    """As if it had fitted, in the second attempt too by one all-reduce for both micro-batches."""
+    config = replace(small_run(tmp_path, accumulate=2), updates=2, validate_every=2, resume=None)
+    config = replace(config, loss=replace(config.loss, discriminator_start=0, adversarial_start=1))
+    ends = []
+    for switch in ("overflowing", "fitting"):
+        folder = run(of_processes(replace(config, output=str(tmp_path / switch)), 2), switch)
+        ends += [outcome(folder, rank) for rank in (0, 1)]
+    assert len({end["sha256"] for end in ends}) == 1
+    high, *_, low = [[update for update, bucket in end["reductions"] if bucket == 0] for end in ends]
+    assert low == [0, 1]
+    assert len(high) == len(ends[0]["shapes"]) / 2 > 2
+
+
 @pytest.mark.parametrize("kind", ["the discriminator first", "a teacher", "the encoder alone to a teacher"])
 def test_two_processes_train_as_one_where_parts_sleep_or_have_a_teacher(tmp_path, kind):
     """Each pass must give every parameter that learns a gradient, or processes wait for each other."""

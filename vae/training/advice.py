@@ -12,12 +12,18 @@ from vae.latents import ACTIVE
 from vae.losses.objective import LossConfig
 from vae.metrics.registry import OF_SETS
 from vae.training.console import warn
+from vae.training.loss_scale import MANY, RECENT
 from vae.training.module import Training
 
 WINDOW = 20  # logged updates in a row: one bad batch is no trouble
 CLAMPED = 0.01
 SETS_NEED = "it takes two images, and Inception's weights where every process finds them"
 HELD_BACK = 0.9
+LEAST_SCALE = 1.0
+OVERFLOWS = (
+    f"of the last {RECENT} updates {MANY} or more overflow float16 and are made again at a lower loss scale: "
+    f"trainer.precision=bf16-mixed, or lower optim.learning_rate"
+)
 
 Means = Mapping[str, float]
 
@@ -51,6 +57,11 @@ SIGNS = (
         "the KL term outweighs the reconstruction terms, so the latents will collapse: lower loss.weights.kl (1e-6 is "
         "LDM's), or warm it up with loss.kl_warmup",
     ),
+    Sign(
+        lambda means, _: means.get("loss_scale", LEAST_SCALE) < LEAST_SCALE,
+        f"float16's loss scale is below {LEAST_SCALE:g}, where small gradients vanish: trainer.precision=bf16-mixed or "
+        "32-true",
+    ),
 )
 
 
@@ -76,6 +87,8 @@ class Advice(Callback):
         assert isinstance(pl_module, Training)
         names = {name for name in trainer.callback_metrics if name.startswith("train/")}
         self._window.append({name.removeprefix("train/"): float(trainer.callback_metrics[name]) for name in names})
+        if pl_module.guard.loss_scale.falls_often:
+            self._say(trainer, OVERFLOWS)
         if len(self._window) == WINDOW:
             shared = set.intersection(*(set(row) for row in self._window))
             means = {name: sum(row[name] for row in self._window) / WINDOW for name in shared}

@@ -12,13 +12,13 @@ from vae.data.limits import printable
 from vae.data.loading import Batch
 from vae.errors import NOT_FINITE, InputError, Stopped, require
 from vae.training.console import warn
+from vae.training.loss_scale import LossScale
 from vae.training.manifest import newest_whole
 
 if TYPE_CHECKING:
     from vae.training.module import Training
 
 POLICIES = ("stop", "skip", "rollback")
-SMALLEST_LOSS_SCALE = 1e-4  # as fairseq's; gradients that overflow float16 even there are no accident
 NAMED = 3  # of each kind of culprit
 
 
@@ -47,10 +47,14 @@ class Culprits(NamedTuple):
 
 
 class Guard:
-    """Between backward and step: all processes look, and all do the same."""
+    """Between backward and step: all processes look, and all do the same.
+
+    An update is made, left out, or to be made again at a lower loss scale; nothing but a made one moves an average.
+    """
 
     def __init__(self, training: "Training", config: GuardConfig) -> None:
         self._training, self.config = training, config
+        self.loss_scale = LossScale(training)
         self.left_out = 0  # updates, since the run began
         self._seen: list[tuple[Batch, Mapping[str, Tensor]]] = []
         self._leaves_out = False
@@ -59,9 +63,25 @@ class Guard:
         """One micro-batch of the update at hand, and its raw terms."""
         self._seen.append((batch, dict(terms)))
 
+    @property
+    def asks_again(self) -> bool:
+        """Did the update that was just tried overflow float16, by its loss scale and nothing else?"""
+        return not self._leaves_out and self.loss_scale.has_fallen
+
+    def begin_again(self) -> list[Batch]:
+        """Nothing of the update has happened; gives its micro-batches."""
+        batches = [batch for batch, _ in self._seen]
+        self._seen.clear()
+        if self._training.game is not None:
+            self._training.game.forget()
+        return batches
+
     def close(self) -> bool:
         """The update is over; says whether it was made."""
         self._seen.clear()
+        if self._leaves_out:
+            self.loss_scale.restore()
+        self.loss_scale.close()
         was_made, self._leaves_out = not self._leaves_out, False
         return was_made
 
@@ -69,14 +89,14 @@ class Guard:
         """Raise or leave the update out where a term or a gradient norm is not finite, on whichever process."""
         training = self._training
         values = [term for _, terms in self._seen for term in terms.values()]
-        scale = _loss_scale(training)
-        scaler_copes = scale is not None and scale >= SMALLEST_LOSS_SCALE  # leaves it out, and lowers the scale
-        if not scaler_copes:
+        self.loss_scale.note()
+        if not self.loss_scale.can_fall:
             values += norms.values()
         if training.council.highest(int(not all_finite(values))):
             self._respond(training, nearest_causes(training.council.all_of(self._culprits(training))))
 
     def _respond(self, training: "Training", culprits: str) -> None:
+        self.loss_scale.restore()
         update = f"update {training.updates + 1} is not finite: {culprits}"
         policy, limit = self.config.on_non_finite, self.config.limit
         if policy == "stop" or self.left_out >= limit:
@@ -153,11 +173,6 @@ def _roll_back(training: "Training") -> str:
     training.load_state_dict(checkpoint["state_dict"])
     training.trainer.optimizers[0].load_state_dict(checkpoint["optimizer_states"][0])
     return path.name
-
-
-def _loss_scale(training: "Training") -> float | None:
-    scaler = getattr(training.trainer.precision_plugin, "scaler", None)
-    return None if scaler is None else scaler.get_scale()
 
 
 def _some(names: list[str]) -> str:

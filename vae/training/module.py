@@ -1,6 +1,8 @@
 """The Lightning module: holds the networks, orders the update, says what is logged and what validation sees."""
 
 import math
+from collections import OrderedDict
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from datetime import timedelta
@@ -9,6 +11,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -149,17 +152,34 @@ class Training(lightning.LightningModule):
                 norms[name] = get_total_norm(gradients)
                 self.log(f"train/{name}_gradient_norm", norms[name])
         self.guard.look(norms)
+        if self.guard.loss_scale.used is not None:
+            self.log("train/loss_scale", self.guard.loss_scale.used)
         for name, norm in norms.items():
             clip_grads_with_norm_(self.networks[name].parameters(), self.config.optim.gradient_clip or math.inf, norm)
         self.is_stepping = True
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """The average follows within the step: a checkpoint may be written right after it, before any later hook."""
-        super().optimizer_step(*args, **kwargs)
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """The average follows within the step: a checkpoint may be written right after it, before any later hook.
+
+        So does every further attempt at an update that overflows float16: the clock counts those that are made.
+        """
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        while self.guard.asks_again:
+            self.is_stepping = False
+            *earlier, _ = self.guard.begin_again()
+            self._accumulate_again(earlier, optimizer, batch_idx)
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.guard.close():
             average_weights(self.average, self.autoencoder, self.updates + 1, self.config.optim.ema_decay)
             if self.game is not None:
                 self.game.commit()
+
+    def _accumulate_again(self, batches: Sequence[Batch], optimizer: Any, last: int) -> None:
+        """The gradients of an update's micro-batches before its last one, the run's micro-batch number `last`."""
+        loop = self.trainer.fit_loop.epoch_loop.automatic_optimization
+        with _block_parallel_sync_behavior(self.trainer.strategy):
+            for number, batch in enumerate(batches, start=last - len(batches)):
+                loop._make_closure(OrderedDict(batch=batch, batch_idx=number), optimizer, number)()
 
     def on_validation_epoch_start(self) -> None:
         self.validation.to(self.device).start()
