@@ -102,7 +102,8 @@ def test_weights_that_float16_takes_to_zero_or_keeps_with_fewer_digits_are_count
     assert found.words == "float16: of 12 weights 3 became zero and 3 keep fewer digits, being below 6.1e-05"
     for exact in (torch.bfloat16, torch.float32):
         assert narrowed({"a.weight": values}, exact).words is None
-    assert narrowed({"a.weight": values.half()}, torch.float16).words is None
+    for stored, is_exact in {torch.float16: True, torch.float8_e5m2: True, torch.bfloat16: False}.items():
+        assert (narrowed({"a.weight": values.to(stored)}, torch.float16).words is None) == is_exact
 
 
 def test_counts_of_what_float16_takes_are_numpys(perturbed, tiny):

@@ -68,12 +68,14 @@ def narrowed(state: State, dtype: torch.dtype) -> Narrowed:
     total = zero = fewer = 0
     for tensor in state.values():
         total += tensor.numel()
+        if _holds(dtype, tensor.dtype):
+            continue
 
         # Few are so small: only they are cast and compared.
-        wide = _wide(tensor)
-        small = wide[(wide.abs() < torch.finfo(dtype).tiny) & (wide != 0)]
+        values = _wide(tensor).flatten()
+        small = values[(values.abs() < torch.finfo(dtype).tiny).nonzero().flatten()]
         cast = small.to(dtype)
-        zero += int((cast == 0).sum())
+        zero += int(((cast == 0) & (small != 0)).sum())
         fewer += int(((cast != 0) & (cast.to(small.dtype) != small)).sum())
     return Narrowed(dtype, total, zero, fewer)
 
@@ -81,7 +83,8 @@ def narrowed(state: State, dtype: torch.dtype) -> Narrowed:
 def beyond(state: State, dtype: torch.dtype) -> str | None:
     """The first tensor in `state` with a value that is too large for `dtype`; None where there is none."""
     most = torch.finfo(dtype).max
-    return next((name for name, tensor in state.items() if tensor.numel() and _wide(tensor).abs().max() > most), None)
+    narrower = {name: tensor for name, tensor in state.items() if tensor.numel() and not _holds(dtype, tensor.dtype)}
+    return next((name for name, tensor in narrower.items() if _wide(tensor).abs().max() > most), None)
 
 
 def check_range(path: Path, state: State, dtype: torch.dtype | None) -> None:
@@ -138,6 +141,12 @@ def write_pieces(
 
 def _named(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether `dtype` has the range of `other`, and all of its small values."""
+    wide, narrow = torch.finfo(dtype), torch.finfo(other)
+    return dtype is other or (wide.max >= narrow.max and wide.tiny <= narrow.tiny * narrow.eps)
 
 
 def _wide(tensor: Tensor) -> Tensor:
