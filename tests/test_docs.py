@@ -33,7 +33,8 @@ NOT_RUN = {  # the beginnings of lines
     "pip ": "installs; `make` does the same",
     "source ": "changes the shell",
     "cp ": "into a web UI that is not here",
-    "python -m pytest": "is what runs this",
+    "python -m pytest": "is what runs this; that its files exist is tested here",
+    "python -c": "opens an export in diffusers; tests/checkpoints/test_formats.py does",
     "torchrun ": "starts processes; tests/training/test_processes.py and tests/evaluation/test_many.py do",
     "python train.py": "trains for minutes; composed here",
     "python evaluate.py": "measures for minutes; composed here",
@@ -105,6 +106,18 @@ def test_every_command_takes_these_arguments_and_options(line):
     """And no fewer: nothing is run."""
     _, name, *words = shlex.split(line)
     get_command(cli.app).commands[name].make_context(name, words)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_the_page_of_commands_has_a_heading_for_each_command():
+    titles = re.findall(r"^### (\S+)$", (ROOT / "docs" / "cli.md").read_text(), re.MULTILINE)
+    commands = get_command(cli.app).commands  # pyright: ignore[reportAttributeAccessIssue]
+    assert sorted(titles) == sorted(commands)
+
+
+@pytest.mark.parametrize("line", _starting("python -m pytest "))
+def test_the_tests_that_a_page_names_are_there(line):
+    paths = [word for word in shlex.split(line)[3:] if not word.startswith("-")]
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 @pytest.fixture
