@@ -1,11 +1,11 @@
 """Measure reconstructions: `python evaluate.py model=runs/first data=photos`."""
 
-from vae.config import EvaluateConfig
-from vae.door import run
+from vae.config.compose import run
+from vae.config.schema import EvaluateConfig
 
 
 def main(config: EvaluateConfig) -> None:
-    from vae.evaluation.run import evaluate
+    from vae.evaluation.evaluate import evaluate
 
     evaluate(config)
 

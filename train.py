@@ -1,18 +1,18 @@
 """Train an autoencoder: `python train.py experiment=quickstart`, `python train.py data=folder data.root=photos`."""
 
-from vae.config import TrainConfig
-from vae.door import run
+from vae.config.compose import run
+from vae.config.schema import TrainConfig
 
 
 def main(config: TrainConfig) -> None:
     if config.plan:
-        from vae.training.planning.plan import plan
-        from vae.training.planning.show import show
+        from vae.training.plan.plan import plan
+        from vae.training.plan.show import show
 
         show(plan(config))
     else:
-        from vae.evaluation.tuned import after_training
-        from vae.training.run import train
+        from vae.evaluation.after_training import after_training
+        from vae.training.train import train
 
         after_training(config, train(config))
 

@@ -28,7 +28,7 @@ from timing import (
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from vae.training.module import Training
+from vae.training.module import AutoencoderModule
 
 WHOLE, LIVE, CACHED = "everything learns", "ours, encoder frozen", "ours, encoder frozen, latents cached"
 FROZEN = ["encoder", "quant_conv"]
@@ -38,7 +38,7 @@ SAME = 1e-8  # relative errors in float64
 class PartStep(OurStep):
     """Of images whose posteriors' `moments` are known, or not."""
 
-    def __init__(self, module: Training, autocast: torch.dtype | None, moments: Tensor | None) -> None:
+    def __init__(self, module: AutoencoderModule, autocast: torch.dtype | None, moments: Tensor | None) -> None:
         super().__init__(module, autocast)
         self.moments = moments
 
@@ -73,12 +73,12 @@ def main() -> None:
 
 
 @torch.no_grad()
-def _moments(module: Training, images: Tensor) -> Tensor:
+def _moments(module: AutoencoderModule, images: Tensor) -> Tensor:
     posterior = module.autoencoder.encode(images)
     return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
 
-def _checked(whole: Training, part: Training, images: Tensor) -> str:
+def _checked(whole: AutoencoderModule, part: AutoencoderModule, images: Tensor) -> str:
     """The decoder's gradient of each in float64. Stops where they differ."""
     modules, images = [deepcopy(module).double() for module in (whole, part, part)], images.double()
     for module in modules:

@@ -20,12 +20,12 @@ from theirs import authority
 from timing import relative_error, surroundings
 from torch import Tensor, nn
 
-from vae.door import compose
-from vae.models.autoencoder import AutoencoderKL
-from vae.models.fast import layer_by_layer
-from vae.models.interface import Autoencoder
+from vae.config.compose import compose
+from vae.models.autoencoder_kl import AutoencoderKL
+from vae.models.base import Autoencoder
+from vae.models.fused import layer_by_layer
 from vae.models.lpips import LPIPS
-from vae.training.step import Pass
+from vae.training.step import Output
 
 Found = tuple[bool, str]  # passed, and the figure that says so
 Check = Callable[[], Found]
@@ -156,10 +156,10 @@ def same_distance(net: str, weights: str | None, device: torch.device) -> Found:
     return error < DISTANCE, f"max-abs {error:.1e} of {here.mean().item():.3f}"
 
 
-def _autoencode(network: Autoencoder, noise: Tensor, images: Tensor) -> Pass:
+def _autoencode(network: Autoencoder, noise: Tensor, images: Tensor) -> Output:
     posterior = network.encode(images)
     features = network.decode_features(posterior.reparameterize(noise))
-    return Pass(posterior, features, network.to_images(features))
+    return Output(posterior, features, network.to_images(features))
 
 
 def _gradient(network: nn.Module) -> Tensor:

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vae.cli import main as vae_command
-from vae.config import EvaluateConfig
-from vae.data.config import DataConfig
-from vae.door import compose
-from vae.evaluation.run import evaluate
-from vae.training.run import train
+from vae.config.compose import compose
+from vae.config.data import DataConfig
+from vae.config.schema import EvaluateConfig
+from vae.evaluation.evaluate import evaluate
+from vae.training.train import train
 
 Found = tuple[bool, str]
 UPDATES, HALFWAY, SIDE = 20, 10, 64

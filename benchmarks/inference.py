@@ -38,8 +38,8 @@ from timing import (
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vae.door import compose
-from vae.models.autoencoder import AutoencoderKL
+from vae.config.compose import compose
+from vae.models.autoencoder_kl import AutoencoderKL
 
 Networks = dict[str, Any]  # "ours" and "diffusers", whose network is untyped upstream
 Half = Callable[[Tensor], Tensor]

@@ -42,9 +42,9 @@ def measure(file: Path) -> dict[str, float]:
     """Seconds of each step, and GB of memory at most."""
     clock = time.perf_counter
     times = [clock()]
-    from vae.data.config import DataConfig
-    from vae.data.opening import open_sources
-    from vae.data.ordering import order_of
+    from vae.config.data import DataConfig
+    from vae.data.build import open_sources
+    from vae.data.sampler import order_of
 
     times.append(clock())
     config = DataConfig(source="list", root=str(file))

@@ -24,10 +24,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from vae.data.config import DataConfig
-from vae.data.images import EXTENSIONS, image_size
-from vae.data.loading import Batch, TrainingImages, shut_down, training_loader
-from vae.data.order import EndlessSampler, Pick, Shuffled, seed_for
+from vae.config.data import DataConfig
+from vae.data.decode import EXTENSIONS, image_size
+from vae.data.loader import Batch, TrainingImages, shut_down, training_loader
+from vae.data.sampler import EndlessSampler, SampleIndex, Shuffled, seed_for
 from vae.data.sources import Files, folder_files
 from vae.data.transforms import to_model_range
 
@@ -50,7 +50,7 @@ RIVALS = {  # peers' rows and the one of ours that does the same
 class OnePass(EndlessSampler):
     """Every image once."""
 
-    def __iter__(self) -> Iterator[Pick]:
+    def __iter__(self) -> Iterator[SampleIndex]:
         assert isinstance(self.order, Shuffled)
         return islice(super().__iter__(), self.order.length)
 

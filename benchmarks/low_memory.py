@@ -27,9 +27,9 @@ from theirs import authority
 from timing import DTYPES, MIB, failure, record, surroundings
 from torch import Tensor
 
-from vae.door import compose
-from vae.evaluation.tiling import tiled
-from vae.models.autoencoder import AutoencoderKL
+from vae.config.compose import compose
+from vae.evaluation.robustness import tiled
+from vae.models.autoencoder_kl import AutoencoderKL
 from vae.models.strips import decode_in_strips, encode_in_strips
 
 THEIRS, OURS, STRIPS = "diffusers whole", "ours whole", "ours in strips"

@@ -17,12 +17,11 @@ from pathlib import Path
 import torch
 from measuring import load_average, setting, table
 
-from vae.data.config import DataConfig
-from vae.data.images import EXTENSIONS
-from vae.data.lists import list_source
-from vae.data.loading import TrainingImages, shut_down, training_loader
-from vae.data.order import EndlessSampler, Shuffled
-from vae.data.sources import Source, folder_files
+from vae.config.data import DataConfig
+from vae.data.decode import EXTENSIONS
+from vae.data.loader import TrainingImages, shut_down, training_loader
+from vae.data.sampler import EndlessSampler, Shuffled
+from vae.data.sources import Source, folder_files, list_source
 
 BATCH, SIDE, MEDIAN_OVER = 16, 256, 500
 FIRST, STEP = 2000, 2000

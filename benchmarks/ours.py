@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vae.config import TrainConfig
-from vae.door import compose
-from vae.training.module import Training
-from vae.training.run import build_module
+from vae.config.compose import compose
+from vae.config.schema import TrainConfig
+from vae.training.module import AutoencoderModule
 from vae.training.step import single_pass
+from vae.training.train import build_module
 
 Autoencode = Callable[[Tensor], Any]
 
@@ -21,7 +21,7 @@ Autoencode = Callable[[Tensor], Any]
 class OurStep:
     """One generator and one discriminator update."""
 
-    def __init__(self, module: Training, autocast: torch.dtype | None) -> None:
+    def __init__(self, module: AutoencoderModule, autocast: torch.dtype | None) -> None:
         self.module, self.autocast = module, autocast
         self.optimiser = module.configure_optimizers()["optimizer"]
 
@@ -30,7 +30,7 @@ class OurStep:
         module = self.module
         autoencode = autoencode or partial(module.autoencoding, list(range(len(images))))
         with torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            loss, logs = single_pass(images, autoencode, module.objective, module.game, 0)
+            loss, logs = single_pass(images, autoencode, module.objective, module.adversarial_loss, 0)
         loss.backward()
         return logs
 
@@ -41,8 +41,8 @@ class OurStep:
         assert torch.stack([torch.isfinite(value).all() for value in values]).all()  # as its guard: one wait
         self.optimiser.step()
         self.optimiser.zero_grad()
-        assert self.module.game is not None
-        self.module.game.commit()
+        assert self.module.adversarial_loss is not None
+        self.module.adversarial_loss.commit()
 
 
 def step_config(model: str, resolution: int, net: str, weights: str | None, *more: str) -> TrainConfig:
@@ -62,7 +62,7 @@ def step_config(model: str, resolution: int, net: str, weights: str | None, *mor
 
 def build(
     config: TrainConfig, device: torch.device, state: dict[str, Tensor] | None = None, **options: bool
-) -> Training:
+) -> AutoencoderModule:
     """The module as a run has it, `options` of the configuration changed, on the device."""
     module = build_module(replace(config, **options))
     if state is not None:

@@ -16,7 +16,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from vae.data.images import open_image
+from vae.data.decode import open_image
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 Cut = tuple[Image.Image, Tensor, Box]  # the same pixels twice, and a window of them

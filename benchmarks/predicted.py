@@ -85,7 +85,7 @@ def _child(part: str, case: str, given: argparse.Namespace) -> dict[str, float]:
 def _config(given: argparse.Namespace) -> Any:
     import torch
 
-    from vae import compose
+    from vae.config.compose import compose
 
     torch.set_num_threads(given.threads)
     accelerator = "cpu" if given.device == "cpu" else "gpu"
@@ -93,7 +93,7 @@ def _config(given: argparse.Namespace) -> Any:
 
 
 def _predict(given: argparse.Namespace) -> dict[str, float]:
-    from vae.training.planning.plan import plan
+    from vae.training.plan.plan import plan
 
     config, start = _config(given), time.perf_counter()
     found = plan(config)
@@ -107,11 +107,11 @@ def _measure(given: argparse.Namespace) -> dict[str, float]:
     import torch
     from torch.utils.data import DataLoader, IterableDataset
 
-    from vae.training.planning.update import largest_size, random_batch
-    from vae.training.run import build_module
-    from vae.training.trainer import quieten
+    from vae.training.plan.cost import largest_size, random_batch
+    from vae.training.train import build_module
+    from vae.training.trainer import silence_lightning
 
-    quieten()
+    silence_lightning()
     config = _config(given)
     batch = random_batch(config, config.data.batch_size, largest_size(config), "cpu")
     times = [time.perf_counter()]

@@ -16,14 +16,14 @@ from measuring import load_average, setting, table
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vae.data.config import DataConfig
-from vae.data.opening import open_sources
+from vae.config.data import DataConfig
+from vae.config.loss import DiscriminatorConfig, LossConfig
+from vae.data.build import open_sources
 from vae.data.sources import Source
 from vae.data.transforms import to_model_range
-from vae.losses.augment import AUGMENTATIONS, DRAWS, diff_augment
-from vae.losses.objective import LossConfig
-from vae.models.discriminator import DiscriminatorConfig, PatchDiscriminator
-from vae.training.game import AdversarialGame, Augment
+from vae.losses.adversarial import AdversarialLoss, Augment
+from vae.losses.diff_augment import AUGMENTATIONS, DRAWS, diff_augment
+from vae.models.discriminator import PatchDiscriminator
 
 SIDES, GAMMAS = (64, 128), (0.01, 0.1, 1.0)
 BEFORE = 10.0  # the gamma that was recommended for the sum of an image's logits
@@ -51,8 +51,8 @@ def _gamma_table(updates: int) -> str:
         gammas = {f"{gamma:g}": gamma for gamma in (0.0, *GAMMAS)}
         gammas |= {f"{BEFORE:g} of the sum, as it was": BEFORE * logits}
         for name, gamma in gammas.items():
-            game, logs = _game(LossConfig(r1=gamma, discriminator=JUDGE)), []
-            for logged in _learn(game, side, updates):
+            adversarial_loss, logs = _game(LossConfig(r1=gamma, discriminator=JUDGE)), []
+            for logged in _learn(adversarial_loss, side, updates):
                 logs.append(logged)
             looked_at = [number for number in LOOKED_AT if number <= updates]
             gaps = [f"{_mean(logs[:number], 'logit_gap'):.4f}" for number in looked_at]
@@ -64,9 +64,9 @@ def _gamma_table(updates: int) -> str:
 
 def _draws_table() -> str:
     """Of one batch, against a discriminator that has learned for a while: noise of its gradient, by the draws alone."""
-    game, side = _game(LossConfig(discriminator=JUDGE)), SIDES[0]
+    adversarial_loss, side = _game(LossConfig(discriminator=JUDGE)), SIDES[0]
     draw = torch.Generator().manual_seed(3)
-    for _ in _learn(game, side, LOOKED_AT[0], lambda: _same(_draws(draw))):
+    for _ in _learn(adversarial_loss, side, LOOKED_AT[0], lambda: _same(_draws(draw))):
         pass
     images, fakes = _pair(side, count(10_000))
     rows = []
@@ -74,35 +74,38 @@ def _draws_table() -> str:
         "the same for an image and its reconstruction": lambda: _same(_draws(draw)),
         "apart, as Zhao et al.": lambda: _apart(_draws(draw), _draws(draw)),
     }.items():
-        found = torch.stack([_gradient(game, images, fakes, make()) for _ in range(REPEATS)])
+        found = torch.stack([_gradient(adversarial_loss, images, fakes, make()) for _ in range(REPEATS)])
         noise, mean = found.var(dim=0).sum().sqrt(), found.mean(dim=0).norm()
         rows.append([name, f"{mean:.4f}", f"{noise:.4f}", f"{noise / mean:.2f}"])
     titles = ["draws", "norm of the mean gradient", "standard deviation about it", "ratio"]
     return table(titles, rows)
 
 
-def _game(config: LossConfig) -> AdversarialGame:
+def _game(config: LossConfig) -> AdversarialLoss:
     torch.manual_seed(0)
-    return AdversarialGame(PatchDiscriminator(JUDGE), config, nn.Conv2d(1, 3, 3, padding=1))
+    return AdversarialLoss(PatchDiscriminator(JUDGE), config, nn.Conv2d(1, 3, 3, padding=1))
 
 
 def _learn(
-    game: AdversarialGame, side: int, updates: int, augment: Callable[[], Augment] = lambda: lambda images: images
+    adversarial_loss: AdversarialLoss,
+    side: int,
+    updates: int,
+    augment: Callable[[], Augment] = lambda: lambda images: images,
 ) -> Iterator[dict[str, float]]:
-    optimiser = torch.optim.Adam(game.discriminator.parameters(), lr=RATE, betas=(0.9, 0.99))
+    optimiser = torch.optim.Adam(adversarial_loss.discriminator.parameters(), lr=RATE, betas=(0.9, 0.99))
     positions = count()
     for _ in range(updates):
         images, fakes = _pair(side, positions)
         optimiser.zero_grad()
-        loss, logs = game.loss(images, fakes, augment())
+        loss, logs = adversarial_loss.loss(images, fakes, augment())
         loss.backward()
         optimiser.step()
         yield {name: float(value) for name, value in logs.items()}
 
 
-def _gradient(game: AdversarialGame, images: Tensor, fakes: Tensor, augment: Augment) -> Tensor:
-    loss, _ = game.loss(images, fakes, augment)
-    gradients = torch.autograd.grad(loss, list(game.discriminator.parameters()))
+def _gradient(adversarial_loss: AdversarialLoss, images: Tensor, fakes: Tensor, augment: Augment) -> Tensor:
+    loss, _ = adversarial_loss.loss(images, fakes, augment)
+    gradients = torch.autograd.grad(loss, list(adversarial_loss.discriminator.parameters()))
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 

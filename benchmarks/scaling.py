@@ -25,7 +25,7 @@ from timing import DTYPES, median_and_range, milliseconds, surroundings
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vae.training.planning.costs import Meter
+from vae.training.plan.cost import Meter
 from vae.training.step import single_pass
 
 SMALLEST = 64  # pixels, for the batches and the processes
@@ -78,7 +78,7 @@ def _growth(given: argparse.Namespace, device: torch.device, sizes: list[tuple[i
 def _step(given: argparse.Namespace, device: torch.device, side: int) -> OurStep:
     torch.manual_seed(0)
     module = build(step_config(given.model, side, "vgg", None), device)
-    module.average.to("meta")  # it takes no part
+    module.ema_model.to("meta")  # it takes no part
     return OurStep(module, None if given.dtype == "float32" else DTYPES[given.dtype])
 
 
@@ -97,7 +97,7 @@ class _Pass(nn.Module):
         (step,), module = self.step, self.step[0].module
         autoencode = partial(module.autoencoding, list(range(len(images))))
         with torch.autocast(images.device.type, dtype=step.autocast, enabled=step.autocast is not None):
-            return single_pass(images, autoencode, module.objective, module.game, 0)[0]
+            return single_pass(images, autoencode, module.objective, module.adversarial_loss, 0)[0]
 
 
 def _together(given: argparse.Namespace) -> str:

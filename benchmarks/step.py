@@ -32,9 +32,9 @@ from timing import (
 )
 from torch import Tensor, nn
 
-from vae.config import TrainConfig
-from vae.training.module import Training
-from vae.training.noise import normal_for
+from vae.config.schema import TrainConfig
+from vae.training.module import AutoencoderModule
+from vae.training.step import normal_for
 
 Step = Callable[[Tensor], object]
 SCRIPT, HALF, LDM = "diffusers script", "diffusers script, bfloat16 weights", "LDM / sgm"
@@ -96,14 +96,14 @@ def _build(name: str, config: TrainConfig, state: dict[str, Tensor], dtype: torc
     return peer
 
 
-def _peer(name: str, module: Training, autocast: torch.dtype | None) -> PeerStep:
+def _peer(name: str, module: AutoencoderModule, autocast: torch.dtype | None) -> PeerStep:
     assert module.discriminator is not None
     assert module.objective.lpips is not None
     networks = (authority(module.autoencoder), module.discriminator)
     return (LdmStep if name == LDM else ScriptStep)(networks, module.objective.lpips, module.config, autocast)
 
 
-def _checked(module: Training, device: torch.device, model: str) -> str:
+def _checked(module: AutoencoderModule, device: torch.device, model: str) -> str:
     """Gradients of both networks, and the losses, of the three structures in float64. Stops where they differ."""
     module = module.double()
     module.objective.lpips = None if module.objective.lpips is None else module.objective.lpips.double()

@@ -20,7 +20,7 @@ from resident import highest, resident, start_counting
 from timing import DTYPES, MIB, record
 from torch import Tensor, nn
 
-from vae.config import TrainConfig
+from vae.config.schema import TrainConfig
 
 VARIANTS = ("diffusers script", "LDM / sgm", "ours", "ours, gradient_checkpointing")
 WARM_UP = 64  # pixels
@@ -71,7 +71,7 @@ def _step(name: str, config: TrainConfig, autocast: torch.dtype | None) -> tuple
 
     base, _, option = name.partition(", ")
     module = build(config, torch.device("cpu"), **({option: True} if option else {}))
-    module.average.to("meta")
+    module.ema_model.to("meta")
     if base == "ours":
         return OurStep(module, autocast).backward, list(module.networks.values())
     assert module.discriminator is not None

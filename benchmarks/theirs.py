@@ -13,12 +13,12 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as Author
 from diffusers.utils.logging import set_verbosity_error
 from torch import Tensor, nn
 
-from vae.checkpoints.diffusers import to_diffusers_config
-from vae.config import TrainConfig
+from vae.config.schema import TrainConfig
 from vae.losses.adversarial import ADAPTIVE_EPS, hinge_discriminator_loss
-from vae.models.interface import Autoencoder
+from vae.models.base import Autoencoder
 from vae.models.lpips import LPIPS
 from vae.models.posterior import at_least_float32
+from vae.weights.diffusers import to_diffusers_config
 
 Terms = dict[str, Tensor]
 

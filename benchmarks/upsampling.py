@@ -3,7 +3,7 @@
 python benchmarks/upsampling.py [--sizes 512x32 512x64 256x128] [--batch 1] [--dtype float32] [--device cpu]
 
 A size is channels and pixels of the small image. Forward, and backward to image and weights. Where the second is faster
-in a training step, the device belongs into TRANSPOSED_ON of vae/models/fast.py.
+in a training step, the device belongs into TRANSPOSED_ON of vae/models/fused.py.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from measuring import ratio, table
 from timing import DTYPES, device_as_asked, in_turns, median_and_range, relative_error, surroundings
 from torch import Tensor, nn
 
-from vae.models import fast
+from vae.models import fused
 
 MOST = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3}  # relative error
 WRITTEN, TRANSPOSED = "nearest, convolution", "transposed"
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--cudnn-benchmark", action="store_true")
     given = parser.parse_args()
     device, rows = device_as_asked(given), []
-    fast.TRANSPOSED_ON = (device.type,)
+    fused.TRANSPOSED_ON = (device.type,)
     print(f"## Upsampling, {given.dtype}, batch {given.batch}\n\n{surroundings(device)}\n* {given.rounds} rounds\n")
     for size in given.sizes:
         for layout in (torch.contiguous_format, torch.channels_last):
@@ -55,7 +55,7 @@ def _measured(
     x = x.contiguous(memory_format=layout).requires_grad_()
     calls: dict[str, Callable[[], Tensor]] = {
         WRITTEN: partial(_as_written, conv, x),
-        TRANSPOSED: partial(fast.nearest_conv, conv, x),
+        TRANSPOSED: partial(fused.nearest_conv, conv, x),
     }
     error = relative_error(calls[TRANSPOSED](), calls[WRITTEN]())
     assert error < MOST[given.dtype], error
@@ -70,8 +70,8 @@ def _measured(
 
 
 def _as_written(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    with fast.layer_by_layer():
-        return fast.nearest_conv(conv, x)
+    with fused.layer_by_layer():
+        return fused.nearest_conv(conv, x)
 
 
 @torch.no_grad()

@@ -11,15 +11,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vae.checkpoints.ldm import to_ldm
-from vae.config import TrainConfig
-from vae.data.config import DataConfig
-from vae.losses.objective import LossConfig, LossWeights
-from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from vae.models.discriminator import DiscriminatorConfig
-from vae.models.features import MissingBackboneError, load_backbone
-from vae.models.interface import Autoencoder
-from vae.training.optim import OptimConfig
+from vae.config.data import DataConfig
+from vae.config.loss import DiscriminatorConfig, LossConfig, LossWeights
+from vae.config.model import AutoencoderConfig
+from vae.config.optim import OptimConfig
+from vae.config.schema import TrainConfig
+from vae.models.autoencoder_kl import AutoencoderKL
+from vae.models.base import Autoencoder
+from vae.models.lpips import MissingBackboneError, load_backbone
+from vae.weights.ldm import to_ldm
 
 SIDE_BY_SIDE = "PYTEST_XDIST_WORKER" in os.environ
 THREADS = 1 if SIDE_BY_SIDE else torch.get_num_threads()

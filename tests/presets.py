@@ -6,7 +6,7 @@ from typing import cast
 
 from omegaconf import OmegaConf
 
-from vae.models.autoencoder import AutoencoderConfig
+from vae.config.model import AutoencoderConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TINY_PRESETS = ("taef2", "taesd", "taesd3")

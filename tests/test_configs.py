@@ -12,12 +12,13 @@ from PIL import Image
 from evaluate import main as evaluate_main
 from tests.presets import CONFIGS
 from train import main as train_main
-from vae import compose, door
-from vae.config import EvaluateConfig, TrainConfig
+from vae.config import compose
+from vae.config.compose import compose
+from vae.config.loss import LossConfig
+from vae.config.schema import EvaluateConfig, TrainConfig
 from vae.errors import Stopped
-from vae.losses.objective import LossConfig
-from vae.models.architectures import build_autoencoder
 from vae.models.discriminator import PatchDiscriminator
+from vae.models.registry import build_autoencoder
 from vae.training.optim import build_optimiser
 
 GROUPS = ("model", "loss", "data", "optim", "trainer", "experiment")
@@ -59,7 +60,7 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         folder, schema = {"train": (".", TrainConfig), "evaluate": ("evaluate", EvaluateConfig)}[name]
         monkeypatch.setattr("sys.argv", [name, *overrides])
         try:
-            door.run(folder, name, schema, action or seen.append)
+            compose.run(folder, name, schema, action or seen.append)
         except SystemExit as leaving:
             return cast(int, leaving.code), seen
         return 0, seen

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import pytest
 
-from vae import compose
+from vae.config.compose import compose
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCKERFILE = ROOT / "Dockerfile"

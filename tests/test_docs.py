@@ -14,16 +14,17 @@ from safetensors.torch import save_file
 from typer.main import get_command
 
 from tests.training.harness import small_run
-from vae import cli, door
-from vae.checkpoints.ldm import to_ldm
-from vae.config import EvaluateConfig, TrainConfig
-from vae.data.config import DataConfig
+from vae import cli
+from vae.config import compose
+from vae.config.data import DataConfig
+from vae.config.model import AutoencoderConfig
+from vae.config.schema import EvaluateConfig, TrainConfig
 from vae.data.sources import TRAINING_PHOTOS, Photos
-from vae.evaluation.run import evaluate
-from vae.models.autoencoder import AutoencoderKL
-from vae.models.autoencoder_config import AutoencoderConfig
-from vae.training.advice import SIGNS
-from vae.training.run import train
+from vae.evaluation.evaluate import evaluate
+from vae.models.autoencoder_kl import AutoencoderKL
+from vae.training.callbacks import SIGNS
+from vae.training.train import train
+from vae.weights.ldm import to_ldm
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -34,7 +35,7 @@ NOT_RUN = {  # the beginnings of lines
     "source ": "changes the shell",
     "cp ": "into a web UI that is not here",
     "python -m pytest": "is what runs this; that its files exist is tested here",
-    "python -c": "opens an export in diffusers; tests/checkpoints/test_formats.py does",
+    "python -c": "opens an export in diffusers; tests/weights/test_formats.py does",
     "torchrun ": "starts processes; tests/training/test_processes.py and tests/evaluation/test_many.py do",
     "python train.py": "trains for minutes; composed here",
     "python evaluate.py": "measures for minutes; composed here",
@@ -42,17 +43,17 @@ NOT_RUN = {  # the beginnings of lines
     "vae bake": "wants both in the same large network; parsed here, tests/cli/test_weights.py runs it",
     **dict.fromkeys(
         ("vae interpolate", "vae vary", "vae restore", "vae channels", "vae prior"),
-        "decodes many images; parsed here, tests/cli/test_exploring.py runs it",
+        "decodes many images; parsed here, tests/cli/test_explore.py runs it",
     ),
     **dict.fromkeys(
         (
             *(f"vae {name} taesd_decoder.pth" for name in ("inspect", "decode", "convert")),
             "vae convert runs/NAME models/",
         ),
-        "of a tiny autoencoder; parsed here, tests/checkpoints/test_tiny_files.py reads and writes them",
+        "of a tiny autoencoder; parsed here, tests/weights/test_tiny_files.py reads and writes them",
     ),
-    "vae prepare": "starts processes; parsed here, tests/preparing runs it",
-    "vae cache-latents": "starts processes; parsed here, tests/preparing runs it",
+    "vae prepare": "starts processes; parsed here, tests/datasets runs it",
+    "vae cache-latents": "starts processes; parsed here, tests/datasets runs it",
 }
 
 
@@ -97,7 +98,7 @@ def test_every_training_and_evaluation_composes(line, monkeypatch, tmp_path):
     folder, name, schema = DOORS.get(" ".join(words[:2]), DOORS["python train.py"])
     monkeypatch.setattr("sys.argv", [name, *(word for word in words[2:] if not word.startswith("--"))])
     seen: list[Any] = []
-    door.run(folder, name, schema, seen.append)
+    compose.run(folder, name, schema, seen.append)
     assert isinstance(seen[0], schema)
 
 

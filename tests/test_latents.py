@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from tests.presets import TINY
+from vae.config.model import Assumed, AutoencoderConfig
 from vae.latents import LatentStatistics, latents_for, scale_latents, unscale_latents
-from vae.models.autoencoder import AutoencoderConfig
-from vae.models.autoencoder_config import Assumed
 from vae.models.posterior import DiagonalGaussian
 
 

@@ -7,59 +7,57 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vae.checkpoints import load_autoencoder, save_autoencoder
-    from vae.config import EvaluateConfig
-    from vae.data.config import DataConfig
-    from vae.data.images import open_image
+    from vae.config.compose import compose
+    from vae.config.data import DataConfig
+    from vae.config.model import AutoencoderConfig
+    from vae.config.schema import EvaluateConfig
+    from vae.data.decode import open_image
     from vae.data.sources import Source
-    from vae.door import compose
-    from vae.evaluation.run import evaluate
-    from vae.evaluation.tuned import compare_with_init
-    from vae.exploring.ablating import ablate_channels
-    from vae.exploring.interpolating import interpolate
-    from vae.exploring.prior import sample_prior
-    from vae.exploring.restoring import add_noise, mask_blocks, restore
-    from vae.exploring.varying import vary
+    from vae.datasets.cache_latents import LatentShards
+    from vae.evaluation.after_training import compare_with_init
+    from vae.evaluation.evaluate import evaluate
+    from vae.explore import ablate_channels, add_noise, interpolate, mask_blocks, restore, sample_prior, vary
     from vae.latents import LatentStatistics, scale_latents, unscale_latents
-    from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
+    from vae.models.autoencoder_kl import AutoencoderKL
+    from vae.models.autoencoder_tiny import AutoencoderTiny
     from vae.models.lpips import LPIPS
     from vae.models.posterior import DiagonalGaussian
     from vae.models.strips import decode_in_strips, encode_in_strips
-    from vae.models.tiny import AutoencoderTiny
-    from vae.preparing.cached import LatentShards
-    from vae.training.run import train
+    from vae.training.train import train
+    from vae.weights import load_autoencoder, save_autoencoder
+
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AutoencoderConfig": "vae.models.autoencoder",
-    "AutoencoderKL": "vae.models.autoencoder",
-    "AutoencoderTiny": "vae.models.tiny",
-    "DataConfig": "vae.data.config",
+    "AutoencoderConfig": "vae.models.autoencoder_kl",
+    "AutoencoderKL": "vae.models.autoencoder_kl",
+    "AutoencoderTiny": "vae.models.autoencoder_tiny",
+    "DataConfig": "vae.config.data",
     "DiagonalGaussian": "vae.models.posterior",
     "LPIPS": "vae.models.lpips",
-    "LatentShards": "vae.preparing.cached",
+    "LatentShards": "vae.datasets.cache_latents",
     "LatentStatistics": "vae.latents",
     "Source": "vae.data.sources",
-    "EvaluateConfig": "vae.config",
-    "ablate_channels": "vae.exploring.ablating",
-    "add_noise": "vae.exploring.restoring",
-    "compare_with_init": "vae.evaluation.tuned",
-    "compose": "vae.door",
+    "EvaluateConfig": "vae.config.schema",
+    "ablate_channels": "vae.explore",
+    "add_noise": "vae.explore",
+    "compare_with_init": "vae.evaluation.after_training",
+    "compose": "vae.config.compose",
     "decode_in_strips": "vae.models.strips",
     "encode_in_strips": "vae.models.strips",
-    "evaluate": "vae.evaluation.run",
-    "interpolate": "vae.exploring.interpolating",
-    "load_autoencoder": "vae.checkpoints",
-    "mask_blocks": "vae.exploring.restoring",
-    "open_image": "vae.data.images",
-    "restore": "vae.exploring.restoring",
-    "sample_prior": "vae.exploring.prior",
-    "save_autoencoder": "vae.checkpoints",
+    "evaluate": "vae.evaluation.evaluate",
+    "interpolate": "vae.explore",
+    "load_autoencoder": "vae.weights",
+    "mask_blocks": "vae.explore",
+    "open_image": "vae.data.decode",
+    "restore": "vae.explore",
+    "sample_prior": "vae.explore",
+    "save_autoencoder": "vae.weights",
     "scale_latents": "vae.latents",
-    "train": "vae.training.run",
+    "train": "vae.training.train",
     "unscale_latents": "vae.latents",
-    "vary": "vae.exploring.varying",
+    "vary": "vae.explore",
 }
 
 __all__ = [

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vae.models.autoencoder import AutoencoderConfig
-from vae.models.interface import Autoencoder
+from vae.config.model import AutoencoderConfig
+from vae.models.base import Autoencoder
 from vae.models.posterior import LOGVAR_RANGE, DiagonalGaussian
 
 

@@ -5,8 +5,9 @@ import pytest
 from PIL import Image
 
 from vae import cli
-from vae.checkpoints import save_autoencoder
-from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from vae.config.model import AutoencoderConfig
+from vae.models.autoencoder_kl import AutoencoderKL
+from vae.weights import save_autoencoder
 
 
 @pytest.fixture

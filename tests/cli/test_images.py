@@ -12,18 +12,19 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import read_json, write_foreign
 from tests.presets import TINY
-from vae.checkpoints import load_autoencoder, read_autoencoder, save_autoencoder
-from vae.checkpoints.card import MARK
-from vae.checkpoints.latentfile import write_latents
-from vae.checkpoints.ldm import to_ldm
-from vae.checkpoints.tensorfile import read_index
-from vae.cli.running import raw_latents
+from vae.cli.common import raw_latents
+from vae.config.model import AutoencoderConfig
 from vae.data.pixels import from_array
 from vae.data.transforms import center_crop, crop_to_multiple, to_model_range, to_uint8
 from vae.errors import InputError
 from vae.latents import scale_latents
-from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from vae.models.tiny import AutoencoderTiny
+from vae.models.autoencoder_kl import AutoencoderKL
+from vae.models.autoencoder_tiny import AutoencoderTiny
+from vae.weights import load_autoencoder, read_autoencoder, save_autoencoder
+from vae.weights.latent_files import write_latents
+from vae.weights.ldm import to_ldm
+from vae.weights.model_card import MARK
+from vae.weights.safetensors_io import read_index
 
 COMMANDS = (
     "inspect",

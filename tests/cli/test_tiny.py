@@ -10,13 +10,14 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from tests.presets import TINY
-from vae.checkpoints import WeightsError, save_autoencoder
-from vae.checkpoints.latentfile import scale_in, write_latents
 from vae.cli import app
-from vae.cli.running import raw_latents
+from vae.cli.common import raw_latents
 from vae.errors import InputError
+from vae.files import WeightsError
 from vae.latents import scale_latents
-from vae.models.tiny import AutoencoderTiny
+from vae.models.autoencoder_tiny import AutoencoderTiny
+from vae.weights import save_autoencoder
+from vae.weights.latent_files import scale_in, write_latents
 
 
 def test_raw_latents_of_a_kl_autoencoder_are_scaled_by_what_their_file_states(tmp_path, tiny):

@@ -6,13 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.audit.test_precision import overflowing
 from tests.conftest import read_json
-from vae.checkpoints import load_autoencoder, read_autoencoder, save_autoencoder
-from vae.checkpoints.ldm import to_ldm
-from vae.checkpoints.writing import narrowed
-from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from vae.training.run import train
+from tests.precision.test_precision import overflowing
+from vae.config.model import AutoencoderConfig
+from vae.models.autoencoder_kl import AutoencoderKL
+from vae.training.train import train
+from vae.weights import load_autoencoder, read_autoencoder, save_autoencoder
+from vae.weights.ldm import to_ldm
+from vae.weights.safetensors_io import narrowed
 
 PIXELS = ("--resolution", 32)
 SD_SHAPED = AutoencoderConfig(block_out_channels=[32, 32])

@@ -13,7 +13,7 @@ import fsspec
 import numpy as np
 from PIL import Image
 
-from vae.data.tables import add_member
+from vae.data.shards import add_member
 
 IMAGES, HELD_OUT, SIDE = 12, 3, 8
 PARTS = {"train": range(IMAGES), "val": range(IMAGES, IMAGES + HELD_OUT)}

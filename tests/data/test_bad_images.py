@@ -14,8 +14,7 @@ import torch
 from PIL import Image, ImageOps
 
 from tests.data.kinds import BAD, GOOD, HEIGHT, PHOTO, TRANSLUCENT, WIDTH, deep_rgb_png, on_white, pixels, turned
-from vae.data.images import image_size, open_image
-from vae.data.limits import ImageError
+from vae.data.decode import ImageError, image_size, open_image
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MOST_SECONDS, MOST_MEMORY = 2.0, 500e6

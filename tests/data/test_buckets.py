@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from vae.data.buckets import MAX_ASPECT, BucketOrder, bucket_shapes, lost_area
-from vae.data.order import NEAR, EndlessSampler
+from vae.config.data import MAX_ASPECT, bucket_shapes
+from vae.data.sampler import NEAR, BucketOrder, EndlessSampler, lost_area
 
 GROUP = 6
 
@@ -105,7 +105,7 @@ def test_another_image_in_the_place_of_one_has_the_same_shape(sizes):
     for position in range(50):
         pick = order.pick(position)
         for attempt in range(40):
-            other = order.instead(pick, attempt)
+            other = order.replacement(pick, attempt)
             assert (other.position, other.size) == (pick.position, pick.size)
             assert (sizes[other.number] >= pick.size).all()
             assert attempt >= NEAR or lost_area(sizes[other.number][None], pick.size)[0] <= 0.1

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.data.forms import folder, png
-from vae.data.config import DataConfig
-from vae.data.images import ImageError
-from vae.data.opening import open_sources
+from vae.config.data import DataConfig
+from vae.data.build import open_sources
+from vae.data.decode import ImageError
 from vae.data.sources import Source, folder_source
 
 

@@ -15,11 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.checkpoints.confined import ROOT
-from tests.checkpoints.damage import damaged
 from tests.data.kinds import GOOD
-from vae.data.images import image_size, open_image
-from vae.data.limits import ImageError
+from tests.weights.confined import ROOT
+from tests.weights.damage import damaged
+from vae.data.decode import ImageError, image_size, open_image
 
 PATIENCE = 10  # seconds for one
 KINDS = (

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vae.data import limits
-from vae.data.images import ImageError, open_image
+from vae.data import decode
+from vae.data.decode import ImageError, open_image
 
 RED = (200, 30, 40)
 
@@ -75,7 +75,7 @@ def test_what_is_no_image_is_refused_with_its_name(tmp_path, photo):
 
 
 def test_too_many_pixels_are_refused_before_decoding(tmp_path, monkeypatch, photo):
-    monkeypatch.setattr(limits, "MAX_PIXELS", 500)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 500)
     photo.save(tmp_path / "large.png")
     with pytest.raises(ImageError, match="30x20 pixels, more than 500"):
         open_image(tmp_path / "large.png")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.forms import png
-from vae.data.lists import list_source
+from vae.data.sources import list_source
 from vae.errors import InputError
 
 GARBAGE = random.Random(0).randbytes(5000)
@@ -96,7 +96,7 @@ def test_paths_may_be_absolute_and_a_list_in_the_home_folder(tmp_path, monkeypat
 
 
 def test_a_list_longer_than_a_block_keeps_its_order(tmp_path, monkeypatch):
-    monkeypatch.setattr("vae.data.lists.BLOCK", 1000)
+    monkeypatch.setattr("vae.data.sources.BLOCK", 1000)
     names = [f"{number:05d}.png" for number in range(3000)]
     (tmp_path / names[0]).write_bytes(png(0))
     for name, lines in {

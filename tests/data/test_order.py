@@ -4,12 +4,12 @@ from itertools import islice
 import pytest
 import torch
 
-from vae.data.config import DataConfig
-from vae.data.loading import TrainingImages, training_loader, validation_loader
-from vae.data.names import Names, split_by_hash
-from vae.data.opening import open_sources
-from vae.data.order import EndlessSampler, Order, Shuffled, seed_for
-from vae.data.pictures import to_picture
+from vae.config.data import DataConfig
+from vae.data.build import open_sources
+from vae.data.contact_sheet import to_picture
+from vae.data.loader import TrainingImages, training_loader, validation_loader
+from vae.data.sampler import EndlessSampler, Order, Shuffled, seed_for
+from vae.data.sources import Names, split_by_hash
 from vae.errors import InputError
 
 PHOTOS = DataConfig(source="photos", resolution=32, batch_size=3, validation_batch_size=2, workers=0)

@@ -14,9 +14,9 @@ from PIL import Image
 from skimage import data
 
 from tests.data.kinds import HEIGHT, PHOTO, TRANSLUCENT, WIDTH, encoded, pixels, png, png_header
-from vae.data import images
-from vae.data.images import ImageError, image_size, open_image
-from vae.data.loading import hash_of_pixels
+from vae.data import decode
+from vae.data.decode import ImageError, image_size, open_image
+from vae.data.loader import hash_of_pixels
 from vae.data.pixels import as_depth
 
 RGB, GREY, GREY_ALPHA, RGB_ALPHA = 2, 0, 4, 6  # colour types of PNG
@@ -48,7 +48,7 @@ def test_the_fast_decoder_gives_pillows_pixels(monkeypatch, size, mode, options)
     file = encoded(Image.fromarray(data.astronaut()[: size[0], : size[1]]).convert(mode), "JPEG", **options)
     with Image.open(io.BytesIO(file)) as image:
         expected = np.asarray(image.convert("RGB"))
-    monkeypatch.setattr(images, "from_array", None)  # of the slow one
+    monkeypatch.setattr(decode, "from_array", None)  # of the slow one
     assert np.array_equal(open_image(file).permute(1, 2, 0), expected)
 
 
@@ -140,7 +140,7 @@ def _memory(field: str) -> int:
 
 def test_threads_that_read_side_by_side_leave_warnings_as_they_were(monkeypatch):
     """The first comes in before the second and leaves before it."""
-    both, original = threading.Barrier(2), images._upright_size
+    both, original = threading.Barrier(2), decode._upright_size
     first_has_left = threading.Event()
 
     def size(stream, label):
@@ -150,7 +150,7 @@ def test_threads_that_read_side_by_side_leave_warnings_as_they_were(monkeypatch)
         warnings.warn("of no interest", stacklevel=1)
         return original(stream, label)
 
-    monkeypatch.setattr(images, "_upright_size", size)
+    monkeypatch.setattr(decode, "_upright_size", size)
     before = list(warnings.filters)
     threads = [threading.Thread(target=image_size, args=(encoded(PHOTO, "PNG"), name)) for name in ("first", "second")]
     threads[1].start()

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.data.forms import IMAGES, png, tars
-from vae.data.config import DataConfig
-from vae.data.opening import open_sources
+from vae.config.data import DataConfig
+from vae.data.build import open_sources
+from vae.data.remote import Store
 from vae.data.shards import open_shards
-from vae.data.store import Store
 from vae.errors import InputError
 
 
@@ -61,7 +61,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[_Server]:
-    monkeypatch.setattr("vae.data.store.WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("vae.data.remote.WAIT_SECONDS", 0.0)
     with _Server() as server:
         server.folder = tmp_path / "far"
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))

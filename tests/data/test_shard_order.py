@@ -13,13 +13,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from vae.data.config import DataConfig
-from vae.data.loading import Batch, TrainingImages, shut_down, training_loader
-from vae.data.opening import open_sources
-from vae.data.order import NEAR, EndlessSampler, Order, ShardedOrder
-from vae.data.ordering import order_of
+from vae.config.data import DataConfig
+from vae.data.build import open_sources
+from vae.data.loader import Batch, TrainingImages, shut_down, training_loader
+from vae.data.sampler import NEAR, EndlessSampler, Order, ShardedOrder, order_of
+from vae.data.shards import add_member
 from vae.data.sources import Source
-from vae.data.tables import add_member
 
 LENGTHS = (3, 1, 4, 2, 5, 3)
 UNEVEN = [LENGTHS, (7,), (1, 1, 1), (2, 0, 3), (100, 1, 1, 1), tuple(range(1, 30)), (3,) * 200]
@@ -87,7 +86,7 @@ def test_an_image_that_cannot_be_used_is_replaced_from_its_own_shard_and_at_last
     for position in range(40):
         pick = order.pick(position)
         near, far = (
-            {order.instead(pick, attempt).number for attempt in some} for some in (range(NEAR), range(NEAR, 99))
+            {order.replacement(pick, attempt).number for attempt in some} for some in (range(NEAR), range(NEAR, 99))
         )
         assert len({int(np.searchsorted(ends, number, side="right")) for number in {pick.number, *near}}) == 1
         assert len({int(np.searchsorted(ends, number, side="right")) for number in far}) > 1

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.data.forms import IMAGES, parquet, png, tars
-from vae.data.images import ImageError, open_image
+from vae.data.decode import ImageError, open_image
+from vae.data.remote import Store, expand
 from vae.data.shards import Shards, open_shards
-from vae.data.store import Store, expand
 from vae.errors import InputError
 
 THREE = [f"train-{number}.tar" for number in range(3)]

@@ -14,12 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tests.data.forms import FORMS, IMAGES, PARTS, SIDE, Given, arrow, folder, image_folder, png, tars
-from vae.data.config import DataConfig
-from vae.data.images import open_image
-from vae.data.loading import Batch, TrainingImages, training_loader, validation_loader
-from vae.data.opening import open_sources
-from vae.data.order import EndlessSampler
-from vae.data.ordering import order_of
+from vae.config.data import DataConfig
+from vae.data.build import open_sources
+from vae.data.decode import open_image
+from vae.data.loader import Batch, TrainingImages, training_loader, validation_loader
+from vae.data.sampler import EndlessSampler, order_of
 from vae.data.sources import Source
 
 MOVED = ("folder", "txt", "imagefolder", "parquet", "tars")
@@ -51,7 +50,7 @@ def _training(source: Source, config: DataConfig) -> DataLoader[Batch]:
 
 
 def _shown(batches: list[Batch]) -> list[str]:
-    assert not any(batch.left_out for batch in batches)
+    assert not any(batch.skipped for batch in batches)
     return sorted(digest for batch in batches for digest in _digest(batch.images))
 
 
@@ -139,7 +138,7 @@ def test_names_of_any_kind_survive_in_an_order_that_no_locale_or_time_zone_chang
     settings = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TZ": "Asia/Kathmandu"}
     settings |= {"HF_DATASETS_CACHE": str(tmp_path / "another"), "HF_HUB_OFFLINE": "1"}
     code = (
-        "import json, sys; from vae.data.config import DataConfig; from vae.data.opening import open_sources\n"
+        "import json, sys; from vae.config.data import DataConfig; from vae.data.build import open_sources\n"
         "pairs = [open_sources(DataConfig(**given)) for given in json.loads(sys.argv[1])]\n"
         "print(json.dumps([' '.join(source.fingerprint() for source in pair) for pair in pairs]))"
     )

@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vae.data.images import ImageError
-from vae.data.shards import Shards, open_shards
-from vae.data.store import Store
-from vae.data.tars import BLOCK, scan
+from vae.data.decode import ImageError
+from vae.data.remote import Store
+from vae.data.shards import BLOCK, Shards, open_shards, scan
 from vae.errors import InputError
 
 END = bytes(2 * BLOCK)

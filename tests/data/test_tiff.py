@@ -23,8 +23,7 @@ from tests.data.tiffs import (
     lzw,
     tiff,
 )
-from vae.data.images import image_size, open_image
-from vae.data.limits import ImageError
+from vae.data.decode import ImageError, image_size, open_image
 from vae.data.pixels import UPRIGHT
 
 HEIGHT, WIDTH = 50, 70

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.data.forms import Given, folder, hub, parquet, png, table, tars
-from vae.data.config import DataConfig
-from vae.data.opening import open_sources
+from vae.config.data import DataConfig
+from vae.data.build import open_sources
 from vae.errors import InputError
 
 GARBAGE = random.Random(0).randbytes(5000)
@@ -25,7 +25,7 @@ Form = Callable[[Path], Given]
 @pytest.fixture(autouse=True)
 def _offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "huggingface"))
-    monkeypatch.setattr("vae.data.store.WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("vae.data.remote.WAIT_SECONDS", 0.0)
 
 
 def _file(name: str, content: bytes, **more: Any) -> Form:

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vae.checkpoints import save_autoencoder
-from vae.config import EvaluateConfig
-from vae.data.config import DataConfig
-from vae.evaluation.run import evaluate
-from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from vae.config.data import DataConfig
+from vae.config.model import AutoencoderConfig
+from vae.config.schema import EvaluateConfig
+from vae.evaluation.evaluate import evaluate
+from vae.models.autoencoder_kl import AutoencoderKL
+from vae.weights import save_autoencoder
 
 CHEAP = ["psnr", "ssim", "l1", "colour_shift", "contrast", "saturation", "sharpness", "high_frequency"]
 FILES = ("images.csv", "metrics.json", "report.html")

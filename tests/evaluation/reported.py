@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from vae.evaluation.comparing import compare_pairs
 from vae.evaluation.latents import combine, describe
-from vae.evaluation.report.drawing import Pictures
-from vae.evaluation.statistics import summarise
-from vae.metrics.psnr import psnr
+from vae.evaluation.report.images import Pictures
+from vae.evaluation.statistics import compare_pairs, summarise
+from vae.metrics.pixel import psnr
 from vae.metrics.ssim import ssim
 from vae.models.posterior import DiagonalGaussian
 

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from vae.evaluation.collected import ORIGINAL, Collected
-from vae.evaluation.document import of_dataset
+from vae.evaluation.results import ORIGINAL, Collected, of_dataset
 from vae.evaluation.statistics import FEWEST
 
 

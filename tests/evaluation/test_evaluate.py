@@ -12,20 +12,19 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from tests.conftest import read_json
-from vae.checkpoints import load_autoencoder, save_autoencoder
-from vae.checkpoints.exports import find_export
-from vae.config import EvaluateConfig
-from vae.data.config import DataConfig
-from vae.data.loading import hash_of_pixels
-from vae.data.opening import open_sources
+from vae.config.data import DataConfig
+from vae.config.schema import EvaluateConfig
+from vae.data.build import open_sources
+from vae.data.loader import hash_of_pixels
 from vae.data.transforms import center_crop, to_model_range, to_uint8
 from vae.errors import InputError
-from vae.evaluation.models import load_models
-from vae.evaluation.protocol import DEFAULT_V1
-from vae.evaluation.run import evaluate
-from vae.models.autoencoder import AutoencoderKL
-from vae.models.backbones import BACKBONES
-from vae.models.features import load_backbone
+from vae.evaluation.evaluate import evaluate
+from vae.evaluation.measure import load_models
+from vae.evaluation.protocols import DEFAULT_V1
+from vae.models.autoencoder_kl import AutoencoderKL
+from vae.models.lpips import BACKBONES, load_backbone
+from vae.weights import load_autoencoder, save_autoencoder
+from vae.weights.load import find_export
 
 PHOTOS = DataConfig(source="photos", resolution=64, validation_batch_size=2, workers=0)
 

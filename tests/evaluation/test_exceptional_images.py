@@ -12,15 +12,15 @@ from PIL import Image
 
 from tests.conftest import read_json
 from tests.evaluation.ranks import config_of, pictures, saved_model
-from vae.config import EvaluateConfig
+from vae.config.schema import EvaluateConfig
 from vae.errors import GATE_FAILED, Stopped
-from vae.evaluation.measuring import Bench
-from vae.evaluation.run import evaluate
+from vae.evaluation.evaluate import evaluate
+from vae.evaluation.measure import Evaluator
 
-make = Bench.make
+make = Evaluator.make
 
 
-def odd(self: Bench, images: torch.Tensor, indices: list[int]) -> Iterator:
+def odd(self: Evaluator, images: torch.Tensor, indices: list[int]) -> Iterator:
     """What is white comes back as NaN, what is black as it was."""
     for codec, made in make(self, images, indices):
         if images.min() == 1.0:
@@ -38,7 +38,7 @@ def rows(folder: Path) -> dict[str, dict[str, str]]:
 
 @pytest.fixture
 def config(tmp_path, tiny, monkeypatch) -> EvaluateConfig:
-    monkeypatch.setattr(Bench, "make", odd)
+    monkeypatch.setattr(Evaluator, "make", odd)
     images = pictures(tmp_path / "images", 5)
     return config_of(tmp_path, images, [saved_model(tmp_path / "model", tiny)], name="plain")
 
@@ -94,7 +94,7 @@ def test_a_gate_fails_where_most_images_are_not_finite_though_that_is_allowed(co
 
 
 def test_an_evaluation_of_nothing_finite_says_so(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(Bench, "make", odd)
+    monkeypatch.setattr(Evaluator, "make", odd)
     (tmp_path / "white").mkdir()
     Image.new("RGB", (48, 48), "white").save(tmp_path / "white" / "nan.png")
     config = config_of(tmp_path, tmp_path / "white", [saved_model(tmp_path / "model", tiny)], name="e")

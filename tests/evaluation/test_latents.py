@@ -8,8 +8,7 @@ import torch
 from scipy.fft import dctn
 from torch import Tensor
 
-from vae.evaluation.latents import combine, describe
-from vae.evaluation.spectra import BINS, LAGS, effective_rank, frequencies, radial_power
+from vae.evaluation.latents import BINS, LAGS, combine, describe, effective_rank, frequencies, radial_power
 from vae.latents import LatentStatistics
 from vae.models.posterior import DiagonalGaussian
 

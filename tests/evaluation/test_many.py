@@ -9,9 +9,9 @@ import pytest
 
 from tests.conftest import read_json
 from tests.evaluation.ranks import config_of, pictures, saved_model
-from vae.config import EvaluateConfig
+from vae.config.schema import EvaluateConfig
 from vae.errors import InputError
-from vae.evaluation.run import evaluate
+from vae.evaluation.evaluate import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -8,7 +8,7 @@ import torch
 
 from tests.conftest import read_json
 from tests.evaluation.ranks import CHEAP, config_of, pictures, saved_model
-from vae.evaluation.run import evaluate
+from vae.evaluation.evaluate import evaluate
 from vae.metrics.registry import METRICS
 
 
@@ -18,7 +18,7 @@ def test_cheap_metrics_are_measured_and_the_rest_is_named_with_its_remedy(tmp_pa
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr("vae.models.features.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("vae.models.lpips.importlib.util.find_spec", lambda _: None)
     for owner, name in ((socket, "socket"), (socket, "create_connection"), (urllib.request, "urlopen")):
         monkeypatch.setattr(owner, name, refuse)
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)

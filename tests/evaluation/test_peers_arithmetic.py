@@ -17,12 +17,10 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 from torchmetrics.image import StructuralSimilarityIndexMeasure
 
-from vae.data import cuts
 from vae.data.pixels import from_array
-from vae.evaluation.protocol import PROTOCOLS
-from vae.models.backbones import BACKBONES
-from vae.models.features import load_backbone
-from vae.models.lpips import LPIPS
+from vae.evaluation import protocols
+from vae.evaluation.protocols import PROTOCOLS
+from vae.models.lpips import BACKBONES, LPIPS, load_backbone
 
 SIDE = 64
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "images" / "photos"
@@ -219,13 +217,15 @@ def test_large_images_are_halved_before_dc_ae_resizes_them():
     halved = image.resize((225, 150), Image.Resampling.BOX).resize((112, 75), Image.Resampling.BOX)
     resized = halved.resize((96, SIDE), Image.Resampling.BICUBIC).crop((16, 0, 16 + SIDE, SIDE))
     expected = T.Normalize([0.5] * 3, [0.5] * 3)(T.ToTensor()(resized))
-    assert torch.equal(cuts.dc_ae(from_array(image), SIDE), expected)
+    assert torch.equal(protocols.dc_ae(from_array(image), SIDE), expected)
 
 
 def test_smaller_images_dc_ae_resizes_as_we_do():
     for name in ("astronaut.png", "camera.png"):  # square: elsewhere sides round differently
         pixels = from_array(_photos()[name])
-        torch.testing.assert_close(cuts.dc_ae(pixels, 300), cuts.pillow_bicubic(pixels, 300), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            protocols.dc_ae(pixels, 300), protocols.pillow_bicubic(pixels, 300), atol=1e-6, rtol=0
+        )
 
 
 def test_ldm_resizes_as_bilinear_interpolation_without_antialiasing():
@@ -233,7 +233,7 @@ def test_ldm_resizes_as_bilinear_interpolation_without_antialiasing():
         side = min(image.size)
         pixels = from_array(image.crop((0, 0, side, side)))
         exact = F.interpolate(pixels[None].float(), (SIDE, SIDE), mode="bilinear", align_corners=False)[0]
-        greys = (cuts.ldm(pixels, SIDE) + 1) * 127.5
+        greys = (protocols.ldm(pixels, SIDE) + 1) * 127.5
         assert (greys - exact).abs().max() <= 1.01, case
 
 
@@ -244,5 +244,5 @@ def test_ldm_resizes_to_the_bit_as_opencv():
         width, height = (round(side * scale) for side in image.size)
         resized = cv2.resize(np.array(image), (width, height), interpolation=cv2.INTER_LINEAR)
         top, left = (height - SIDE) // 2, (width - SIDE) // 2
-        greys = ((cuts.ldm(from_array(image), SIDE) + 1) * 127.5).round().permute(1, 2, 0).numpy()
+        greys = ((protocols.ldm(from_array(image), SIDE) + 1) * 127.5).round().permute(1, 2, 0).numpy()
         np.testing.assert_array_equal(greys, resized[top : top + SIDE, left : left + SIDE], err_msg=case)

@@ -7,7 +7,7 @@ import torch
 
 from vae.data.transforms import center_crop, to_model_range, to_uint8
 from vae.errors import InputError
-from vae.evaluation.protocol import DEFAULT_V1, PROTOCOLS
+from vae.evaluation.protocols import DEFAULT_V1, PROTOCOLS
 from vae.metrics.paired import PairedMetrics
 from vae.models.lpips import LPIPS
 from vae.models.posterior import DiagonalGaussian

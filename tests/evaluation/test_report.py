@@ -14,12 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from tests.evaluation.reported import crossed, evaluation
-from vae.evaluation.report.drawing import Pictures, amplified, as_data, error_gain, latent_map
 from vae.evaluation.report.findings import findings
-from vae.evaluation.report.gallery import choose, rankings
+from vae.evaluation.report.gallery import choose, harmless, rankings
+from vae.evaluation.report.images import Pictures, amplified, as_data, error_gain, latent_map
 from vae.evaluation.report.page import render
-from vae.evaluation.report.tables import matrices
-from vae.evaluation.report.wording import harmless
+from vae.evaluation.report.sections import matrices
 
 
 def _photographs(count: int, size: int = 64) -> dict[str, Tensor]:

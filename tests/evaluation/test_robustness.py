@@ -12,15 +12,26 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as Authority
 from torch import Tensor
 
-from vae.audit.precision import audit_precision, audit_steps
-from vae.checkpoints.diffusers import to_diffusers_config
+from vae.config.model import AutoencoderConfig
 from vae.data.transforms import to_model_range
-from vae.evaluation.equivariance import TRANSFORMS
-from vae.evaluation.probes import LATENT_NOISE, ROUNDS, Subject, decibels, input_noise, latent_noise, masked
-from vae.evaluation.robustness import precision, probe, probe_steps
-from vae.evaluation.tiling import tiled
-from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from vae.evaluation.robustness import (
+    LATENT_NOISE,
+    ROUNDS,
+    TRANSFORMS,
+    Subject,
+    decibels,
+    input_noise,
+    latent_noise,
+    masked,
+    precision,
+    probe,
+    probe_steps,
+    tiled,
+)
+from vae.models.autoencoder_kl import AutoencoderKL
 from vae.models.posterior import DiagonalGaussian
+from vae.precision.audit import audit_precision, audit_steps
+from vae.weights.diffusers import to_diffusers_config
 
 
 @dataclass

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from tests.conftest import read_json
 from tests.evaluation.ranks import FILES, config_of, forked, in_processes, pictures, saved_model
-from vae.config import EvaluateConfig
+from vae.config.schema import EvaluateConfig
 from vae.errors import InputError, Stopped
-from vae.evaluation.measuring import Bench
-from vae.evaluation.run import evaluate
-from vae.evaluation.setting import code_sha256
+from vae.evaluation.evaluate import evaluate
+from vae.evaluation.measure import Evaluator
+from vae.evaluation.setup import code_sha256
 
 FEW = ["psnr", "ssim", "contrast", "rfid", "kid_clean"]
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -38,7 +38,7 @@ class SmallFeatures(torch.nn.Module):
 
 @pytest.fixture
 def with_features(monkeypatch):
-    monkeypatch.setattr("vae.evaluation.setting.load_inception", lambda *_, **__: SmallFeatures())
+    monkeypatch.setattr("vae.evaluation.setup.load_inception", lambda *_, **__: SmallFeatures())
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -89,9 +89,11 @@ def test_batches_of_a_gpu_are_filled_up_and_what_fills_them_is_not_counted(tmp_p
     config = config_of(tmp_path, images, [model], batch=4, metrics=FEW, probe_images=0)
     one_by_one = evaluate(replace(config, name="one"))
     sizes = []
-    lines = Bench._lines
-    monkeypatch.setattr(Bench, "at_once", 4)
-    monkeypatch.setattr(Bench, "_lines", lambda self, x, indices: (sizes.append(len(x)), lines(self, x, indices))[1])
+    lines = Evaluator._lines
+    monkeypatch.setattr(Evaluator, "at_once", 4)
+    monkeypatch.setattr(
+        Evaluator, "_lines", lambda self, x, indices: (sizes.append(len(x)), lines(self, x, indices))[1]
+    )
     filled = evaluate(replace(config, name="filled"))
     assert sizes == [4, 4, 4]
     tables = [read_json(folder / "metrics.json")["metrics"]["images"]["a"] for folder in (one_by_one, filled)]
@@ -119,7 +121,7 @@ def test_an_image_that_was_repaired_since_is_measured(tmp_path, tiny, monkeypatc
     whole = evaluate(replace(config, name="whole"))
     pixels = (images / "001.png").read_bytes()
     (images / "001.png").write_bytes(bytes(len(pixels)))
-    monkeypatch.setattr("vae.evaluation.run.finish", stop)
+    monkeypatch.setattr("vae.evaluation.evaluate.finish", stop)
     with pytest.raises(Stopped):
         evaluate(replace(config, name="repaired"))
     monkeypatch.undo()
@@ -130,7 +132,7 @@ def test_an_image_that_was_repaired_since_is_measured(tmp_path, tiny, monkeypatc
 def test_rows_that_another_machine_has_to_itself_are_missed(tmp_path, tiny, monkeypatch):
     images, model = pictures(tmp_path / "images", 4), saved_model(tmp_path / "a", tiny)
     config = config_of(tmp_path, images, [model], name="e", probe_images=0)
-    monkeypatch.setattr("vae.evaluation.run._missing", lambda *_: [0, 2])
+    monkeypatch.setattr("vae.evaluation.evaluate._missing", lambda *_: [0, 2])
     with pytest.raises(InputError, match="2 of 4 images of images have rows: output= must be one folder"):
         evaluate(config)
 
@@ -147,7 +149,7 @@ def test_inception_is_where_the_images_are(tmp_path, tiny, monkeypatch):
             moved.append(args[0])
             return self
 
-    monkeypatch.setattr("vae.evaluation.setting.load_inception", lambda *_, **__: Moved())
+    monkeypatch.setattr("vae.evaluation.setup.load_inception", lambda *_, **__: Moved())
     images, model = pictures(tmp_path / "images", 3), saved_model(tmp_path / "a", tiny)
     evaluate(config_of(tmp_path, images, [model], name="e", metrics=["psnr", "kid"], probe_images=0))
     assert moved == [torch.device("cpu" if not torch.cuda.is_available() else "cuda")]
@@ -169,7 +171,7 @@ def test_a_data_set_without_a_readable_image_has_no_numbers_and_the_others_have_
 
 def test_an_interruption_says_how_to_go_on(tmp_path, tiny, monkeypatch):
     images, model = pictures(tmp_path / "images", 2), saved_model(tmp_path / "a", tiny)
-    monkeypatch.setattr("vae.evaluation.run.finish", stop)
+    monkeypatch.setattr("vae.evaluation.evaluate.finish", stop)
     with pytest.raises(Stopped, match="interrupted; the same command with name=e goes on") as interrupted:
         evaluate(config_of(tmp_path, images, [model], name="e", probe_images=0))
     assert interrupted.value.code == 130
@@ -178,7 +180,7 @@ def test_an_interruption_says_how_to_go_on(tmp_path, tiny, monkeypatch):
 def test_an_evaluation_goes_on_only_with_the_same_models_images_and_settings(tmp_path, tiny, monkeypatch):
     images, model = pictures(tmp_path / "images", 6), saved_model(tmp_path / "a", tiny)
     config = config_of(tmp_path, images, [model], name="e")
-    monkeypatch.setattr("vae.evaluation.run.finish", stop)
+    monkeypatch.setattr("vae.evaluation.evaluate.finish", stop)
     with pytest.raises(Stopped):
         evaluate(config)
     monkeypatch.undo()
@@ -196,7 +198,7 @@ def test_an_evaluation_goes_on_only_with_the_same_models_images_and_settings(tmp
 def interrupted(config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of an evaluation that ended before its tables."""
     with monkeypatch.context() as patch:
-        patch.setattr("vae.evaluation.run.finish", stop)
+        patch.setattr("vae.evaluation.evaluate.finish", stop)
         with pytest.raises(Stopped):
             evaluate(config)
     return Path(config.output) / config.name
@@ -207,7 +209,7 @@ def test_an_evaluation_does_not_go_on_with_the_same_tensors_in_another_network(t
     images, model = pictures(tmp_path / "images", 6), saved_model(tmp_path / "a", tiny)
     config = config_of(tmp_path, images, [model], name="e", metrics=["psnr"], probe_images=0)
     with monkeypatch.context() as patch:
-        patch.setattr("vae.evaluation.run._missing", lambda *_: [0, 1, 2])
+        patch.setattr("vae.evaluation.evaluate._missing", lambda *_: [0, 1, 2])
         interrupted(config, monkeypatch)
     saved_model(Path(model), replace(tiny, norm_num_groups=8))
     with pytest.raises(InputError, match=r"holds an interrupted evaluation with other models\.a\.config_sha256"):
@@ -219,7 +221,7 @@ def test_an_evaluation_does_not_go_on_with_other_code(tmp_path, tiny, monkeypatc
     config = config_of(tmp_path, images, [model], name="e", metrics=["psnr"], probe_images=0)
     interrupted(config, monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr("vae.evaluation.setting.code_sha256", lambda: "another")
+        patch.setattr("vae.evaluation.setup.code_sha256", lambda: "another")
         with pytest.raises(InputError, match=r"holds an interrupted evaluation with other library\.code"):
             evaluate(config)
     evaluate(config)

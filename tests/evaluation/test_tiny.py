@@ -7,22 +7,20 @@ import torch
 
 from tests.conftest import write_foreign
 from tests.presets import TINY
-from vae.checkpoints import save_autoencoder
-from vae.config import EvaluateConfig
-from vae.data.processes import Place
+from vae.config.model import Assumed, AutoencoderConfig
+from vae.config.schema import EvaluateConfig
+from vae.distributed import Place, Team
 from vae.errors import InputError
-from vae.evaluation.base import latents_against_base
+from vae.evaluation.drop_in import latents_against_base
 from vae.evaluation.latents import combine, describe
-from vae.evaluation.measuring import Bench
-from vae.evaluation.models import codecs_of, load_models
-from vae.evaluation.protocol import DEFAULT_V1
-from vae.evaluation.setting import prepare
-from vae.evaluation.team import Team
+from vae.evaluation.measure import Evaluator, codecs_of, load_models
+from vae.evaluation.protocols import DEFAULT_V1
+from vae.evaluation.setup import prepare
 from vae.latents import scale_latents
 from vae.metrics.paired import PairedMetrics
-from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from vae.models.autoencoder_config import Assumed
-from vae.models.tiny import AutoencoderTiny
+from vae.models.autoencoder_kl import AutoencoderKL
+from vae.models.autoencoder_tiny import AutoencoderTiny
+from vae.weights import save_autoencoder
 
 
 def test_crossed_measurements_give_a_tiny_decoder_scaled_latents(tiny):
@@ -30,7 +28,7 @@ def test_crossed_measurements_give_a_tiny_decoder_scaled_latents(tiny):
     small = AutoencoderTiny(TINY(latent_channels=3)).eval()
     models = {"kl": kl, "tiny": small}
     metrics = PairedMetrics(("psnr",))
-    bench = Bench(codecs_of(models, cross=True), models, DEFAULT_V1, metrics, None, torch.device("cpu"), 1, 0)
+    bench = Evaluator(codecs_of(models, cross=True), models, DEFAULT_V1, metrics, None, torch.device("cpu"), 1, 0)
     images = torch.rand(1, 3, 32, 32) * 2 - 1
     with torch.no_grad():
         made = {codec.name: one for codec, one in bench.make(images, [0])}

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from tests.evaluation.verdicts import COUNT, DRAWINGS, PHOTOS, SAME, Both, Results, alike, moved
-from vae.evaluation import comparing, statistics
-from vae.evaluation.base import judge, lines_against_base
+from vae.evaluation import statistics
+from vae.evaluation.drop_in import judge, lines_against_base
 from vae.evaluation.statistics import summarise
 from vae.metrics.registry import PAIRED
 
@@ -24,7 +24,7 @@ ANSWERS = {"`true`": True, "`false`": False, "`null`": None}
 @pytest.fixture(autouse=True)
 def _few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing here hangs on the last digits of an interval."""
-    monkeypatch.setattr(comparing, "interval", partial(statistics.interval, resamples=300))
+    monkeypatch.setattr(statistics, "interval", partial(statistics.interval, resamples=300))
     monkeypatch.setattr(statistics, "RESAMPLES", 300)
 
 
@@ -209,7 +209,7 @@ def test_one_ruined_image_of_a_hundred_is_in_the_verdicts_words():
 @pytest.mark.parametrize(("before", "after", "count"), [(80.0, 60.0, 0), (np.inf, 47.0, 0), (np.inf, 30.0, 1)])
 def test_of_images_without_visible_error_only_what_is_seen_counts_as_badly_worse(before, after, count):
     numbers = np.full(20, 30.0)
-    one = comparing.compare("psnr", ("a", np.append(numbers, before)), ("b", np.append(numbers, after)))
+    one = statistics.compare("psnr", ("a", np.append(numbers, before)), ("b", np.append(numbers, after)))
     assert one.badly_worse == count
 
 

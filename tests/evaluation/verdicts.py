@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from vae.evaluation.base import judge
-from vae.evaluation.comparing import compare_pairs
+from vae.evaluation.drop_in import judge
+from vae.evaluation.statistics import compare_pairs
 
 SAME = {"kind": "same", "verdict": "same latents: all 30 encoder tensors are identical bit for bit", "rescaled": None}
 PHOTOS, DRAWINGS = "photos", "drawings"

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
+from vae.config.loss import LossConfig, LossWeights
 from vae.errors import InputError
 from vae.losses.adversarial import ADVERSARIAL_LOSSES, adaptive_weight, last_layer_gradient, ramp
-from vae.losses.latent import kl_per_element
-from vae.losses.objective import LossConfig, LossWeights, Objective, weighted_sum
-from vae.losses.pixel import PIXEL_LOSSES
+from vae.losses.autoencoder_loss import Objective, weighted_sum
+from vae.losses.reconstruction import PIXEL_LOSSES, kl_per_element
 from vae.models.posterior import DiagonalGaussian
 
 

@@ -7,8 +7,8 @@ from scipy.linalg import sqrtm
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
 from vae.errors import InputError
-from vae.metrics import frechet as module
-from vae.metrics.frechet import frechet_distance
+from vae.metrics import set_distances as module
+from vae.metrics.set_distances import frechet_distance
 
 
 def _features(count: int, width: int, seed: int, offset: float = 0.0) -> np.ndarray:

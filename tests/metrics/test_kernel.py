@@ -6,8 +6,8 @@ import torch
 from torch_fidelity.metric_kid import mmd2
 
 from vae.errors import InputError
-from vae.metrics import kernel as module
-from vae.metrics.kernel import kernel_distance, kernel_estimate
+from vae.metrics import set_distances as module
+from vae.metrics.set_distances import kernel_distance, kernel_estimate
 
 
 def _pairs(count: int, width: int, seed: int, moved: float = 0.1) -> tuple[np.ndarray, np.ndarray]:

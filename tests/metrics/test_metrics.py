@@ -14,14 +14,11 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from tests.metrics.pairs import Pair, generated, noisy, photograph, real
 from vae.errors import InputError
-from vae.metrics.l1 import l1
-from vae.metrics.ms_ssim import WEIGHTS, ms_ssim
 from vae.metrics.paired import PairedMetrics, unavailable
-from vae.metrics.psnr import psnr
+from vae.metrics.pixel import l1, psnr
 from vae.metrics.registry import METRICS, OF_SETS, PAIRED
-from vae.metrics.ssim import blur, similarity_maps, ssim
-from vae.models.backbones import BACKBONES
-from vae.models.features import MissingBackboneError, load_backbone
+from vae.metrics.ssim import WEIGHTS, blur, ms_ssim, similarity_maps, ssim
+from vae.models.lpips import BACKBONES, MissingBackboneError, load_backbone
 
 PAIRS = generated() | real()
 WITHOUT_WEIGHTS = set(PAIRED) - {"lpips_alex", "lpips_vgg"}

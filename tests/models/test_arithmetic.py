@@ -10,12 +10,12 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from tests.conftest import without_adversary
-from vae.audit.precision import audit_precision
-from vae.evaluation.measuring import exact_arithmetic
+from vae.evaluation.measure import exact_arithmetic
 from vae.metrics.paired import PairedMetrics
 from vae.models.arithmetic import float32_arithmetic
 from vae.models.inception import Inception
-from vae.training.run import train
+from vae.precision.audit import audit_precision
+from vae.training.train import train
 
 backends: Any = torch.backends
 OPERATIONS = (

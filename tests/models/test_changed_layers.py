@@ -14,11 +14,11 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, prune
 
 from tests.presets import NETWORKS, TINY
-from vae.checkpoints.diffusers import to_diffusers_config
 from vae.errors import InputError
-from vae.models.fast import layer_by_layer, nearest_conv, norm_silu, norm_silu_conv, pad_conv
+from vae.models.autoencoder_tiny import AutoencoderTiny
+from vae.models.fused import layer_by_layer, nearest_conv, norm_silu, norm_silu_conv, pad_conv
 from vae.models.strips import decode_in_strips, encode_in_strips
-from vae.models.tiny import AutoencoderTiny
+from vae.weights.diffusers import to_diffusers_config
 
 Layers = list[tuple[nn.Module, str, Any]]  # (parent, name in it, layer)
 LARGEST = 1e-12  # relative, in float64

@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
+from vae.config.loss import DiscriminatorConfig
 from vae.errors import InputError
-from vae.models.discriminator import DiscriminatorConfig, PatchDiscriminator
+from vae.models.discriminator import PatchDiscriminator
 
 
 def test_the_ldm_shape_has_taming_transformers_parameters():

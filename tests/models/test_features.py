@@ -7,9 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vae.models import features as module
-from vae.models.backbones import BACKBONES
-from vae.models.features import MissingBackboneError, load_backbone
+from vae.models import lpips as module
+from vae.models.lpips import BACKBONES, MissingBackboneError, load_backbone
 
 
 @pytest.fixture

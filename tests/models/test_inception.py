@@ -12,10 +12,9 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 from torchvision.models import inception_v3
 
 from vae.errors import InputError
-from vae.models import inception_weights as module
-from vae.models.features import MissingBackboneError
-from vae.models.inception import Inception, load_inception, resize_clean, resize_legacy
-from vae.models.inception_weights import FILES
+from vae.models import inception as module
+from vae.models.inception import FILES, Inception, load_inception, resize_clean, resize_legacy
+from vae.models.lpips import MissingBackboneError
 
 
 @pytest.fixture(scope="module")

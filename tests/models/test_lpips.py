@@ -5,9 +5,7 @@ import pytest
 import torch
 
 from vae.errors import InputError
-from vae.models.backbones import BACKBONES
-from vae.models.features import features_sha256, load_backbone
-from vae.models.lpips import LPIPS
+from vae.models.lpips import BACKBONES, LPIPS, features_sha256, load_backbone
 
 SEEDED_PAIR = {"alex": [0.13117, 0.14196], "vgg": [0.35816, 0.34567]}
 

@@ -11,12 +11,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from vae.config.model import AutoencoderConfig
 from vae.errors import InputError
-from vae.models.autoencoder import AutoencoderConfig
-from vae.models.strips import decode_in_strips, encode_in_strips, stored
-from vae.models.strips.maps import Recent
-from vae.models.strips.statistics import Statistics
-from vae.models.strips.stored import Filed
+from vae.models.strips import decode_in_strips, encode_in_strips, maps
+from vae.models.strips.maps import Filed, Recent, Statistics
 
 ARCHITECTURES = {
     "sd": AutoencoderConfig(block_out_channels=[8, 16, 16, 24], norm_num_groups=4),
@@ -136,7 +134,7 @@ def test_no_file_is_left_open_by_an_error(perturbed, monkeypatch):
         files.append(TemporaryFile())  # noqa: SIM115
         return files[-1]
 
-    monkeypatch.setattr(stored, "TemporaryFile", opened)
+    monkeypatch.setattr(maps, "TemporaryFile", opened)
     shares: list[float] = []
 
     def advance(share: float) -> None:

@@ -21,18 +21,16 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from vae.config import TrainConfig
-from vae.data.config import DataConfig
-from vae.data.loading import Batch
+from vae.config.data import DataConfig
+from vae.config.loss import DiscriminatorConfig, LossConfig, LossWeights
+from vae.config.model import AutoencoderConfig
+from vae.config.optim import GuardConfig, OptimConfig
+from vae.config.schema import TrainConfig
+from vae.data.loader import Batch
 from vae.errors import Stopped
-from vae.losses.objective import LossConfig, LossWeights
-from vae.models.autoencoder import AutoencoderConfig
-from vae.models.discriminator import DiscriminatorConfig
-from vae.training import module, run, trainer
-from vae.training.guard import GuardConfig
-from vae.training.module import Training
-from vae.training.optim import OptimConfig
-from vae.training.set_metrics import SetMetrics
+from vae.training import module, train, trainer
+from vae.training.module import AutoencoderModule
+from vae.training.validation import SetMetrics
 
 SCALES = {"overflowing": 2.0**22, "fitting": 2.0**8}  # as first loss scales of small networks
 
@@ -58,7 +56,7 @@ def config_from(path: Path) -> TrainConfig:
     return TrainConfig(**(tree | parts))
 
 
-def count_reductions(self: Training) -> None:
+def count_reductions(self: AutoencoderModule) -> None:
     """DDP's communication hook sees every bucket of gradients that is all-reduced."""
     reductions.clear()
     model: Any = self.trainer.strategy.model
@@ -78,7 +76,7 @@ def count_reductions(self: Training) -> None:
         model.register_comm_hook(None, hook)
 
 
-def write_what_came_out(self: Training) -> None:
+def write_what_came_out(self: AutoencoderModule) -> None:
     digest = hashlib.sha256()
     for name, tensor in self.state_dict().items():
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
@@ -91,20 +89,20 @@ def in_double(switches: list[str]) -> None:
     if "double" not in switches:
         return
     trainer.PRECISIONS = (*trainer.PRECISIONS, "64-true")
-    original = Training._images
-    Training._images = lambda self, batch: original(self, batch).double()
-    run.export = run.conclude = lambda *_: None  # published weights are float32
+    original = AutoencoderModule._images
+    AutoencoderModule._images = lambda self, batch: original(self, batch).double()
+    train.export = train.conclude = lambda *_: None  # published weights are float32
 
 
 def remember_batches() -> None:
-    original = Training.training_step
+    original = AutoencoderModule.training_step
 
-    def training_step(self: Training, batch: Batch, batch_idx: int) -> torch.Tensor:
+    def training_step(self: AutoencoderModule, batch: Batch, batch_idx: int) -> torch.Tensor:
         shapes.append(list(batch.images.shape))
         names.extend(batch.names)
         return original(self, batch, batch_idx)
 
-    Training.training_step = training_step
+    AutoencoderModule.training_step = training_step
 
 
 class Corners(torch.nn.Module):
@@ -162,15 +160,15 @@ def scaled_trainer(
 def scaled(switches: list[str]) -> None:
     for name, scale in SCALES.items():
         if name in switches:
-            run.build_trainer = scaled_trainer(scale)
+            train.build_trainer = scaled_trainer(scale)
             module.FUSED_ON = ()  # as 16-mixed has it
 
 
 def poisoned(switches: list[str]) -> None:
     """An image of the second process is not finite at the ninth update."""
-    original = Training._images
+    original = AutoencoderModule._images
     if "poisoned" in switches:
-        Training._images = lambda self, batch: (
+        AutoencoderModule._images = lambda self, batch: (
             original(self, batch) * (float("nan") if self.trainer.global_rank and self.updates == 8 else 1.0)
         )
 
@@ -182,10 +180,10 @@ if __name__ == "__main__":
     scaled(sys.argv[2:])
     with_features(sys.argv[2:])
     remember_batches()
-    Training.on_train_start = count_reductions
-    Training.on_train_end = write_what_came_out
+    AutoencoderModule.on_train_start = count_reductions
+    AutoencoderModule.on_train_end = write_what_came_out
     try:
-        run.train(config_from(Path(sys.argv[1])))
+        train.train(config_from(Path(sys.argv[1])))
     except Stopped as stop:
         print(f"error: {stop.message}", file=sys.stderr)
         sys.exit(stop.code)

@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vae.config import TrainConfig
-from vae.data.config import DataConfig
-from vae.losses.objective import LossConfig, LossWeights
-from vae.models.autoencoder import AutoencoderConfig
-from vae.models.discriminator import DiscriminatorConfig
-from vae.training.manifest import HashingFile, newest_whole
-from vae.training.optim import OptimConfig
-from vae.training.run import train
+from vae.config.data import DataConfig
+from vae.config.loss import DiscriminatorConfig, LossConfig, LossWeights
+from vae.config.model import AutoencoderConfig
+from vae.config.optim import OptimConfig
+from vae.config.schema import TrainConfig
+from vae.training.run_dir import HashingFile, newest_whole
+from vae.training.train import train
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 

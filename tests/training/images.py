@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vae.config import TrainConfig
-from vae.data.config import DataConfig
+from vae.config.data import DataConfig
+from vae.config.schema import TrainConfig
 
 
 def noise(height: int, width: int, seed: int, channels: int = 3) -> np.ndarray:

@@ -16,19 +16,19 @@ from torch import Tensor
 from tests.conftest import read_json
 from tests.training.harness import digest_of, small_run
 from tests.training.test_resume import cut_at
-from vae.checkpoints import load_autoencoder
-from vae.checkpoints.exports import find_export
-from vae.checkpoints.safe import WeightsError
-from vae.config import TrainConfig
+from vae.config.loss import LossConfig, LossWeights
+from vae.config.schema import TrainConfig
 from vae.errors import InputError, Stopped
-from vae.losses.objective import LossConfig, LossWeights
-from vae.models.autoencoder import AutoencoderKL
-from vae.training import best as keeping
+from vae.files import WeightsError
+from vae.models.autoencoder_kl import AutoencoderKL
+from vae.training import checkpointing as keeping
 from vae.training import export as exporting
-from vae.training.best import Kept, is_better
-from vae.training.module import Training
-from vae.training.run import train
+from vae.training.checkpointing import Kept, is_better
+from vae.training.module import AutoencoderModule
+from vae.training.train import train
 from vae.training.validation import Validation
+from vae.weights import load_autoencoder
+from vae.weights.load import find_export
 
 VALUES = {0: 99.0, 3: 20.0, 6: 25.0, 9: math.nan, 12: 25.0}  # {update: PSNR}
 Averages = dict[int, dict[str, Tensor]]
@@ -38,10 +38,10 @@ _wholes: list[str] = []
 @pytest.fixture
 def averages(monkeypatch: pytest.MonkeyPatch) -> Averages:
     """Validations measure VALUES; {update: the averaged weights that were validated}, which the run fills."""
-    begin, finish, seen = Training.on_validation_epoch_start, Validation.finish, {}
+    begin, finish, seen = AutoencoderModule.on_validation_epoch_start, Validation.finish, {}
 
-    def begun(self: Training) -> None:
-        seen[self.updates] = {name: tensor.clone() for name, tensor in self.average.state_dict().items()}
+    def begun(self: AutoencoderModule) -> None:
+        seen[self.updates] = {name: tensor.clone() for name, tensor in self.ema_model.state_dict().items()}
         begin(self)
 
     def finished(self: Validation) -> dict[str, float]:
@@ -49,7 +49,7 @@ def averages(monkeypatch: pytest.MonkeyPatch) -> Averages:
         measured["psnr"] = VALUES[max(seen)]
         return measured
 
-    monkeypatch.setattr(Training, "on_validation_epoch_start", begun)
+    monkeypatch.setattr(AutoencoderModule, "on_validation_epoch_start", begun)
     monkeypatch.setattr(Validation, "finish", finished)
     return seen
 
@@ -128,7 +128,7 @@ def test_what_is_cut_off_while_the_best_is_written_is_written_again(tmp_path, mo
 def test_a_signal_while_the_best_is_written_ends_the_run_with_all_of_it(tmp_path, monkeypatch, averages):
     config, original = small_run(tmp_path, keep_best="psnr"), keeping.export
 
-    def signalled(training: Training, *rest: Any) -> Any:
+    def signalled(training: AutoencoderModule, *rest: Any) -> Any:
         if training.updates == 6:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(training, *rest)
@@ -174,7 +174,7 @@ def test_what_the_best_needs_of_the_disk_is_asked_for_before_the_first_update(tm
         with pytest.raises(WeightsError, match=r"checkpoints: needs [\d,]+ bytes and 1,000 are free") as refused:
             train(config)
         needed.append(int(re.findall(r"needs ([\d,]+)", str(refused.value))[0].replace(",", "")))
-    weights = sum(tensor.nbytes for tensor in Training(small_run(tmp_path)).average.state_dict().values())
+    weights = sum(tensor.nbytes for tensor in AutoencoderModule(small_run(tmp_path)).average.state_dict().values())
     assert needed[1] - needed[0] == 4 * weights
 
 

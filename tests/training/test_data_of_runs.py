@@ -13,11 +13,12 @@ from tests.conftest import read_json
 from tests.training.harness import small_run
 from tests.training.images import noise, on, save, with_corrupt_ones
 from tests.training.test_processes import of_processes, outcome, run
-from vae.data.buckets import bucket_shapes, lost_area
-from vae.data.images import image_size
+from vae.config.data import bucket_shapes
+from vae.data.decode import image_size
+from vae.data.sampler import lost_area
 from vae.data.sources import Source
 from vae.errors import InputError
-from vae.training.run import train
+from vae.training.train import train
 
 
 @pytest.fixture

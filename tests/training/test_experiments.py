@@ -11,18 +11,18 @@ from torch.nn import functional
 
 from tests.conftest import read_json
 from tests.presets import CONFIGS
-from vae import compose
-from vae.checkpoints import load_autoencoder, save_autoencoder
-from vae.config import TrainConfig
+from vae.config.compose import compose
+from vae.config.loss import DiscriminatorConfig, LossConfig
+from vae.config.model import AutoencoderConfig
+from vae.config.schema import TrainConfig
 from vae.errors import InputError
-from vae.losses.objective import LossConfig, Objective, weighted_sum
-from vae.models.architectures import build_autoencoder
-from vae.models.autoencoder import AutoencoderConfig
-from vae.models.backbones import BACKBONES
-from vae.models.discriminator import DiscriminatorConfig, PatchDiscriminator
-from vae.models.features import MissingBackboneError, load_backbone
-from vae.training.game import AdversarialGame
-from vae.training.run import train
+from vae.losses.adversarial import AdversarialLoss
+from vae.losses.autoencoder_loss import Objective, weighted_sum
+from vae.models.discriminator import PatchDiscriminator
+from vae.models.lpips import BACKBONES, MissingBackboneError, load_backbone
+from vae.models.registry import build_autoencoder
+from vae.training.train import train
+from vae.weights import load_autoencoder, save_autoencoder
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 WITH_ADVERSARY = [
@@ -158,7 +158,7 @@ def _shares_of_the_adversary(loss: LossConfig, side: int, bounds: list[dict[str,
 
     shares = []
     for bound in bounds:
-        game = AdversarialGame(discriminator, replace(loss, **bound), last_layer)
+        game = AdversarialLoss(discriminator, replace(loss, **bound), last_layer)
         _, logs = game.gradient(leaf, gradient, features, scale=1.0)
         shares.append(logs["adversarial_share"].item())
     return shares

@@ -9,19 +9,20 @@ import torch
 
 from tests.conftest import read_json, without_adversary, write_foreign
 from tests.presets import TINY
-from vae.checkpoints import load_autoencoder, read_autoencoder, save_autoencoder
-from vae.checkpoints.exports import find_export
-from vae.config import TrainConfig
-from vae.data.loading import first_images
-from vae.data.opening import open_sources
+from vae.config.model import AutoencoderConfig
+from vae.config.schema import TrainConfig
+from vae.data.build import open_sources
+from vae.data.loader import first_images
 from vae.data.transforms import to_model_range
 from vae.latents import scale_latents
-from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from vae.models.tiny import AutoencoderTiny
+from vae.models.autoencoder_kl import AutoencoderKL
+from vae.models.autoencoder_tiny import AutoencoderTiny
 from vae.training.export import export_checkpoint
-from vae.training.manifest import newest_whole
-from vae.training.run import train
-from vae.training.start import start_of
+from vae.training.initialise import initial_state
+from vae.training.run_dir import newest_whole
+from vae.training.train import train
+from vae.weights import load_autoencoder, read_autoencoder, save_autoencoder
+from vae.weights.load import find_export
 
 ENCODING = ["encoder", "quant_conv"]
 Perturbed = Callable[[AutoencoderConfig], AutoencoderKL]
@@ -95,14 +96,16 @@ def test_a_factor_that_init_does_not_tell_is_called_assumed_in_every_export_that
     assert "assumed, since the file they came from" in (run / "exports/step_0000003/diffusers/README.md").read_text()
     measured = train(replace(config, name="measured", frozen=[], keep_best=None))
     assert read_autoencoder(find_export(measured)).scale_is_known
-    told = start_of(replace(config, model=AutoencoderConfig(scaling_factor=0.13025)), run.parent / "told").config.model
+    told = initial_state(
+        replace(config, model=AutoencoderConfig(scaling_factor=0.13025)), run.parent / "told"
+    ).config.model
     assert (told.scaling_factor, told.scale_is_known) == (0.13025, True)
 
 
 def test_a_teacher_that_does_not_tell_its_scale_is_said_and_its_students_is_assumed(short, foreign, tmp_path):
     shape = AutoencoderConfig(block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4)
     config = replace(short, teacher=str(foreign), model=shape)
-    start = start_of(config, tmp_path / "none")
+    start = initial_state(config, tmp_path / "none")
     assert "foreign.safetensors' does not tell its scaling factor: 0.18215 is taken" in start.notes[0]
     run = train(config)
     assert not any(read_autoencoder(path).scale_is_known for path in exports_of(run))
@@ -120,7 +123,7 @@ def test_a_scale_that_is_stated_for_init_leaves_nothing_of_the_guess(short, tmp_
     init = write_foreign(AutoencoderKL(flux), tmp_path / "foreign.safetensors")
     config = replace(short, init=str(init))
     guessed, stated = (
-        start_of(replace(config, model=model), tmp_path / "none").config.model
+        initial_state(replace(config, model=model), tmp_path / "none").config.model
         for model in (AutoencoderConfig(), AutoencoderConfig(scaling_factor=1.5305))
     )
     assert (guessed.scaling_factor, guessed.shift_factor, guessed.scale_is_known) == (0.3611, 0.1159, False)

@@ -8,19 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.audit.test_precision import overflowing
 from tests.conftest import without_adversary
-from vae import compose
-from vae.audit.activations import rounding
-from vae.audit.precision import FLOAT16_MAX, audit_precision
-from vae.checkpoints import load_autoencoder, save_autoencoder
-from vae.config import TrainConfig
-from vae.data.loading import first_images
-from vae.data.opening import open_sources
+from tests.precision.test_precision import overflowing
+from vae.config.compose import compose
+from vae.config.model import AutoencoderConfig
+from vae.config.schema import TrainConfig
+from vae.data.build import open_sources
+from vae.data.loader import first_images
 from vae.data.transforms import to_model_range
-from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from vae.models.interface import Autoencoder
-from vae.training.run import train
+from vae.models.autoencoder_kl import AutoencoderKL
+from vae.models.base import Autoencoder
+from vae.precision.audit import FLOAT16_MAX, audit_precision, rounding
+from vae.training.train import train
+from vae.weights import load_autoencoder, save_autoencoder
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from tests.training.driven import SCALES, scaled_trainer
 from tests.training.harness import digest_of, small_run
 from tests.training.test_never_lost import poisoned_run
 from tests.training.test_resume import cut_at
-from vae.config import TrainConfig
+from vae.config.schema import TrainConfig
 from vae.errors import Stopped
-from vae.training.manifest import checkpoints_in, newest_whole
-from vae.training.run import train
+from vae.training.run_dir import checkpoints_in, newest_whole
+from vae.training.train import train
 
 OVERFLOWS, FITS = SCALES["overflowing"], SCALES["fitting"]
 LEAST = 2.0**-10
@@ -32,7 +32,7 @@ def scaled(monkeypatch: pytest.MonkeyPatch) -> Scaled:
     """From now on runs have a loss scale."""
 
     def at(*arguments: Any, **named: Any) -> None:
-        monkeypatch.setattr("vae.training.run.build_trainer", scaled_trainer(*arguments, **named))
+        monkeypatch.setattr("vae.training.train.build_trainer", scaled_trainer(*arguments, **named))
         monkeypatch.setattr("vae.training.module.FUSED_ON", ())  # as 16-mixed has it
 
     return at

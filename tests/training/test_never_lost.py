@@ -22,16 +22,15 @@ from torch import Tensor
 
 from tests.training.harness import digest_of, small_run
 from tests.training.test_resume import cut_at
-from vae.checkpoints.safe import WeightsError
-from vae.config import TrainConfig
+from vae.config.schema import TrainConfig
 from vae.data.sources import TRAINING_PHOTOS
 from vae.errors import InputError, Stopped
-from vae.training.autoencoding import Autoencoding
+from vae.files import WeightsError
 from vae.training.guard import Culprits, nearest_causes
-from vae.training.manifest import HashingFile, checkpoints_in, newest_whole
-from vae.training.module import Training
-from vae.training.run import train
-from vae.training.step import Pass
+from vae.training.module import AutoencoderModule
+from vae.training.run_dir import HashingFile, checkpoints_in, newest_whole
+from vae.training.step import ForwardPass, Output
+from vae.training.train import train
 
 HARNESS = Path(__file__).with_name("harness.py")
 ELSEWHERE = Path("/dev/shm")  # another filesystem, where there is one
@@ -114,14 +113,14 @@ def test_a_disk_too_small_is_refused_before_the_first_update_with_the_bytes(tmp_
 def test_a_disk_that_fills_leaves_the_old_checkpoint_whole_and_says_the_bytes(tmp_path, monkeypatch):
     config, usage = small_run(tmp_path), SimpleNamespace(free=10**9)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    original = Training.training_step
+    original = AutoencoderModule.training_step
 
-    def step(self: Training, *arguments: Any) -> Any:
+    def step(self: AutoencoderModule, *arguments: Any) -> Any:
         usage.free = 10**9 if self.updates < 4 else 1000
         return original(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "training_step", step)
+        patch.setattr(AutoencoderModule, "training_step", step)
         with pytest.raises(WeightsError, match=r"step_0000006\.ckpt: needs [\d,]+ bytes and 1,000 are free"):
             train(config)
     assert newest_whole(tmp_path / "run" / "checkpoints")[0].name == "step_0000003.ckpt"
@@ -156,10 +155,13 @@ def test_a_second_run_in_one_directory_is_refused_and_a_dead_one_leaves_no_lock(
 BAD = float("nan"), float("inf")
 
 
-def poison(training: Training, where: str, value: float) -> None:
+def poison(training: AutoencoderModule, where: str, value: float) -> None:
     """Make one thing of the next update not finite, in the running module."""
-    game: Any = training.game
-    decoder_weight, real = training.autoencoder.decoder.conv_in.weight, next(iter(game.discriminator.parameters()))
+    adversarial_loss: Any = training.adversarial_loss
+    decoder_weight, real = (
+        training.autoencoder.decoder.conv_in.weight,
+        next(iter(adversarial_loss.discriminator.parameters())),
+    )
 
     def poisoned(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *arguments: function(*arguments) * value
@@ -170,8 +172,10 @@ def poison(training: Training, where: str, value: float) -> None:
     {
         "pixel": lambda: setattr(training.objective, "pixel", poisoned(training.objective.pixel)),
         "kl": lambda: training.autoencoder.quant_conv.register_forward_hook(lambda *hooked: hooked[-1] * value),
-        "adversarial": lambda: setattr(game, "generator_loss", poisoned(game.generator_loss)),
-        "discriminator": lambda: setattr(game, "discriminator_loss", poisoned(game.discriminator_loss)),
+        "adversarial": lambda: setattr(adversarial_loss, "generator_loss", poisoned(adversarial_loss.generator_loss)),
+        "discriminator": lambda: setattr(
+            adversarial_loss, "discriminator_loss", poisoned(adversarial_loss.discriminator_loss)
+        ),
         "autoencoder gradient": lambda: decoder_weight.register_hook(lambda gradient: gradient * value),
         "discriminator gradient": lambda: real.register_hook(lambda gradient: gradient * value),
         "image": lambda: setattr(training, "_images", poisoned(training._images)),
@@ -194,16 +198,16 @@ INJECTED = {
 
 
 def poisoned_run(config: TrainConfig, where: str, value: float, monkeypatch: pytest.MonkeyPatch, at: int = 8) -> None:
-    original, done = Training.training_step, []
+    original, done = AutoencoderModule.training_step, []
 
-    def step(self: Training, *arguments: Any) -> Any:
+    def step(self: AutoencoderModule, *arguments: Any) -> Any:
         if self.updates == at and not done:
             done.append(where)
             poison(self, where, value)
         return original(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "training_step", step)
+        patch.setattr(AutoencoderModule, "training_step", step)
         train(config)
 
 
@@ -231,7 +235,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
         if updates == 6:
             model.decoder.conv_in.weight.data.fill_(float("inf"))
 
-    monkeypatch.setattr("vae.training.module.average_weights", spoiled)
+    monkeypatch.setattr("vae.training.module.update_ema", spoiled)
     with pytest.raises(Stopped, match="weights are not finite after update 6: not saved") as stopped:
         train(small_run(tmp_path))
     assert stopped.value.code == 5
@@ -241,16 +245,16 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_a_bad_update_is_left_out_where_that_is_asked_for_and_the_run_ends_finite(tmp_path, monkeypatch, policy):
     config = replace(small_run(tmp_path), guard=replace(small_run(tmp_path).guard, on_non_finite=policy))
-    original, bad = Training.training_step, []
+    original, bad = AutoencoderModule.training_step, []
 
-    def step(self: Training, *arguments: Any) -> Any:
+    def step(self: AutoencoderModule, *arguments: Any) -> Any:
         if self.updates in {7, 9} and self.updates not in bad:
             bad.append(self.updates)
             return original(self, *arguments) * float("nan")
         return original(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "training_step", step)
+        patch.setattr(AutoencoderModule, "training_step", step)
         run = train(config)
     state = torch.load(newest_whole(run / "checkpoints")[0], weights_only=True)
     assert state["left_out"] == 2
@@ -261,16 +265,16 @@ def test_a_bad_update_is_left_out_where_that_is_asked_for_and_the_run_ends_finit
 def test_a_skipped_update_leaves_nothing_in_a_batch_norm(tmp_path, monkeypatch):
     config = replace(small_run(tmp_path), guard=replace(small_run(tmp_path).guard, on_non_finite="skip"))
     config = replace(config, loss=replace(config.loss, discriminator=replace(config.loss.discriminator, norm="batch")))
-    original, done = Autoencoding.__call__, []
+    original, done = ForwardPass.__call__, []
 
-    def once(self: Autoencoding, positions: list[int], *arguments: Any, **named: Any) -> Pass:
+    def once(self: ForwardPass, positions: list[int], *arguments: Any, **named: Any) -> Output:
         passed = original(self, positions, *arguments, **named)
         if positions[0] >= 7 * config.data.batch_size and not done:
             done.append(1)
             return passed._replace(reconstructions=passed.reconstructions * float("nan"))
         return passed
 
-    monkeypatch.setattr(Autoencoding, "__call__", once)
+    monkeypatch.setattr(ForwardPass, "__call__", once)
     state = torch.load(newest_whole(train(config) / "checkpoints")[0], weights_only=True)
     assert state["left_out"] == 1
 
@@ -308,9 +312,9 @@ def test_leaving_out_is_bounded(tmp_path, monkeypatch):
 
 def test_the_image_that_is_at_fault_is_named(tmp_path, monkeypatch):
     """One of the batch: the other is not mentioned."""
-    original, faulty = Training._images, []
+    original, faulty = AutoencoderModule._images, []
 
-    def images(self: Training, batch: Any) -> Any:
+    def images(self: AutoencoderModule, batch: Any) -> Any:
         given = original(self, batch).clone()
         if self.trainer.training and self.updates == 8:
             faulty.append(batch.names[batch.positions.index(max(batch.positions))])
@@ -318,7 +322,7 @@ def test_the_image_that_is_at_fault_is_named(tmp_path, monkeypatch):
                 given[-1, 0, 0, 0] = float("nan")
         return given
 
-    monkeypatch.setattr(Training, "_images", images)
+    monkeypatch.setattr(AutoencoderModule, "_images", images)
     with pytest.raises(Stopped) as stopped:
         train(small_run(tmp_path))
     assert f"of {faulty[0]}; the weights" in stopped.value.message

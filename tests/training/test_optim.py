@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from vae.config.optim import OptimConfig
 from vae.errors import InputError
-from vae.training.ema import average_weights
-from vae.training.optim import OptimConfig, build_optimiser
+from vae.training.optim import build_optimiser, update_ema
 
 
 def _rates(config: OptimConfig, updates: int, start: int = 0) -> tuple[list[float], list[float]]:
@@ -54,7 +54,7 @@ def test_the_average_of_a_constant_is_that_constant():
     model, average = nn.Linear(3, 3), nn.Linear(3, 3)
     average.load_state_dict(model.state_dict())
     for updates in range(1, 50):
-        average_weights(average, model, updates, 0.999)
+        update_ema(average, model, updates, 0.999)
     torch.testing.assert_close(average.weight, model.weight)
 
 
@@ -66,14 +66,14 @@ def test_the_average_follows_its_formula():
             model.weight.fill_(float(updates))
         decay = min(0.9, (1 + updates) / (10 + updates))
         expected = decay * expected + (1 - decay) * updates
-        average_weights(average, model, updates, 0.9)
+        update_ema(average, model, updates, 0.9)
     assert average.weight.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_average_keeps_buffers_current():
     model, average = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
     model(torch.randn(8, 2))
-    average_weights(average, model, 1, 0.999)
+    update_ema(average, model, 1, 0.999)
     assert torch.equal(dict(average.named_buffers())["running_mean"], dict(model.named_buffers())["running_mean"])
 
 

@@ -17,21 +17,18 @@ from typer.testing import CliRunner
 
 from tests.conftest import without_adversary
 from train import main
-from vae import compose, door
 from vae.cli import app
-from vae.config import TrainConfig
-from vae.data.config import DataConfig
-from vae.losses.objective import LossConfig, LossWeights
-from vae.models.autoencoder import AutoencoderConfig
-from vae.models.discriminator import DiscriminatorConfig
-from vae.training.module import Training
-from vae.training.planning import needs, pace
-from vae.training.planning import plan as planning
-from vae.training.planning.costs import DryRun, Meter
-from vae.training.planning.needs import Sizing
-from vae.training.planning.plan import Plan, plan
-from vae.training.planning.target import Target
-from vae.training.planning.update import Update, largest_size, random_batch
+from vae.config import compose
+from vae.config.compose import compose
+from vae.config.data import DataConfig
+from vae.config.loss import DiscriminatorConfig, LossConfig, LossWeights
+from vae.config.model import AutoencoderConfig
+from vae.config.schema import TrainConfig
+from vae.training.module import AutoencoderModule
+from vae.training.plan import plan
+from vae.training.plan import plan as planning
+from vae.training.plan.cost import DryRun, Meter, Target, Update, largest_size, random_batch
+from vae.training.plan.plan import Plan, Sizing, plan
 
 PLAYING = 6  # updates done when every part of a tiny run is awake
 SMALL_UPDATES = ((32, 4, 1.4), (48, 9, 1.9))  # side, operations, seconds
@@ -40,7 +37,7 @@ SMALL_UPDATES = ((32, 4, 1.4), (48, 9, 1.9))  # side, operations, seconds
 @pytest.fixture(autouse=True)
 def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two small real updates will do."""
-    monkeypatch.setattr(pace, "SECONDS", 0.0)
+    monkeypatch.setattr(plan, "SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +62,7 @@ def config() -> TrainConfig:
 @pytest.fixture(scope="module")
 def planned(config: TrainConfig) -> Plan:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pace, "SECONDS", 0.0)
+        patch.setattr(plan, "SECONDS", 0.0)
         return plan(config)
 
 
@@ -96,7 +93,7 @@ def test_operations_and_bytes_of_a_dry_run_are_those_of_a_real_one(config, case)
     alone.parents = {"Global"}
     counter.mod_tracker = alone  # its own has hooks, which a gradient at a leaf does not allow
     with Meter() as meter:
-        update = Update(Training(config), target)
+        update = Update(AutoencoderModule(config), target)
         with counter:
             _run(update, config)
         meter.peak = meter.live
@@ -147,7 +144,7 @@ def _peak(profile: Any) -> int:
 
 
 def test_parameters_and_what_learns_are_those_of_the_networks(config, planned):
-    training = Training(config)
+    training = AutoencoderModule(config)
     assert training.discriminator is not None
     for name, network in {"autoencoder": training.autoencoder, "discriminator": training.discriminator}.items():
         numbers = sum(parameter.numel() for parameter in network.parameters())
@@ -170,16 +167,16 @@ def test_phases_are_those_of_the_schedule(config, planned):
 
 
 def test_time_is_a_line_through_the_two_largest_updates():
-    small, large = (pace._Made(1, (side, side), flops, passing, 0.5) for side, flops, passing in SMALL_UPDATES)
-    found = pace._pace([small, large])
+    small, large = (plan._Made(1, (side, side), flops, passing, 0.5) for side, flops, passing in SMALL_UPDATES)
+    found = plan._pace([small, large])
     assert found.seconds(10, batches=1) == pytest.approx(10 * 0.1 + 1.0 + 0.5)
     assert found.seconds(20, batches=2) == pytest.approx(20 * 0.1 + 2.0 + 0.5)
-    out_of_order = pace._pace([large, replace(small, flops=50)])
+    out_of_order = plan._pace([large, replace(small, flops=50)])
     assert (out_of_order.per_flop, out_of_order.per_batch) == (1.4 / 50, 0)
 
 
 def test_what_does_not_fit_is_told_with_remedies_and_what_would(config, monkeypatch):
-    monkeypatch.setattr(needs, "_resident", lambda: 0)
+    monkeypatch.setattr(plan, "_resident", lambda: 0)
     sizing = Sizing(DryRun(config, Target()), PLAYING)
     memory = sizing.memory(sizing.needed(4.5))
     assert memory.fits is False
@@ -218,7 +215,7 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     def call(*overrides: str) -> object:
         monkeypatch.setattr(sys, "argv", ["train.py", *overrides])
         try:
-            door.run(".", "train", TrainConfig, main)
+            compose.run(".", "train", TrainConfig, main)
         except SystemExit as end:
             return end.code
         return 0

@@ -15,10 +15,10 @@ import torch
 
 from tests.conftest import without_adversary
 from tests.training.harness import small_run
-from vae.checkpoints import save_autoencoder
-from vae.config import TrainConfig
-from vae.models.autoencoder import AutoencoderKL
-from vae.training.manifest import checkpoints_in, newest_whole
+from vae.config.schema import TrainConfig
+from vae.models.autoencoder_kl import AutoencoderKL
+from vae.training.run_dir import checkpoints_in, newest_whole
+from vae.weights import save_autoencoder
 
 DRIVEN = Path(__file__).with_name("driven.py")
 ALONE = {"OMP_NUM_THREADS": "1"}

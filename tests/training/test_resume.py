@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from tests.training.harness import digest_of, small_run
-from vae.config import AUTO, TrainConfig
+from vae.config.schema import AUTO, TrainConfig
 from vae.data.sources import TRAINING_PHOTOS
 from vae.errors import InputError, Stopped
-from vae.training.manifest import checkpoints_in
-from vae.training.module import Training
-from vae.training.run import train
+from vae.training.module import AutoencoderModule
+from vae.training.run_dir import checkpoints_in
+from vae.training.train import train
 
 ASLEEP, PLAYING = 4, 8  # updates at which a run is cut; the adversarial term starts at 5, an epoch has 11 images
 MATRIX = [
@@ -28,15 +28,15 @@ _wholes: dict[tuple[Any, ...], str] = {}
 
 def cut_at(config: TrainConfig, updates: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> Path:
     """Start, and send this process a signal in the middle of an update."""
-    original = Training.training_step
+    original = AutoencoderModule.training_step
 
-    def step(self: Training, *arguments: Any) -> Any:
+    def step(self: AutoencoderModule, *arguments: Any) -> Any:
         if self.updates == updates:
             os.kill(os.getpid(), number)
         return original(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "training_step", step)
+        patch.setattr(AutoencoderModule, "training_step", step)
         with pytest.raises(Stopped) as stopped:
             train(config)
     assert stopped.value.code == 128 + number
@@ -61,16 +61,16 @@ def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(
 def test_what_fails_within_an_update_is_saved_as_it_was_before_it(tmp_path, monkeypatch):
     """In the middle of an accumulation, as when a data worker dies."""
     config, calls = small_run(tmp_path, accumulate=3), []
-    original = Training.training_step
+    original = AutoencoderModule.training_step
 
-    def failing(self: Training, *arguments: Any) -> Any:
+    def failing(self: AutoencoderModule, *arguments: Any) -> Any:
         calls.append(self.updates)
         if len(calls) == 23:
             raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
         return original(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "training_step", failing)
+        patch.setattr(AutoencoderModule, "training_step", failing)
         with pytest.raises(Stopped, match=r"a data worker died .* lower data\.workers .* resume=") as stopped:
             train(config)
     assert stopped.value.code == 6
@@ -81,11 +81,11 @@ def test_what_fails_within_an_update_is_saved_as_it_was_before_it(tmp_path, monk
 def test_auto_takes_the_newest_run_of_the_same_configuration_and_else_starts_one(tmp_path, monkeypatch):
     config = replace(small_run(tmp_path), name="first-{time}")
     other = replace(config, seed=1)
-    monkeypatch.setattr("vae.training.folder.time", SimpleNamespace(strftime=lambda _: "one"))
+    monkeypatch.setattr("vae.training.resume.time", SimpleNamespace(strftime=lambda _: "one"))
     cut_at(replace(config, name="first-one"), 4, monkeypatch)
-    monkeypatch.setattr("vae.training.folder.time", SimpleNamespace(strftime=lambda _: "two"))
+    monkeypatch.setattr("vae.training.resume.time", SimpleNamespace(strftime=lambda _: "two"))
     cut_at(replace(other, name="first-two"), 4, monkeypatch)
-    monkeypatch.setattr("vae.training.folder.time", SimpleNamespace(strftime=lambda _: "three"))
+    monkeypatch.setattr("vae.training.resume.time", SimpleNamespace(strftime=lambda _: "three"))
     assert train(config).name == "first-one"
     assert train(replace(config, seed=2)).name == "first-three"
 
@@ -163,7 +163,7 @@ def test_changed_images_and_fewer_updates_than_are_done_are_refused(tmp_path, mo
     cut_at(config, 4, monkeypatch)
     with pytest.raises(InputError, match=r"updates=3, expected at least the 5 that are done"):
         train(replace(config, updates=3))
-    monkeypatch.setattr("vae.data.opening.TRAINING_PHOTOS", TRAINING_PHOTOS[1:])
+    monkeypatch.setattr("vae.data.build.TRAINING_PHOTOS", TRAINING_PHOTOS[1:])
     with pytest.raises(InputError, match="images were added, removed, renamed or changed since the run began"):
         train(config)
 
@@ -205,16 +205,16 @@ def test_the_wall_clock_ends_a_run_with_its_own_status(tmp_path):
 
 def test_a_signal_during_validation_ends_it_there(tmp_path, monkeypatch):
     config = replace(small_run(tmp_path), data=replace(small_run(tmp_path).data, validation_batch_size=1))
-    original, seen = Training.validation_step, []
+    original, seen = AutoencoderModule.validation_step, []
 
-    def step(self: Training, *arguments: Any) -> Any:
+    def step(self: AutoencoderModule, *arguments: Any) -> Any:
         seen.append(self.updates)
         if self.updates == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "validation_step", step)
+        patch.setattr(AutoencoderModule, "validation_step", step)
         with pytest.raises(Stopped):
             train(config)
     assert seen.count(3) == 1
@@ -227,7 +227,7 @@ def test_a_signal_during_validation_ends_it_there(tmp_path, monkeypatch):
 
 
 def test_before_there_is_anything_to_save_a_signal_ends_the_process_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("vae.training.run.build_module", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("vae.training.train.build_module", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Stopped, match="stopped by SIGTERM, at once") as stopped:
         train(small_run(tmp_path))
     assert stopped.value.code == 143

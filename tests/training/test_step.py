@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vae.losses.objective import LossConfig, LossWeights, Objective
-from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from vae.models.discriminator import DiscriminatorConfig, PatchDiscriminator
+from vae.config.loss import DiscriminatorConfig, LossConfig, LossWeights
+from vae.config.model import AutoencoderConfig
+from vae.losses.adversarial import AdversarialLoss
+from vae.losses.autoencoder_loss import Objective
+from vae.models.autoencoder_kl import AutoencoderKL
+from vae.models.discriminator import PatchDiscriminator
 from vae.models.lpips import LPIPS
 from vae.models.posterior import DiagonalGaussian
-from vae.training.game import AdversarialGame
-from vae.training.step import Pass, single_pass
+from vae.training.step import Output, single_pass
 
 CONFIG = LossConfig(
     perceptual_net="alex",
@@ -83,10 +85,10 @@ def _run_single_pass(model, discriminator, objective, images, noise, updates, co
     def autoencode(images):
         posterior = model.encode(images)
         features = model.decode_features(posterior.reparameterize(noise))
-        return Pass(posterior, features, model.decoder.conv_out(features))
+        return Output(posterior, features, model.decoder.conv_out(features))
 
-    game = AdversarialGame(discriminator, config, model.decoder.conv_out)
-    loss, logs = single_pass(images, autoencode, objective, game, updates)
+    adversarial_loss = AdversarialLoss(discriminator, config, model.decoder.conv_out)
+    loss, logs = single_pass(images, autoencode, objective, adversarial_loss, updates)
     loss.backward()
     return logs
 
@@ -159,20 +161,20 @@ def test_every_weighted_term_reaches_encoder_and_decoder(networks, term):
 def test_the_generators_term_leaves_no_gradient_in_the_discriminator(networks):
     """With the discriminator's own loss constant, whatever is left would be a leak."""
     model, discriminator = networks
-    game = AdversarialGame(discriminator, CONFIG, model.decoder.conv_out)
+    adversarial_loss = AdversarialLoss(discriminator, CONFIG, model.decoder.conv_out)
     leaf = torch.rand(1, 3, 32, 32, dtype=torch.float64, requires_grad=True)
     features = torch.rand(1, 8, 32, 32, dtype=torch.float64)
-    gradient, _ = game.gradient(leaf, torch.ones_like(leaf), features, scale=1.0)
+    gradient, _ = adversarial_loss.gradient(leaf, torch.ones_like(leaf), features, scale=1.0)
     assert gradient.abs().sum() > 0
     assert all(parameter.grad is None for parameter in discriminator.parameters())
 
 
 def test_the_discriminators_loss_leaves_no_gradient_in_the_autoencoder(networks):
     model, discriminator = networks
-    game = AdversarialGame(discriminator, CONFIG, model.decoder.conv_out)
+    adversarial_loss = AdversarialLoss(discriminator, CONFIG, model.decoder.conv_out)
     images = torch.rand(1, 3, 32, 32, dtype=torch.float64)
     reconstructions, _ = model(images)
-    game.loss(images, reconstructions.detach())[0].backward()
+    adversarial_loss.loss(images, reconstructions.detach())[0].backward()
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(parameter.grad is not None for parameter in discriminator.parameters())
 

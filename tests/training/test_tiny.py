@@ -11,19 +11,18 @@ from safetensors.torch import load_file
 
 from tests.conftest import read_json
 from tests.presets import TINY
-from tests.training.test_run import _columns
-from vae.checkpoints import load_autoencoder, read_autoencoder, save_autoencoder
-from vae.checkpoints.exports import find_export
-from vae.config import TrainConfig
+from tests.training.test_train import _columns
+from vae.config.model import AutoencoderConfig
+from vae.config.schema import TrainConfig
 from vae.data.sources import Photos
 from vae.errors import InputError
-from vae.models.autoencoder import AutoencoderConfig
-from vae.models.tiny import AutoencoderTiny
-from vae.training.export import export_checkpoint
-from vae.training.manifest import newest_whole
-from vae.training.provenance import record_origin
-from vae.training.run import train
-from vae.training.start import start_of
+from vae.models.autoencoder_tiny import AutoencoderTiny
+from vae.training.export import export_checkpoint, record_origin
+from vae.training.initialise import initial_state
+from vae.training.run_dir import newest_whole
+from vae.training.train import train
+from vae.weights import load_autoencoder, read_autoencoder, save_autoencoder
+from vae.weights.load import find_export
 
 
 @pytest.fixture
@@ -85,7 +84,9 @@ def test_a_fine_tuned_ones_single_files_tell_the_family_of_the_published_one(tmp
 
 def test_latents_of_a_teacher_are_not_of_inits_family(tmp_path, short):
     init = save_autoencoder(AutoencoderTiny(TINY()), tmp_path / "taesd_decoder.safetensors", "taesd")
-    start = start_of(replace(short, init=str(init), teacher=str(init), model=AutoencoderConfig()), tmp_path / "run")
+    start = initial_state(
+        replace(short, init=str(init), teacher=str(init), model=AutoencoderConfig()), tmp_path / "run"
+    )
     images = Photos(["coins.png"])
     record_origin(start, tmp_path, (images, images), resumed=False)
     origin = read_json(tmp_path / "origin.json")

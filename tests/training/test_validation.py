@@ -18,18 +18,17 @@ from tests.training.driven import Corners
 from tests.training.harness import digest_of, small_run
 from tests.training.images import noise, on
 from tests.training.test_processes import of_processes, run
-from vae.config import TrainConfig
+from vae.config.schema import TrainConfig
 from vae.errors import InputError
-from vae.metrics.frechet import frechet_distance
-from vae.metrics.kernel import kernel_distance
 from vae.metrics.paired import PairedMetrics
+from vae.metrics.set_distances import frechet_distance, kernel_distance
 from vae.models.inception import Inception
 from vae.models.lpips import LPIPS
 from vae.models.posterior import DiagonalGaussian
-from vae.training.advice import Advice
-from vae.training.module import Training
-from vae.training.run import train
-from vae.training.set_metrics import ABSENT, SetMetrics
+from vae.training.callbacks import Advice
+from vae.training.module import AutoencoderModule
+from vae.training.train import train
+from vae.training.validation import ABSENT, SetMetrics
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +149,7 @@ def test_a_validation_sees_the_channels_that_the_loss_sees():
 
 def told_of_validations(config: TrainConfig, count: int, side: int, capsys: pytest.CaptureFixture[str]) -> str:
     """What is said of three validations of `count` images of `side` pixels each way."""
-    training, advice = Training(config), Advice(every=1)
+    training, advice = AutoencoderModule(config), Advice(every=1)
     images, reconstructions = torch.randint(0, 256, (2, count, 3, side, side), dtype=torch.uint8)
     posterior = DiagonalGaussian(torch.randn(count, 3, 4, 4), torch.full((count, 3, 4, 4), -3.0))
     for updates in (0, 10, 20):

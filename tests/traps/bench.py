@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vae.config import TrainConfig
-from vae.data.loading import Batch
+from vae.config.schema import TrainConfig
+from vae.data.loader import Batch
 from vae.models.discriminator import PatchDiscriminator
-from vae.training.module import Training
-from vae.training.run import train
-from vae.training.saving import CheckedCheckpointIO
+from vae.training.checkpointing import CheckedCheckpointIO
+from vae.training.module import AutoencoderModule
+from vae.training.train import train
 
 ASLEEP, WARMING_UP, PLAYING = 0, 2, 5  # updates of `tiny_run` at which the discriminator is that, its ramp being over
 
@@ -36,7 +36,7 @@ def on_one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class Bench(Training):
+class Bench(AutoencoderModule):
     """The training module with a clock that is set by hand; `logged` holds what the last step logged."""
 
     def __init__(self, config: TrainConfig) -> None:
@@ -94,7 +94,7 @@ class Diary:
         return [not same(before, after) for before, after in pairwise(states)]
 
 
-def watched(training: type[Training], diary: Diary) -> type[Training]:
+def watched(training: type[AutoencoderModule], diary: Diary) -> type[AutoencoderModule]:
     """`training` with a diary. `diary.weights` begins with those before the first update."""
 
     class Watched(training):
@@ -129,12 +129,12 @@ def watched(training: type[Training], diary: Diary) -> type[Training]:
 
 
 @on_one_thread()
-def run(config: TrainConfig, training: type[Training] = Training) -> tuple[Path, Diary]:
+def run(config: TrainConfig, training: type[AutoencoderModule] = AutoencoderModule) -> tuple[Path, Diary]:
     """Train in a folder of its own, or go on in `config.resume`."""
     diary, taken = Diary(), len(list(Path(config.output).glob("run*")))
     config = replace(config, name=f"run{taken}", data=replace(config.data, validation_images=1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vae.training.run.Training", watched(training, diary))
+        patch.setattr("vae.training.train.AutoencoderModule", watched(training, diary))
         patch.setattr("os.fsync", lambda _: None)  # a fifth of these short runs
         return train(config), diary
 

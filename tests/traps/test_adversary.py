@@ -1,4 +1,4 @@
-"""The adversarial game and its adaptive weight: each claim holds for ours and fails under a peer's defect."""
+"""The adversarial loss and its adaptive weight: each claim holds for ours and fails under a peer's defect."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,12 +12,13 @@ from torch.nn.grad import conv2d_weight
 from torch.utils.checkpoint import checkpoint
 
 from tests.traps.bench import PLAYING, WARMING_UP, Bench, assert_close, checkpoint_of, of, run, with_loss
-from vae.config import TrainConfig
+from vae.config.loss import DiscriminatorConfig, LossConfig
+from vae.config.model import AutoencoderConfig
+from vae.config.schema import TrainConfig
 from vae.losses.adversarial import ADVERSARIAL_LOSSES
-from vae.losses.objective import LossConfig
-from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from vae.models.discriminator import DiscriminatorConfig, PatchDiscriminator
-from vae.training.module import Training
+from vae.models.autoencoder_kl import AutoencoderKL
+from vae.models.discriminator import PatchDiscriminator
+from vae.training.module import AutoencoderModule
 
 # ------------------------------------------------------------------------------------- T14: compile and checkpointing
 
@@ -46,18 +47,18 @@ def test_a_compiled_checkpointed_game_trains_as_an_eager_one_under_the_same_name
     for network in ("autoencoder", "discriminator"):
         for number, (found, wanted) in enumerate(zip(diary.weights, expected.weights, strict=True)):
             assert_close(of(network, found), of(network, wanted), 3e-4, f"{network} after update {number}")
-    assert_close(of("average", compiled), of("average", eager), 3e-4, "average")
+    assert_close(of("ema_model", compiled), of("ema_model", eager), 3e-4, "ema_model")
 
 
 def test_names_of_the_compiler_are_caught(tiny_run):
     """T14: a compiled wrapper in the module's place renames every weight in the checkpoint."""
 
-    class Wrapped(Training):
+    class Wrapped(AutoencoderModule):
         def __init__(self, config: TrainConfig) -> None:
             super().__init__(config)
             self.autoencoder: Any = torch.compile(self.autoencoder, backend="eager")
 
-    _names_are_those_of_an_eager_model(Training(tiny_run).state_dict())
+    _names_are_those_of_an_eager_model(AutoencoderModule(tiny_run).state_dict())
     with pytest.raises(AssertionError, match="names of the compiler"):
         _names_are_those_of_an_eager_model(Wrapped(tiny_run).state_dict())
 
@@ -126,7 +127,7 @@ def test_the_adaptive_weight_is_computed_in_float32_whatever_the_autocast_dtype(
     assert 0 < expected < 0.9 * maximum
     _the_adaptive_weight_is(expected, bench, dtype)
     if dtype == torch.float16:
-        monkeypatch.setattr("vae.training.game.last_layer_gradient", _in_half)
+        monkeypatch.setattr("vae.losses.adversarial.last_layer_gradient", _in_half)
         with pytest.raises(AssertionError, match=rf"the adaptive weight\n.* {maximum}"):
             _the_adaptive_weight_is(expected, bench, dtype)
 
@@ -134,16 +135,18 @@ def test_the_adaptive_weight_is_computed_in_float32_whatever_the_autocast_dtype(
 # ---------------------------------------------------------------------------------------------------- T17: warming up
 
 
-class SwitchedTogether(Training):
+class SwitchedTogether(AutoencoderModule):
     """LDM: one factor switches the discriminator's loss and its gradient on, at the same update."""
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
-        assert self.game is not None
-        self.game.config = replace(config.loss, discriminator_start=config.loss.adversarial_start)
+        assert self.adversarial_loss is not None
+        self.adversarial_loss.config = replace(config.loss, discriminator_start=config.loss.adversarial_start)
 
 
-def _the_discriminator_has_learned_before_it_is_felt(config: TrainConfig, training: type[Training] = Training) -> None:
+def _the_discriminator_has_learned_before_it_is_felt(
+    config: TrainConfig, training: type[AutoencoderModule] = AutoencoderModule
+) -> None:
     _, diary = run(config, training)
     start = config.loss.adversarial_start
     felt = ["adversarial" in terms for terms in diary.terms]

@@ -12,15 +12,14 @@ from torch import Tensor, nn
 
 from tests.conftest import without_adversary
 from tests.traps.bench import Bench, assert_same
+from vae.config.loss import DiscriminatorConfig, LossConfig, LossWeights
 from vae.latents import LatentStatistics
-from vae.losses.adversarial import RunningMean, gradient_penalty, lecam_penalty
-from vae.losses.augment import AUGMENTATIONS, DRAWS, diff_augment
-from vae.losses.objective import LossConfig, LossWeights
-from vae.models.discriminator import NORMS, DiscriminatorConfig, PatchDiscriminator
+from vae.losses.adversarial import AdversarialLoss, RunningMean, gradient_penalty, lecam_penalty
+from vae.losses.diff_augment import AUGMENTATIONS, DRAWS, diff_augment
+from vae.models.discriminator import NORMS, PatchDiscriminator
 from vae.models.posterior import LOGVAR_RANGE, DiagonalGaussian
-from vae.training.advice import WINDOW, Advice
-from vae.training.game import AdversarialGame
-from vae.training.module import Training
+from vae.training.callbacks import WINDOW, Advice
+from vae.training.module import AutoencoderModule
 
 
 def moves_once_an_update(mean: RunningMean) -> None:
@@ -55,9 +54,9 @@ def test_the_adaptive_weight_is_smoothed_and_moves_once_an_update():
 
 def _weight_at(config: LossConfig, side: int) -> float:
     """The adaptive weight where the reconstruction's gradient is huge."""
-    game = AdversarialGame(PatchDiscriminator(config.discriminator), config, nn.Conv2d(8, 3, 3, padding=1))
+    adversarial_loss = AdversarialLoss(PatchDiscriminator(config.discriminator), config, nn.Conv2d(8, 3, 3, padding=1))
     leaf = torch.rand(2, 3, side, side, requires_grad=True)
-    _, logs = game.gradient(leaf, torch.full_like(leaf, 1e6), torch.rand(2, 8, side, side), scale=1.0)
+    _, logs = adversarial_loss.gradient(leaf, torch.full_like(leaf, 1e6), torch.rand(2, 8, side, side), scale=1.0)
     assert logs["adversarial_share"] < 1e-3
     return float(logs["adaptive_weight"])
 
@@ -71,19 +70,19 @@ def test_the_adaptive_weights_bound_is_the_same_at_every_size_of_image():
     assert [_weight_at(older, side) for side in (16, 32)] == pytest.approx([1e2 / 3 / side**2 for side in (16, 32)])
 
 
-def means_are_saved(training: Training) -> None:
+def means_are_saved(training: AutoencoderModule) -> None:
     state = training.state_dict()
     for name in ("balance", "real_logit", "fake_logit"):
-        assert f"game.{name}.value" in state
-        assert f"game.{name}.has_begun" in state
+        assert f"adversarial_loss.{name}.value" in state
+        assert f"adversarial_loss.{name}.has_begun" in state
 
 
 def test_running_means_are_in_checkpoints(tiny_run):
     """T18: the mutant keeps LeCam's means as plain numbers, as SEED-Voken and VidTok do."""
-    training = Training(tiny_run)
+    training = AutoencoderModule(tiny_run)
     means_are_saved(training)
-    assert training.game is not None
-    training.game.real_logit = None  # pyright: ignore[reportAttributeAccessIssue]
+    assert training.adversarial_loss is not None
+    training.adversarial_loss.real_logit = None  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(AssertionError):
         means_are_saved(training)
 
@@ -91,15 +90,17 @@ def test_running_means_are_in_checkpoints(tiny_run):
 BATCH = DiscriminatorConfig(8, 2, "batch")
 
 
-def opinions(game: AdversarialGame, images: Tensor, fakes: Tensor) -> tuple[Tensor, Tensor]:
+def opinions(adversarial_loss: AdversarialLoss, images: Tensor, fakes: Tensor) -> tuple[Tensor, Tensor]:
     """The mean logit of the same fakes where the discriminator learns, and where it judges them."""
     leaf = fakes.clone().requires_grad_()
-    _, judged = game.gradient(leaf, torch.ones_like(leaf), torch.rand(len(leaf), 1, *leaf.shape[2:]), scale=1.0)
-    _, learned = game.loss(images, fakes)
+    _, judged = adversarial_loss.gradient(
+        leaf, torch.ones_like(leaf), torch.rand(len(leaf), 1, *leaf.shape[2:]), scale=1.0
+    )
+    _, learned = adversarial_loss.loss(images, fakes)
     return learned["fake_logits"], -judged["adversarial"]
 
 
-def _game(norm: str, kind: type[AdversarialGame] = AdversarialGame) -> AdversarialGame:
+def _game(norm: str, kind: type[AdversarialLoss] = AdversarialLoss) -> AdversarialLoss:
     judge = DiscriminatorConfig(8, 2, norm)
     config = LossConfig(weights=LossWeights(perceptual=0.0), discriminator=judge)
     discriminator = PatchDiscriminator(judge)
@@ -109,7 +110,7 @@ def _game(norm: str, kind: type[AdversarialGame] = AdversarialGame) -> Adversari
     return kind(discriminator, config, nn.Conv2d(1, 3, 3, padding=1))
 
 
-class NormalisedTogether(AdversarialGame):
+class NormalisedTogether(AdversarialLoss):
     def _judge(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
         real_logits, fake_logits = self.discriminator(torch.cat([real, fake])).chunk(2)
         return real_logits, fake_logits
@@ -128,10 +129,10 @@ def test_the_autoencoder_is_judged_by_the_function_that_learned(norm):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_images_and_fakes_share_one_forward_where_no_norm_mixes_them(norm):
-    game, seen = _game(norm), []
-    first = next(module for module in game.discriminator.modules() if isinstance(module, nn.Conv2d))
+    adversarial_loss, seen = _game(norm), []
+    first = next(module for module in adversarial_loss.discriminator.modules() if isinstance(module, nn.Conv2d))
     first.register_forward_hook(lambda module, given, output: seen.append(len(given[0])))
-    game.loss(torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32))
+    adversarial_loss.loss(torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32))
     assert seen == ([2, 2] if norm == "batch" else [4])
 
 
@@ -150,7 +151,7 @@ def test_a_batch_norm_that_is_made_synchronous_stays_without_running_statistics(
 
 def _advise(config: Any, logged: dict[str, float], capsys: pytest.CaptureFixture[str]) -> str:
     """What is said after a window of updates that log this."""
-    advice, training = Advice(every=1), Training(config)
+    advice, training = Advice(every=1), AutoencoderModule(config)
     metrics = {f"train/{name}": torch.tensor(value) for name, value in logged.items()}
     trainer: Any = SimpleNamespace(
         is_global_zero=True, accumulate_grad_batches=1, callback_metrics=metrics, global_step=WINDOW
@@ -170,7 +171,7 @@ def test_a_kl_term_that_outweighs_reconstruction_is_said(tiny_run, capsys, monke
 
     is_said()
     assert _advise(tiny_run, terms, capsys) == ""
-    monkeypatch.setattr("vae.training.advice.SIGNS", ())
+    monkeypatch.setattr("vae.training.callbacks.SIGNS", ())
     with pytest.raises(AssertionError):
         is_said()
 
@@ -190,7 +191,7 @@ def test_a_frozen_encoder_has_no_kl_term_however_heavy_its_weight(tiny_run, monk
 
     state = Bench(without_adversary(tiny_run)).state_dict()
     assert_same(gradients(1.0), gradients(0.0), "gradients with a heavy KL weight and with none")
-    monkeypatch.setattr("vae.training.autoencoding.posterior_learns", lambda _: True)
+    monkeypatch.setattr("vae.training.step.posterior_learns", lambda _: True)
     with pytest.raises(AssertionError):
         gradients(1.0)
 
@@ -209,7 +210,7 @@ def test_a_discriminator_that_wins_sleeps_or_is_held_back_is_said_once(tiny_run,
     assert _advise(tiny_run, good, capsys) == ""
 
 
-def _validated(training: Training, posterior: DiagonalGaussian, capsys: pytest.CaptureFixture[str]) -> str:
+def _validated(training: AutoencoderModule, posterior: DiagonalGaussian, capsys: pytest.CaptureFixture[str]) -> str:
     advice = Advice(every=1)
     training.validation.latents = LatentStatistics(posterior.mean.shape[1])
     training.validation.latents.update(posterior)
@@ -229,7 +230,7 @@ def _posterior(logvar: float, idle: bool = False) -> DiagonalGaussian:
 
 def test_saturated_log_variances_are_counted_and_said(tiny_run, capsys, monkeypatch):
     """N2: the clamp has no gradient outside. The mutant clamps and does not look, as LDM and diffusers."""
-    training = Training(tiny_run)
+    training = AutoencoderModule(tiny_run)
 
     def is_said() -> None:
         for logvar in LOGVAR_RANGE:
@@ -245,7 +246,7 @@ def test_saturated_log_variances_are_counted_and_said(tiny_run, capsys, monkeypa
 
 
 def test_a_collapsed_channel_is_named(tiny_run, capsys):
-    training = Training(tiny_run)
+    training = AutoencoderModule(tiny_run)
     said = _validated(training, _posterior(-3.0, idle=True), capsys)
     assert "latent channels [1] say nothing" in said
     assert training.validation.latents.channel_is_active.tolist() == [True, False, True]
@@ -325,15 +326,19 @@ def test_the_same_draws_for_both_give_the_discriminator_the_mean_gradient_of_dra
     torch.manual_seed(0)
     images = torch.rand(2, 3, 32, 32, dtype=torch.float64) * 2 - 1
     fakes = images + 0.1 * torch.randn_like(images)
-    game = _game("group")
-    game.discriminator.double()
+    adversarial_loss = _game("group")
+    adversarial_loss.discriminator.double()
     draws = torch.rand(3, 2, DRAWS, dtype=torch.float64)
 
     def gradient(of_images: Tensor, of_fakes: Tensor) -> Tensor:
         """The augmentation is called for images first."""
         given = iter((of_images, of_fakes))
-        loss, _ = game.loss(images, fakes, lambda batch: diff_augment(batch, next(given), list(AUGMENTATIONS)))
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(game.discriminator.parameters()))])
+        loss, _ = adversarial_loss.loss(
+            images, fakes, lambda batch: diff_augment(batch, next(given), list(AUGMENTATIONS))
+        )
+        return torch.cat(
+            [g.flatten() for g in torch.autograd.grad(loss, list(adversarial_loss.discriminator.parameters()))]
+        )
 
     same = torch.stack([gradient(one, one) for one in draws])
     apart = torch.stack([gradient(one, other) for one in draws for other in draws])

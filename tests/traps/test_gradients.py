@@ -18,12 +18,13 @@ from tests.traps.bench import (
     with_loss,
     with_weights,
 )
-from vae.config import TrainConfig
-from vae.losses.objective import LossConfig, Objective
-from vae.models.autoencoder import AutoencoderKL
+from vae.config.loss import LossConfig
+from vae.config.schema import TrainConfig
+from vae.losses.adversarial import AdversarialLoss
+from vae.losses.autoencoder_loss import Objective
+from vae.models.autoencoder_kl import AutoencoderKL
 from vae.models.lpips import LPIPS
 from vae.models.posterior import DiagonalGaussian
-from vae.training.game import AdversarialGame
 
 # --------------------------------------------------------------------------------------------------------- T5: leaks
 
@@ -44,12 +45,12 @@ def test_the_discriminators_loss_leaves_no_gradient_in_the_autoencoder(tiny_run,
     _the_discriminators_loss_is_not_felt_by_the_autoencoder(bench)
     attached: list[Any] = []
     bench.autoencoder.decoder.conv_out.register_forward_hook(lambda _, __, output: attached.append(output))
-    original = AdversarialGame.loss
+    original = AdversarialLoss.loss
 
-    def on_attached(self: AdversarialGame, images: Tensor, _: Tensor, *rest: Any) -> Any:
+    def on_attached(self: AdversarialLoss, images: Tensor, _: Tensor, *rest: Any) -> Any:
         return original(self, images, attached[-1], *rest)
 
-    monkeypatch.setattr(AdversarialGame, "loss", on_attached)
+    monkeypatch.setattr(AdversarialLoss, "loss", on_attached)
     with pytest.raises(AssertionError, match="the autoencoder's gradient"):
         _the_discriminators_loss_is_not_felt_by_the_autoencoder(bench)
 
@@ -58,13 +59,13 @@ def test_the_generators_loss_leaves_no_gradient_in_the_discriminator(tiny_run, m
     """T5: a backward through a discriminator that is not held constant makes it help the autoencoder."""
     bench = Bench(tiny_run)
     _the_generators_loss_is_not_felt_by_the_discriminator(bench)
-    original = AdversarialGame.gradient
+    original = AdversarialLoss.gradient
 
-    def by_backward(self: AdversarialGame, leaf: Tensor, *rest: Any) -> Any:
+    def by_backward(self: AdversarialLoss, leaf: Tensor, *rest: Any) -> Any:
         self.generator_loss(self.discriminator(leaf.detach())).backward()
         return original(self, leaf, *rest)
 
-    monkeypatch.setattr(AdversarialGame, "gradient", by_backward)
+    monkeypatch.setattr(AdversarialLoss, "gradient", by_backward)
     with pytest.raises(AssertionError, match="the discriminator's gradient"):
         _the_generators_loss_is_not_felt_by_the_discriminator(bench)
 
@@ -109,7 +110,7 @@ class LearnedVariance(Objective):
 
 
 def _no_loss_owns_a_trainable_parameter(bench: Bench) -> None:
-    owned = [value for part in (bench.objective, bench.game) for value in vars(part).values()]
+    owned = [value for part in (bench.objective, bench.adversarial_loss) for value in vars(part).values()]
     learning = [value for value in owned if isinstance(value, nn.Parameter)]
     learning += [p for value in owned if isinstance(value, nn.Module) for p in value.parameters() if p.requires_grad]
     assert not learning, "a loss learns"
@@ -182,12 +183,12 @@ def test_a_step_is_one_forward_of_the_autoencoder_and_both_networks_learn_from_i
     """T20: a forward for either optimiser costs double, and draws another latent and another transform for each."""
     _one_forward_serves_both_networks(Bench(tiny_run))
     bench = Bench(tiny_run)
-    original = AdversarialGame.loss
+    original = AdversarialLoss.loss
 
-    def again(self: AdversarialGame, images: Tensor, _: Tensor, *rest: Any) -> Any:
+    def again(self: AdversarialLoss, images: Tensor, _: Tensor, *rest: Any) -> Any:
         return original(self, images, bench.autoencoder(images)[0].detach(), *rest)
 
-    monkeypatch.setattr(AdversarialGame, "loss", again)
+    monkeypatch.setattr(AdversarialLoss, "loss", again)
     with pytest.raises(AssertionError, match=f"one forward at update {WARMING_UP}"):
         _one_forward_serves_both_networks(bench)
 
@@ -203,6 +204,6 @@ def test_every_trainable_parameter_is_in_the_graph_in_every_phase(tiny_run, monk
     """T20: else DDP needs find_unused_parameters=True, which walks the graph at every step and hides what is unused."""
     bench = Bench(tiny_run)
     _every_trainable_parameter_gets_a_gradient(bench)
-    monkeypatch.setattr(AdversarialGame, "sleep", lambda self: torch.zeros(()))
+    monkeypatch.setattr(AdversarialLoss, "zero_loss", lambda self: torch.zeros(()))
     with pytest.raises(AssertionError, match=f"without a gradient at update {ASLEEP}: .*discriminator"):
         _every_trainable_parameter_gets_a_gradient(bench)

@@ -27,19 +27,21 @@ from tests.traps.bench import (
     with_loss,
     with_optim,
 )
-from vae.checkpoints import load_autoencoder
-from vae.config import TrainConfig
-from vae.data.order import EndlessSampler, Order
+from vae.config.schema import TrainConfig
+from vae.data.sampler import EndlessSampler, Order
 from vae.errors import InputError
 from vae.models.discriminator import PatchDiscriminator
 from vae.training import export as exporting
-from vae.training.ema import average_weights
-from vae.training.module import Training
+from vae.training.module import AutoencoderModule
+from vae.training.optim import update_ema
+from vae.weights import load_autoencoder
 
 # -------------------------------------------------------------------------------------------------------- T4: resume
 
 
-def _only_weights(fit: Callable[..., None], trainer: lightning.Trainer, module: Training, *loaders: Any, **given: Any):
+def _only_weights(
+    fit: Callable[..., None], trainer: lightning.Trainer, module: AutoencoderModule, *loaders: Any, **given: Any
+):
     """ai-toolkit: the weights are read, the rest begins anew."""
     module.load_state_dict(torch.load(given.pop("ckpt_path"), weights_only=True)["state_dict"])
     fit(trainer, module, *loaders, **given)
@@ -51,7 +53,7 @@ def _without_moments(checkpoint: dict[str, Any]) -> None:
 
 def _without_the_average(checkpoint: dict[str, Any]) -> None:
     state = checkpoint["state_dict"]
-    state |= {f"average.{name}": tensor for name, tensor in of("autoencoder", state).items()}
+    state |= {f"ema_model.{name}": tensor for name, tensor in of("autoencoder", state).items()}
 
 
 def _without_the_schedule(checkpoint: dict[str, Any]) -> None:
@@ -91,7 +93,7 @@ def test_a_resumed_run_goes_on_with_its_optimiser_average_schedule_and_position(
         with pytest.raises(AssertionError, match=part):
             resume(forget)
     with monkeypatch.context() as patch:
-        patch.setattr("vae.training.run.EndlessSampler", _from_the_first)
+        patch.setattr("vae.training.train.EndlessSampler", _from_the_first)
         with pytest.raises(AssertionError, match="position"):
             resume()
     with monkeypatch.context() as patch:
@@ -115,9 +117,9 @@ def _moments(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def _the_average_shadows_the_autoencoder_and_nothing_else(config: TrainConfig) -> None:
     module = Bench(config)
-    average, autoencoder = module.average.state_dict(), module.autoencoder.state_dict()
+    average, autoencoder = module.ema_model.state_dict(), module.autoencoder.state_dict()
     assert list(average) == list(autoencoder), "names in the average"
-    assert not any(parameter.requires_grad for parameter in module.average.parameters())
+    assert not any(parameter.requires_grad for parameter in module.ema_model.parameters())
     assert {tensor.dtype for tensor in average.values()} == {torch.float32}
 
 
@@ -138,22 +140,24 @@ def test_the_average_holds_every_weight_of_the_autoencoder_by_name_and_none_of_t
             _the_average_shadows_the_autoencoder_and_nothing_else(tiny_run)
 
 
-class AveragedTwice(Training):
+class AveragedTwice(AutoencoderModule):
     """generative-models: the average follows after every batch, also the discriminator's."""
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        average_weights(self.average, self.autoencoder, self.updates + 1, self.config.optim.ema_decay)
+        update_ema(self.ema_model, self.autoencoder, self.updates + 1, self.config.optim.ema_decay)
 
 
-def _the_export_is_the_average_by_its_formula(config: TrainConfig, training: type[Training] = Training) -> None:
+def _the_export_is_the_average_by_its_formula(
+    config: TrainConfig, training: type[AutoencoderModule] = AutoencoderModule
+) -> None:
     folder, diary = run(config, training)
     expected = of("autoencoder", diary.weights[0])
     for updates, state in enumerate(diary.weights[1:], start=1):
         decay = min(config.optim.ema_decay, (1 + updates) / (10 + updates))
         current = of("autoencoder", state)
         expected = {name: decay * tensor + (1 - decay) * current[name] for name, tensor in expected.items()}
-    assert_close(of("average", diary.weights[-1]), expected, 1e-6, "the average")
+    assert_close(of("ema_model", diary.weights[-1]), expected, 1e-6, "the average")
     exported = load_autoencoder(folder / "exports" / f"step_{config.updates:07d}" / "diffusers").state_dict()
     assert_close(exported, expected, 1e-6, "the export")
 
@@ -165,11 +169,11 @@ def test_the_average_follows_once_an_update_and_is_what_is_exported(tiny_run, mo
     with pytest.raises(AssertionError, match="the average"):
         _the_export_is_the_average_by_its_formula(config, AveragedTwice)
 
-    def live_weights(module: Training, *rest: Any) -> list[Path]:
-        module.average.load_state_dict(module.autoencoder.state_dict())
+    def live_weights(module: AutoencoderModule, *rest: Any) -> list[Path]:
+        module.ema_model.load_state_dict(module.autoencoder.state_dict())
         return exporting.export(module, *rest)
 
-    monkeypatch.setattr("vae.training.run.export", live_weights)
+    monkeypatch.setattr("vae.training.train.export", live_weights)
     with pytest.raises(AssertionError, match="the export"):
         _the_export_is_the_average_by_its_formula(config)
 
@@ -177,7 +181,7 @@ def test_the_average_follows_once_an_update_and_is_what_is_exported(tiny_run, mo
 # ----------------------------------------------------------------------------------------------- T19: strict loading
 
 
-class Lenient(Training):
+class Lenient(AutoencoderModule):
     """SEED-Voken: `strict_loading = False` for good."""
 
     def __init__(self, config: TrainConfig) -> None:
@@ -218,7 +222,7 @@ def test_a_checkpoint_or_an_export_with_a_missing_or_unexpected_key_is_refused_b
     save_file(exported, weights)
     _is_refused(partial(load_autoencoder, weights.parent))
     strict = nn.Module.load_state_dict
-    monkeypatch.setattr("vae.checkpoints.check_complete", lambda _: None)
+    monkeypatch.setattr("vae.weights.check_complete", lambda _: None)
     monkeypatch.setattr(
         nn.Module, "load_state_dict", lambda *given, **options: strict(*given, **options | {"strict": False})
     )

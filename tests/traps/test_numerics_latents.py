@@ -19,19 +19,22 @@ from torch.utils.data import Dataset, DistributedSampler, Subset
 
 from tests.traps.bench import Bench
 from vae import latents
-from vae.checkpoints import WeightsError, load_autoencoder
-from vae.checkpoints.files import read_source
-from vae.checkpoints.found import Source
-from vae.config import TrainConfig
-from vae.data.config import DataConfig
-from vae.data.loading import Batch, validation_loader
-from vae.data.opening import open_sources
-from vae.data.order import EndlessSampler, Shuffled
+from vae.config.data import DataConfig
+from vae.config.loss import LossConfig, LossWeights
+from vae.config.model import AutoencoderConfig
+from vae.config.schema import TrainConfig
+from vae.data.build import open_sources
+from vae.data.loader import Batch, validation_loader
+from vae.data.sampler import EndlessSampler, Shuffled
+from vae.files import WeightsError
 from vae.latents import LatentStatistics, measure_latents
-from vae.losses.latent import kl_per_element
-from vae.losses.objective import LossConfig, LossWeights, Objective
-from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from vae.losses.autoencoder_loss import Objective
+from vae.losses.reconstruction import kl_per_element
+from vae.models.autoencoder_kl import AutoencoderKL
 from vae.models.posterior import DiagonalGaussian
+from vae.weights import load_autoencoder
+from vae.weights.load import read_source
+from vae.weights.loaded import WeightsFile
 
 RANKS = 2
 SMALL_SCALE = 2.0**8  # for 2 images of 32 px what the usual 2**16 is for 8 of 256 px
@@ -71,7 +74,7 @@ def _kl_summed_beside_a_mean_of_pixels(posterior: DiagonalGaussian, _: Tensor) -
 def test_the_kl_term_is_the_closed_form_and_weighs_what_it_weighs_in_ldm(monkeypatch, peer):
     """N1: sum or mean, with or without the half: at one weight the KL term is up to 1e5 times stronger or weaker."""
     kl_weighs_against_the_pixels_what_it_weighs_in_ldm()
-    monkeypatch.setattr("vae.losses.objective.kl_per_element", peer)
+    monkeypatch.setattr("vae.losses.autoencoder_loss.kl_per_element", peer)
     with pytest.raises(AssertionError):
         kl_weighs_against_the_pixels_what_it_weighs_in_ldm()
 
@@ -99,7 +102,7 @@ def test_the_kl_term_reaches_log_variances_in_float16_where_means_are_decoded(mo
     model = replace(tiny_run.model, use_quant_conv=quant_conv)
     bench = Bench(replace(tiny_run, model=model, latents="mean"))
     log_variances_learn_from_kl_in_float16_as_in_float32(bench)
-    monkeypatch.setattr("vae.models.autoencoder._never_in_float16", lambda layer, x: layer(x))
+    monkeypatch.setattr("vae.models.autoencoder_kl._never_in_float16", lambda layer, x: layer(x))
     with pytest.raises(AssertionError, match="not close"):
         log_variances_learn_from_kl_in_float16_as_in_float32(bench)
 
@@ -198,11 +201,11 @@ def test_a_flux2_autoencoder_is_refused_rather_than_loaded_without_its_batch_nor
     flux2_is_refused_by_name(tmp_path / "folder")
     flux2_is_refused_by_name(tmp_path / "flux2.safetensors")
 
-    def lenient(path: Path) -> Source:
+    def lenient(path: Path) -> WeightsFile:
         source = read_source(path)
         return replace(source, state={name: t for name, t in source.state.items() if not name.startswith("bn.")})
 
-    monkeypatch.setattr("vae.checkpoints.read_source", lenient)
+    monkeypatch.setattr("vae.weights.read_source", lenient)
     assert isinstance(load_autoencoder(tmp_path / "flux2.safetensors"), AutoencoderKL)
     with pytest.raises(AssertionError):
         flux2_is_refused_by_name(tmp_path / "flux2.safetensors")
@@ -333,6 +336,6 @@ def test_no_image_counts_twice_in_the_latent_statistics_of_several_ranks(monkeyp
         sampler = DistributedSampler(dataset, num_replicas=RANKS, rank=share.start, shuffle=False)
         return Subset(dataset, list(sampler))
 
-    monkeypatch.setattr("vae.data.loading.Subset", padded)
+    monkeypatch.setattr("vae.data.loader.Subset", padded)
     with pytest.raises(AssertionError):
         ranks_share_the_images_without_padding(tiny_run.data)

@@ -10,11 +10,12 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as Author
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vae.checkpoints.diffusers import to_diffusers_config
+from vae.config.loss import DiscriminatorConfig
+from vae.config.model import AutoencoderConfig
 from vae.losses.adversarial import hinge_discriminator_loss
-from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL, Encoder
-from vae.models.discriminator import DiscriminatorConfig, PatchDiscriminator
-from vae.models.layers import Attention, Downsample, Upsample
+from vae.models.autoencoder_kl import Attention, AutoencoderKL, Downsample, Encoder, Upsample
+from vae.models.discriminator import PatchDiscriminator
+from vae.weights.diffusers import to_diffusers_config
 
 FLOAT16_MAX = 65504.0
 
@@ -76,7 +77,7 @@ def _interpolated_linearly(self: Upsample, x: Tensor) -> Tensor:
 
 LAYERS = {
     "symmetric padding": lambda patch: patch.setattr(Downsample, "forward", _padded_on_all_sides),
-    "epsilon of 1e-5": lambda patch: patch.setattr("vae.models.layers.NORM_EPS", 1e-5),
+    "epsilon of 1e-5": lambda patch: patch.setattr("vae.models.autoencoder_kl.NORM_EPS", 1e-5),
     "bilinear upsampling": lambda patch: patch.setattr(Upsample, "forward", _interpolated_linearly),
 }
 

@@ -15,16 +15,15 @@ from torchvision.transforms.v2.functional import normalize
 import vae
 from tests.conftest import without_adversary
 from tests.traps.bench import Bench
-from vae.config import TrainConfig
-from vae.losses.objective import LossConfig, Objective
+from vae.config.loss import LossConfig
+from vae.config.schema import TrainConfig
+from vae.losses.autoencoder_loss import Objective
 from vae.metrics.paired import PairedMetrics
-from vae.models.autoencoder import AutoencoderKL
-from vae.models.backbones import BACKBONES
-from vae.models.features import load_backbone
-from vae.models.lpips import LPIPS
+from vae.models.autoencoder_kl import AutoencoderKL
+from vae.models.lpips import BACKBONES, LPIPS, load_backbone
 from vae.models.posterior import DiagonalGaussian
-from vae.training.module import Training
-from vae.training.teacher import Teacher
+from vae.training.module import AutoencoderModule
+from vae.training.step import Teacher
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of images in [0, 1]
 with_alex = pytest.mark.parametrize("lpips_net", ["alex"], indirect=True)
@@ -52,7 +51,7 @@ def signed_images() -> Tensor:
     return torch.rand(2, 3, 64, 64) * 2 - 1
 
 
-def lpips_repeats_itself_while_training(training: Training) -> None:
+def lpips_repeats_itself_while_training(training: AutoencoderModule) -> None:
     """After an image logger has turned the whole module to eval and back."""
     training.eval()
     images, others = signed_images(), signed_images()
@@ -63,7 +62,7 @@ def lpips_repeats_itself_while_training(training: Training) -> None:
         assert torch.equal(training.objective(images, others, posterior)["perceptual"], expected)
 
 
-def lpips_is_frozen_and_no_part_of_the_run(training: Training) -> None:
+def lpips_is_frozen_and_no_part_of_the_run(training: AutoencoderModule) -> None:
     assert training.objective.lpips is not None
     frozen = list(training.objective.lpips.parameters())
     assert not any(parameter.requires_grad for parameter in frozen)
@@ -73,7 +72,7 @@ def lpips_is_frozen_and_no_part_of_the_run(training: Training) -> None:
 @with_alex
 def test_lpips_has_no_dropout_in_training_and_is_no_part_of_checkpoint_optimiser_or_average(perceptual_run, package):
     """N5: the mutant is the lpips package inside the Lightning module: eval in its constructor, awake after train()."""
-    training = Training(perceptual_run)
+    training = AutoencoderModule(perceptual_run)
     lpips_repeats_itself_while_training(training)
     lpips_is_frozen_and_no_part_of_the_run(training)
     training.objective.lpips = package.requires_grad_(False)

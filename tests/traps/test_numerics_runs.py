@@ -15,20 +15,20 @@ from torch.nn.functional import dropout
 
 from tests.conftest import without_adversary
 from tests.traps.bench import PLAYING, Bench
-from vae.config import EvaluateConfig, TrainConfig
+from vae.config.model import KL_ONLY, AutoencoderConfig
+from vae.config.schema import EvaluateConfig, TrainConfig
 from vae.errors import InputError
-from vae.evaluation.run import evaluate
-from vae.models.architectures import build_autoencoder
-from vae.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from vae.models.autoencoder_config import KL_ONLY
+from vae.evaluation.evaluate import evaluate
+from vae.models.autoencoder_kl import AutoencoderKL
 from vae.models.lpips import LPIPS
 from vae.models.posterior import DiagonalGaussian
-from vae.training.module import Training
-from vae.training.run import train
+from vae.models.registry import build_autoencoder
+from vae.training.module import AutoencoderModule
+from vae.training.train import train
 
 BELOW_BF16 = 1e-6  # Adam's first steps are that long; half of bfloat16's spacing at 0.1 is 200 times as much
 
-NETWORKS = ("autoencoder", "average", "discriminator")
+NETWORKS = ("autoencoder", "ema_model", "discriminator")
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def everything_that_learns_is_float32(run: Path) -> None:
 def the_smallest_updates_are_kept(run: Path) -> None:
     first, *_, last = checkpoints_of(run)
     before, after = (torch.load(path, weights_only=True)["state_dict"] for path in (first, last))
-    for network in ("autoencoder.", "average."):
+    for network in ("autoencoder.", "ema_model."):
         names = [name for name in before if name.startswith(network)]
         moved = torch.cat([(after[name] != before[name]).flatten() for name in names])
         assert moved.float().mean() > 0.9
@@ -135,7 +135,9 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     monkeypatch.setattr(AutoencoderKL, "encode", watched_encode)
     monkeypatch.setattr(AutoencoderKL, "decode_features", watched_decode)
     for step in ("training_step", "validation_step"):
-        monkeypatch.setattr(Training, step, within(lambda step=step: watch.during(step), getattr(Training, step)))
+        monkeypatch.setattr(
+            AutoencoderModule, step, within(lambda step=step: watch.during(step), getattr(AutoencoderModule, step))
+        )
     return watch
 
 
@@ -164,7 +166,7 @@ def test_the_precision_of_training_is_what_was_asked_for_and_validations_is_floa
         training_computes_in(dtype, decoded)
         validation_computes_in_float32(decoded)
 
-    for owner, function in ((Training, "training_step"), (AutoencoderKL, "encode"), (AutoencoderKL, "decode")):
+    for owner, function in ((AutoencoderModule, "training_step"), (AutoencoderKL, "encode"), (AutoencoderKL, "decode")):
         hard_coded = within(lambda: torch.autocast("cpu", dtype=torch.float16), getattr(owner, function))
         monkeypatch.setattr(owner, function, hard_coded)
     train(in_precision(short_run, "32-true", "hard-coded"))

@@ -21,13 +21,13 @@ from tests.traps.bench import (
     with_loss,
     with_optim,
 )
-from vae.config import TrainConfig
-from vae.data.loading import Batch
-from vae.training.module import Training
+from vae.config.schema import TrainConfig
+from vae.data.loader import Batch
+from vae.training.module import AutoencoderModule
 from vae.training.optim import build_optimiser
 
 
-class ByHand(Training):
+class ByHand(AutoencoderModule):
     """Manual optimisation as in LDM's descendants: an optimiser for either network, no schedule, no hook of ours."""
 
     optimised = ("autoencoder", "discriminator")
@@ -51,7 +51,9 @@ class ByHand(Training):
 # ---------------------------------------------------------------------------------------------------------- T1: clock
 
 
-def _the_clock_counts_updates_of_the_autoencoder(config: TrainConfig, training: type[Training] = Training) -> None:
+def _the_clock_counts_updates_of_the_autoencoder(
+    config: TrainConfig, training: type[AutoencoderModule] = AutoencoderModule
+) -> None:
     accumulate = config.trainer.get("accumulate_grad_batches", 1)
     folder, first = run(replace(config, updates=4), training)
     _terms_begin_at_their_update(config, first.terms, accumulate)
@@ -88,7 +90,7 @@ def test_a_clock_that_counts_both_optimisers_is_caught(tiny_run, start, caught):
 # ------------------------------------------------------------------------------------------------ T2: turns by batch
 
 
-class Alternating(Training):
+class Alternating(AutoencoderModule):
     """Stability's generative-models: every batch trains one network only, by its number."""
 
     turn = 0
@@ -104,7 +106,9 @@ class Alternating(Training):
         waiting.zero_grad()
 
 
-def _every_batch_trains_every_network_that_is_awake(config: TrainConfig, training: type[Training] = Training) -> None:
+def _every_batch_trains_every_network_that_is_awake(
+    config: TrainConfig, training: type[AutoencoderModule] = AutoencoderModule
+) -> None:
     _, diary = run(config, training)
     start = config.loss.discriminator_start
     ours, theirs = diary.moved("autoencoder"), diary.moved("discriminator")
@@ -152,10 +156,12 @@ class NeverStepped(ByHand):
     optimised = ("autoencoder",)
 
     def configure_optimizers(self) -> Any:
-        return Training.configure_optimizers(self)
+        return AutoencoderModule.configure_optimizers(self)
 
 
-def _learning_rates_follow_the_schedule(config: TrainConfig, training: type[Training] = Training) -> None:
+def _learning_rates_follow_the_schedule(
+    config: TrainConfig, training: type[AutoencoderModule] = AutoencoderModule
+) -> None:
     rates = run(config, training)[1].rates
     optim, updates = config.optim, config.updates
     for network, (rate, start) in enumerate(
@@ -188,7 +194,7 @@ def test_the_schedule_is_stepped_once_an_update_and_ends_with_the_run(tiny_run, 
         _learning_rates_follow_the_schedule(config)
 
 
-class ScaledByBatch(Training):
+class ScaledByBatch(AutoencoderModule):
     """LDM's main.py: learning rate = base * accumulation * processes * batch size."""
 
     def __init__(self, config: TrainConfig) -> None:
@@ -196,7 +202,7 @@ class ScaledByBatch(Training):
         super().__init__(with_optim(config, learning_rate=samples * config.optim.learning_rate))
 
 
-def _learning_rates_are_literal(config: TrainConfig, training: type[Training] = Training) -> None:
+def _learning_rates_are_literal(config: TrainConfig, training: type[AutoencoderModule] = AutoencoderModule) -> None:
     for batch_size, accumulate in ((1, 1), (3, 2)):
         rates = run(with_batch(replace(config, updates=1), batch_size, accumulate), training)[1].rates
         assert rates == [[config.optim.learning_rate, config.optim.discriminator_learning_rate]], "literal rates"
@@ -213,14 +219,14 @@ def test_the_learning_rate_is_the_configured_one_whatever_the_batch_and_the_accu
 # --------------------------------------------------------------------------------------- T12: accumulation, clipping
 
 
-class Undivided(Training):
+class Undivided(AutoencoderModule):
     """The sum of the micro-batches' gradients in place of their mean."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> Any:
         return super().training_step(batch, batch_idx) * self.trainer.accumulate_grad_batches
 
 
-class DiscriminatorOfTheLast(Training):
+class DiscriminatorOfTheLast(AutoencoderModule):
     """The discriminator's gradient is zeroed at every micro-batch: accumulation for one network only."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> Any:
@@ -229,7 +235,9 @@ class DiscriminatorOfTheLast(Training):
         return super().training_step(batch, batch_idx)
 
 
-def _accumulated_gradients_are(big: State, config: TrainConfig, training: type[Training] = Training) -> None:
+def _accumulated_gradients_are(
+    big: State, config: TrainConfig, training: type[AutoencoderModule] = AutoencoderModule
+) -> None:
     accumulated = run(with_batch(config, size=2, accumulate=3), training)[1].gradients[0]
     for network in ("autoencoder", "discriminator"):
         assert_close(of(network, accumulated), of(network, big), 1e-4, network)
@@ -246,12 +254,12 @@ def test_accumulated_micro_batches_have_the_gradient_of_one_big_batch_in_both_ne
             _accumulated_gradients_are(big, config, mutant)
 
 
-class ClippedTogether(Training):
+class ClippedTogether(AutoencoderModule):
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         clip_grad_norm_(self.parameters(), self.config.optim.gradient_clip)
 
 
-class ClippedAtOne(Training):
+class ClippedAtOne(AutoencoderModule):
     """lavinal712/AutoencoderKL: the bound is written into the code."""
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
@@ -260,7 +268,9 @@ class ClippedAtOne(Training):
             clip_grad_norm_(network.parameters(), 1.0)
 
 
-def _each_network_is_clipped_to_the_configured_bound(config: TrainConfig, training: type[Training] = Training) -> None:
+def _each_network_is_clipped_to_the_configured_bound(
+    config: TrainConfig, training: type[AutoencoderModule] = AutoencoderModule
+) -> None:
     _, diary = run(config, training)
     bound = config.optim.gradient_clip
     for network in ("autoencoder", "discriminator"):

@@ -5,7 +5,7 @@ import warnings
 
 import typer
 
-from vae.cli import comparing, exploring, images, planning, shards, surveying, weights
+from vae.cli import compare, datasets, explore, images, train, weights
 from vae.cli.common import warn
 from vae.errors import InputError
 
@@ -27,15 +27,15 @@ for command in (
     images.encode,
     images.decode,
     images.reconstruct,
-    exploring.interpolate,
-    exploring.vary,
-    exploring.restore,
-    surveying.channels,
-    surveying.prior,
-    shards.prepare,
-    shards.cache_latents,
-    comparing.compare,
-    planning.plan,
+    explore.interpolate,
+    explore.vary,
+    explore.restore,
+    explore.channels,
+    explore.prior,
+    datasets.prepare,
+    datasets.cache_latents,
+    compare.compare,
+    train.plan,
 ):
     app.command()(command)
 

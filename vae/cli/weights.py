@@ -1,5 +1,8 @@
-"""Subcommands about weight files: what they are, and how they get from one place to another."""
+"""The parts of `vae inspect` and `vae convert` that run a model: what float16 does to it, and how its latents moved.
 
+Subcommands about weight files: what they are, and how they get from one place to another."""
+
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,19 +19,101 @@ from vae.cli.common import (
     Model,
     Resolution,
     Target,
+    audit_images,
     dtype_named,
     progress,
     read,
     say,
     warn,
 )
-from vae.cli.precision import make_float16_safe, print_audit, print_drift
-from vae.errors import require
+from vae.errors import InputError, require
 
 if TYPE_CHECKING:
     import torch
 
-    from vae.checkpoints import Found
+    from vae.models.base import Autoencoder
+    from vae.precision.audit import PrecisionAudit
+    from vae.weights.loaded import LoadedWeights
+
+
+def print_audit(found: "LoadedWeights", images: Path, resolution: int, device: str, layers: int) -> None:
+    from vae.precision.audit import EXTREMES
+
+    pictures = _pictures(found, images, resolution, device)
+    audit = _audit(found.build().to(pictures[0].device), pictures)
+    say(f"{len(pictures)} images at {resolution} px, {EXTREMES} extreme ones and latents of the prior:")
+    _say_audit(audit, layers)
+    if found.config.force_upcast == audit.is_safe:
+        given = found.config.force_upcast
+        say(f"force_upcast is {given} and should be {not given}; vae convert --fp16-safe sets it")
+
+
+def make_float16_safe(found: "LoadedWeights", images: Path, resolution: int, device: str) -> "LoadedWeights":
+    """`found` with rescaled weights and `force_upcast` as measured; refused where that changes its images."""
+    from vae.models.registry import as_kl
+    from vae.precision.rescale import rescale_checked
+
+    model = as_kl(found.build(), "--fp16-safe", "none: no norm in it undoes a scale; vae inspect --audit measures it")
+    pictures = _pictures(found, images, resolution, device)
+    model.to(pictures[0].device)
+    before = _audit(model, pictures)
+    say(f"before: {before.verdict}")
+    done = rescale_checked(model, before, pictures)
+    difference = f"float32 images differ by at most {done.images:.1e}, latents by {done.latents:.1e}"
+    say(f"{done.layers} layers rescaled; {difference}")
+    if not done.is_exact:
+        raise InputError(
+            f"{found.file}: rescaling it changes its images; keep it in bfloat16 or float32. Nothing written"
+        )
+    after = _audit(model, pictures) if done.layers else before
+    say(f"after:  {after.verdict}")
+    if not after.is_safe:
+        warn("rescaling was not enough; the export's force_upcast tells diffusers to compute in float32")
+    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()} if done.layers else found.state
+    notes = replace(found.notes, training=found.notes.training | {"precision": after.verdict})
+    return replace(found, state=state, notes=notes, config=replace(found.config, force_upcast=not after.is_safe))
+
+
+def print_drift(found: "LoadedWeights", base: Path, images: Path, resolution: int, device: str) -> None:
+    from vae.evaluation.drop_in import latent_drift
+
+    theirs = read(base)
+    before, now = ((c.in_channels, c.downsample_factor, c.latent_channels) for c in (theirs.config, found.config))
+    if before != now:
+        shapes = " and ".join(f"{channels} channels to f{f}c{latent}" for channels, f, latent in (before, now))
+        raise InputError(f"{theirs.file} and {found.file}: {shapes}; they cannot be compared")
+    pictures = _pictures(found, images, resolution, device)
+    base_model, model = (each.build().to(pictures[0].device) for each in (theirs, found))
+    drift = latent_drift(base_model, model, pictures)
+    assumed = ", ".join(
+        f"{each.file} has groups of {each.config.norm_num_groups}"
+        for each in {each.file: each for each in (theirs, found)}.values()
+        if not each.groups_are_known
+    )
+    verdict = f"{drift.verdict}, if {assumed}, which is assumed" if assumed else drift.verdict
+    (say if drift.is_tolerable else warn)(f"against {theirs.file}: {verdict}")
+
+
+def _pictures(found: "LoadedWeights", images: Path, resolution: int, device: str) -> "list[torch.Tensor]":
+    from vae.evaluation.measure import find_device
+
+    where = find_device(device)
+    return [picture.to(where) for picture in audit_images(images, found.config, resolution)]
+
+
+def _audit(model: "Autoencoder", pictures: "list[torch.Tensor]") -> "PrecisionAudit":
+    from vae.precision.audit import audit_precision, audit_steps
+
+    with progress("Auditing precision", audit_steps(pictures)) as advance:
+        return audit_precision(model, pictures, lambda: advance(1))
+
+
+def _say_audit(audit: "PrecisionAudit", layers: int) -> None:
+    say(audit.verdict)
+    for layer, peak in audit.largest[:layers]:
+        say(f"{peak:>24,.1f}  {layer}")
+    for name, psnr in audit.psnr.items():
+        say(f"{name:>24}  {psnr:.1f} dB from float32")
 
 
 def inspect(
@@ -48,9 +133,8 @@ def inspect(
     """
     from dataclasses import asdict
 
-    from vae.checkpoints.clients import warnings_of
-    from vae.checkpoints.report import facts_of, notes_of, soundness, title_of
     from vae.errors import InputError
+    from vae.weights.describe import facts_of, notes_of, soundness, title_of, warnings_of
 
     found = read(model, config, family, ema=ema, finite=False)
     broken, values = soundness(found)
@@ -106,11 +190,11 @@ def export(
 
     Example: vae export runs/first --step 20000
     """
-    from vae.checkpoints import lost_in_half
-    from vae.checkpoints.clients import warnings_about
-    from vae.evaluation.models import find_device
+    from vae.evaluation.measure import find_device
     from vae.training.export import export_checkpoint
-    from vae.training.manifest import checkpoints_in, newest_whole, step_name
+    from vae.training.run_dir import checkpoints_in, newest_whole, step_name
+    from vae.weights import lost_in_half
+    from vae.weights.describe import warnings_about
 
     folder = run.expanduser() / "checkpoints"
     there = [path.name for path in checkpoints_in(folder)]
@@ -146,8 +230,8 @@ def bake(
 
     Example: vae bake mine.vae.safetensors sd15.safetensors sd15-mine.safetensors
     """
-    from vae.checkpoints import bake as baking
-    from vae.checkpoints.clients import warnings_of
+    from vae.weights import bake as baking
+    from vae.weights.describe import warnings_of
 
     found = read(model, config)
     with progress("Baking", baking.size_after(found, checkpoint)) as advance:
@@ -161,10 +245,10 @@ def bake(
         warn(line)
 
 
-def _write(found: "Found", target: Path, dtype: "torch.dtype | None") -> None:
-    from vae.checkpoints import SINGLE_FILE, save_found
-    from vae.checkpoints.clients import warnings_about, warnings_of
-    from vae.checkpoints.tiny import HALVES, PAIR_FILE, file_of_half
+def _write(found: "LoadedWeights", target: Path, dtype: "torch.dtype | None") -> None:
+    from vae.weights import SINGLE_FILE, save_found
+    from vae.weights.describe import warnings_about, warnings_of
+    from vae.weights.taesd import HALVES, PAIR_FILE, file_of_half
 
     target = target.expanduser()
     layout = save_found(found, target, dtype)
@@ -178,11 +262,11 @@ def _write(found: "Found", target: Path, dtype: "torch.dtype | None") -> None:
         warn(line)
 
 
-def _lost(found: "Found", dtype: "torch.dtype | None", layout: str) -> list[str]:
+def _lost(found: "LoadedWeights", dtype: "torch.dtype | None", layout: str) -> list[str]:
     """What the weights lost where they were cast: as asked for, and in a folder's float16 variant."""
     import torch
 
-    from vae.checkpoints.writing import beyond, narrowed
+    from vae.weights.safetensors_io import beyond, narrowed
 
     has_variant = layout == "diffusers" and beyond(found.state, torch.float16) is None
     written = dict.fromkeys([dtype, torch.float16 if has_variant else None])

@@ -8,13 +8,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from vae.data.images import Encoded
-from vae.data.names import Computed, Names
-from vae.data.sources import Source
+from vae.data.decode import Encoded
+from vae.data.sources import Computed, Names, Source
 from vae.errors import InputError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
 
 SAVED = ("state.json", "dataset_dict.json")  # of Dataset.save_to_disk, DatasetDict.save_to_disk
 SHARD_KINDS = (".parquet", ".tar")

@@ -1,23 +1,286 @@
-"""Images in shards: tar archives as of WebDataset, or tables, near or far; any image is read without the others."""
+"""Tar archives read in place: which images are in one, and where. Nothing is ever extracted.
 
+Headers are read here, since made-up ones can keep Python's `tarfile` busy for ever (CVE-2024-6232, CVE-2025-8194).
+
+
+Parquet tables with a column of images, as the hub holds them: made into tar archives, which are read in place.
+
+Shards as archives that are read in place: fetched, or made of a table, and kept open while they are in use.
+
+Images in shards: tar archives as of WebDataset, or tables, near or far; any image is read without the others."""
+
+import io
 import json
 import os
-from collections.abc import Callable, Sequence
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import xxhash
 
-from vae.data.archives import Archive, Archives, is_table
-from vae.data.images import Encoded
-from vae.data.limits import check_length
-from vae.data.names import Computed
-from vae.data.sources import Source
-from vae.data.store import SCHEME, AbsentError, Store, base_name, from_remote
-from vae.data.tables import rows_in
+from vae.data.decode import EXTENSIONS, Encoded, check_length
+from vae.data.remote import SCHEME, AbsentError, Store, base_name, from_remote
+from vae.data.sources import Computed, Names, Source
 from vae.errors import InputError
+
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zX": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+BLOCK = 512
+LONGEST_HEADER = 1 << 20  # bytes of a member's extended header, which has names too long for a block
+PADDING = 1 << 16  # zeros that may follow the last member
+REGULAR, WITHOUT_DATA, LONG_NAME, EXTENDED, FOR_LATER = b"\x0007", b"123456", b"L", b"x", b"Kg"  # kinds of members
+
+
+class Members(NamedTuple):
+    """The images of one archive: names, where their bytes begin, how many they are; and what is wrong with the rest."""
+
+    names: Names
+    offsets: np.ndarray
+    lengths: np.ndarray
+    problems: list[str]
+
+
+class _DamageError(Exception):
+    pass
+
+
+def scan(path: Path, label: str | None = None) -> Members:
+    """Regular files with an image's extension; links, devices and whatever else is in it are passed over.
+
+    Of two members of one name the first counts. Where the archive is damaged, the images before that are kept. Errors
+    call it `label`.
+    """
+    label = label or str(path)
+    found: dict[bytes, tuple[int, int]] = {}
+    repeated: list[bytes] = []
+    problems: list[str] = []
+    with path.open("rb") as file:
+        _check_plain(file.read(BLOCK), label)
+        try:
+            for name, *place in _files(file.fileno()):
+                if not _is_image(name):
+                    continue
+                if name in found:
+                    repeated.append(name)
+                found.setdefault(name, (place[0], place[1]))
+        except _DamageError as error:
+            problems.append(f"{label}: damaged after {len(found)} images ({error}); these are used, the rest is lost")
+    if repeated:
+        example = ascii(os.fsdecode(repeated[0]))[:200]
+        problems.append(f"{label}: {len(repeated)} members have the name of another, as {example}; the first is used")
+    if not found:
+        raise InputError(f"{problems[0] if problems else f'{label}: no image in it'}; replace or remove it")
+    places = np.array(list(found.values()), dtype=np.int64)
+    return Members(Names(found), places[:, 0], places[:, 1], problems)
+
+
+def _files(file: int) -> Iterator[tuple[bytes, int, int]]:
+    """(name, where its bytes begin, how many they are) of each regular member."""
+    size, at = os.fstat(file).st_size, 0
+    known: dict[bytes, bytes] = {}  # what extended headers say of the member that follows them
+    while any(header := os.pread(file, BLOCK, at)):
+        length = _length(header, known, at)
+        kind, start = header[156:157], at + BLOCK
+        if start + length > size:
+            raise _DamageError(f"the member at {at} goes on behind the end, {size}")
+        if kind in LONG_NAME + EXTENDED:
+            known |= _extended(file, start, length, kind)
+        elif kind not in FOR_LATER:
+            is_sparse = any(key.startswith(b"GNU.sparse") for key in known)
+            if kind in REGULAR and not is_sparse:
+                yield known.get(b"path") or _own_name(header), start, length
+            known = {}
+        at = start + -(-length // BLOCK) * BLOCK
+    if at >= size:
+        raise _DamageError(f"it breaks off at the end, {size}")
+    if at + PADDING < size:
+        raise _DamageError(f"it ends at {at} of {size} bytes")
+
+
+def _length(header: bytes, known: dict[bytes, bytes], at: int) -> int:
+    """Of the member's bytes, once the header is known to be one."""
+    try:
+        total = _number(header[148:156])
+        length = int(known[b"size"]) if b"size" in known else _number(header[124:136])
+    except ValueError:
+        total = length = -1
+    if len(header) < BLOCK or length < 0 or total != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+        raise _DamageError(f"no member's header at {at}")
+    return 0 if header[156:157] in WITHOUT_DATA else length
+
+
+def _number(field: bytes) -> int:
+    """Octal digits, or a large number in binary."""
+    if field[:1] == b"\x80":
+        return int.from_bytes(field[1:], "big")
+    return int(field.partition(b"\0")[0].strip() or b"0", 8)
+
+
+def _own_name(header: bytes) -> bytes:
+    name, prefix = header[:100].partition(b"\0")[0], header[345:500].partition(b"\0")[0]
+    return prefix + b"/" + name if prefix and header[257:263] == b"ustar\0" else name
+
+
+def _extended(file: int, start: int, length: int, kind: bytes) -> dict[bytes, bytes]:
+    """GNU's long name, or the records "<length of the record> <key>=<value>\\n" of pax."""
+    if length > LONGEST_HEADER:
+        raise _DamageError(f"an extended header of {length} bytes at {start}")
+    data = os.pread(file, length, start)
+    if kind == LONG_NAME:
+        return {b"path": data.partition(b"\0")[0]}
+    records: dict[bytes, bytes] = {}
+    at = 0
+    while at < length and data[at]:
+        digits = data[at : at + 20].partition(b" ")[0]
+        end = at + int(digits) if digits.isdigit() else 0
+        key, is_record, value = data[at + len(digits) + 1 : end - 1].partition(b"=")
+        if not at < end <= length or not is_record:
+            raise _DamageError(f"no record of an extended header at {start + at}")
+        records[key], at = value, end
+    return records
+
+
+def _check_plain(start: bytes, label: str) -> None:
+    for signature, kind in COMPRESSED.items():
+        if start.startswith(signature):
+            raise InputError(f"{label}: compressed with {kind}, so it cannot be read in place; decompress it once")
+
+
+def _is_image(name: bytes) -> bool:
+    base = os.fsdecode(name).rpartition("/")[2]
+    return os.path.splitext(base)[1].lower() in EXTENSIONS and not base.startswith(".")  # noqa: PTH122  (by millions)
+
+
+ROWS = 64  # read at a time
+
+
+def rows_in(url: str) -> tuple[int, str]:
+    """(how many, a mark of their sizes) from the end of the file alone."""
+
+    def rows(stream: Any) -> tuple[int, str]:
+        try:
+            about = pq.ParquetFile(stream).metadata
+            sizes = [about.row_group(number).total_byte_size for number in range(about.num_row_groups)]
+            return about.num_rows, xxhash.xxh3_64_hexdigest(repr(sizes).encode())
+        except pa.ArrowInvalid as error:
+            raise _damaged(url, error) from error
+
+    return from_remote(url, rows)
+
+
+def table_to_tar(table: Path, archive: Path, column: str | None = None) -> None:
+    """One member a row, called by its number; a row without an image becomes an empty file, which is no image."""
+    is_there = False
+    with archive.open("wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
+        for number, data in enumerate(_images(table, column)):
+            add_member(tar, f"{number:08d}.jpg", data)
+            is_there |= bool(data)
+    if not is_there:
+        raise InputError(f"{table}: no images in its rows, or only paths of some; write the table with embedded images")
+
+
+def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    """A file that is the same bytes whoever writes it and whenever."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    archive.addfile(member, io.BytesIO(data))
+
+
+def image_column(schema: Any, wanted: str | None, given: str) -> str:
+    """The column of bytes, or of a struct with a field `bytes`, as `datasets` writes images."""
+    structs, others = [], []
+    for field in schema:
+        kind = field.type
+        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            structs.append(field.name)
+        elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+            others.append(field.name)
+    if wanted is not None and wanted in structs + others:
+        return wanted
+    found = structs or others
+    if wanted is None and len(found) == 1:
+        return found[0]
+    told = f"{wanted!r} is no column of images" if wanted is not None else f"{len(found)} columns of images"
+    raise InputError(f"{given}: {told}, its columns are {', '.join(schema.names)}; name one by data.column")
+
+
+def _images(table: Path, wanted: str | None) -> Iterator[bytes]:
+    try:
+        file = pq.ParquetFile(table)
+        column = image_column(file.schema_arrow, wanted, str(table))
+        for batch in file.iter_batches(ROWS, columns=[column]):
+            for value in batch.column(0).to_pylist():
+                yield (value if isinstance(value, bytes) else (value or {}).get("bytes")) or b""
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(str(table), error) from error
+
+
+def _damaged(table: str, error: Exception) -> InputError:
+    return InputError(f"{table}: not readable as parquet ({' '.join(str(error).split())[:200]}); replace it")
+
+
+TABLE = ".parquet"
+TRIES = 10  # to open a copy before another process removes it
+
+
+class Archives:
+    """Shards as local archives, the last `at_once` kept open; `column` is the one of images in tables."""
+
+    def __init__(self, store: Store, at_once: int, column: str | None = None) -> None:
+        self.store, self.at_once, self.column = store, at_once, column
+        self._opened = lru_cache(maxsize=at_once)(self._open)
+
+    def __reduce__(self) -> "tuple[type[Archives], tuple[Store, int, str | None]]":
+        """In another process none is open."""
+        return Archives, (self.store, self.at_once, self.column)
+
+    def at(self, url: str) -> "Archive":
+        archive = self._opened(url)
+        self.store.touch(archive.path)
+        return archive
+
+    def _open(self, url: str) -> "Archive":
+        for _ in range(TRIES):
+            try:
+                return Archive(self._local(url), url)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                raise InputError(f"{url}: cannot be read ({error.strerror or error}); restore it") from error
+        raise InputError(f"{url}: removed while it was read; restore it, or raise data.cache_gigabytes")
+
+    def _local(self, url: str) -> Path:
+        if not is_table(url):
+            return self.store.local(url)
+        return self.store.local(url, partial(table_to_tar, column=self.column), f"tar of {self.column}")
+
+
+def is_table(url: str) -> bool:
+    return base_name(url).endswith(TABLE)
+
+
+class Archive:
+    """Open, so that it can be read also when it is removed."""
+
+    def __init__(self, path: Path, url: str) -> None:
+        self.path, self.number = path, os.open(path, os.O_RDONLY)
+        self.members = scan(path, url)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+    def length(self, index: int) -> int:
+        return int(self.members.lengths[index])
+
+    def read(self, index: int) -> bytes:
+        return os.pread(self.number, self.length(index), int(self.members.offsets[index]))
+
 
 INDEX = "index.json"  # beside shards that `vae prepare` made: how many images each holds
 DROPPED = "dropped.jsonl"  # and which were left out

@@ -1,20 +1,115 @@
-"""Where images come from: a source has a name for each and a way to read it."""
+"""Names of images by the million, and choices among them that depend on a name alone.
 
+Where images come from: a source has a name for each and a way to read it.
+
+Images named in a file: .txt with a path a line, .csv with a header, .jsonl with an object a line."""
+
+import csv
 import importlib.util
+import io
+import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
 import xxhash
 from torch import Tensor
 
-from vae.data.images import EXTENSIONS, Encoded, image_size, open_image
-from vae.data.limits import machine_apart
-from vae.data.names import Computed, Names
+from vae.data.decode import EXTENSIONS, Encoded, image_size, open_image, reraise_machine_errors
 from vae.errors import InputError, require
+
+CHUNK = 100_000
+
+
+class Names(Sequence[str]):
+    """Strings in one block of memory: ten million cost their bytes and no object each, and forked workers share them.
+
+    Kept as the bytes that the file system has, so that names that are no UTF-8 survive.
+    """
+
+    def __init__(self, names: Any) -> None:
+        """Of strings, of bytes, or of an Arrow array without nulls."""
+        array: Any = names  # of pyarrow, which has no types
+        if isinstance(array, pa.ChunkedArray):
+            array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+        elif not isinstance(array, pa.Array):
+            array = pa.array([os.fsencode(name) for name in names], type=pa.large_binary())
+        self._array: Any = array.cast(pa.large_binary())
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __getitem__(self, index: int) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return os.fsdecode(self._array[index].as_py())
+
+    def __iter__(self) -> Iterator[str]:
+        for names in self.encoded():
+            yield from map(os.fsdecode, names)
+
+    def encoded(self) -> Iterator[list[bytes]]:
+        """All names as bytes, some at a time."""
+        for start in range(0, len(self), CHUNK):
+            yield self._array.slice(start, CHUNK).to_pylist()
+
+    def take(self, indices: np.ndarray) -> "Names":
+        return Names(self._array.take(pa.array(indices)))
+
+    def hashes(self) -> np.ndarray:
+        """One uint64 a name."""
+        digests = (map(xxhash.xxh3_64_intdigest, names) for names in self.encoded())
+        return np.fromiter(chain.from_iterable(digests), np.uint64, len(self))
+
+    def fingerprint(self) -> str:
+        """Of all names in their order."""
+        digest = xxhash.xxh3_128()
+        if len(self):
+            _, ends, data = self._array.buffers()
+            ends = np.frombuffer(ends, np.int64)[self._array.offset :][: len(self) + 1]
+            digest.update(np.diff(ends).tobytes())
+            digest.update(memoryview(data)[ends[0] : ends[-1]])
+        return digest.hexdigest()
+
+
+class Computed(Sequence[str]):
+    """`name_of(number)` for numbers from 0 to below `length`, as they are asked for."""
+
+    def __init__(self, length: int, name_of: Callable[[int], str]) -> None:
+        self._length, self._name_of = length, name_of
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._name_of(range(self._length)[index])
+
+
+def split_by_hash(names: Names, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of (training, validation): a name's side depends on it alone, so it survives additions to the folder.
+
+    Validation is never empty: failing any other it gets the name with the smallest hash.
+    """
+    hashes = names.hashes()
+    held_out = (
+        hashes < np.uint64(min(fraction * 2.0**64, 2.0**64 - 2048)) if fraction < 1 else np.ones(len(hashes), bool)
+    )
+    held_out[np.argmin(hashes)] = True
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def fewest_by_hash(names: Names, limit: int | None) -> np.ndarray:
+    """Indices of at most `limit` names, an unbiased choice that does not depend on their order; ascending."""
+    if limit is None or len(names) <= limit:
+        return np.arange(len(names))
+    return np.sort(np.argsort(names.hashes(), kind="stable")[:limit])
+
 
 TRAINING_PHOTOS = (
     "chelsea.png",
@@ -55,12 +150,12 @@ class Source(ABC):
 
     def open(self, index: int, channels: int = 3, bits: int = 8) -> Tensor:
         """Pixels (C, H, W), as `open_image` makes them; ImageError where the image is at fault."""
-        with machine_apart(self.label(index)):
+        with reraise_machine_errors(self.label(index)):
             return open_image(self.read(index), channels, bits, self.label(index))
 
     def size(self, index: int) -> tuple[int, int]:
         """(height, width) without decoding."""
-        with machine_apart(self.label(index)):
+        with reraise_machine_errors(self.label(index)):
             return image_size(self.read(index), self.label(index))
 
     def fingerprint(self) -> str:
@@ -172,3 +267,92 @@ def _is_new(folder: Path, seen: set[tuple[int, int]]) -> bool:
 def _identity(folder: Path) -> tuple[int, int]:
     status = folder.stat()
     return status.st_dev, status.st_ino
+
+
+COLUMNS = ("path", "file", "file_name", "filename", "image", "image_path")  # looked for where none is named
+BLOCK = 1 << 24  # bytes read at a time; no line may be longer
+
+
+def list_source(path: str | Path, column: str | None, key: str = "data.root") -> Files:
+    """The images of a list, in its order; relative paths are below the folder of the list."""
+    file = Path(path).expanduser()
+    given = f"{key}={str(path)!r}"
+    if not file.is_file():
+        raise InputError(f"{given}: no such file; name a .txt, .csv or .jsonl list of images")
+    kind = file.suffix.lower()
+    if kind not in KINDS:
+        raise InputError(f"{given}: an unknown kind of list, expected .txt, .csv or .jsonl")
+    try:
+        names = KINDS[kind](file, column, given) if file.stat().st_size else Names([])
+    except (pa.ArrowInvalid, csv.Error, json.JSONDecodeError) as error:
+        reason = ascii(" ".join(str(error).split())[:200])
+        raise InputError(f"{given}: not readable as {kind} ({reason}); mend or remove that line") from error
+    if not names:
+        raise InputError(f"{given}: no path in it; put one on each line")
+    _check_first(file.parent, names, given)
+    return Files(file.parent, names)
+
+
+def _of_text(file: Path, column: str | None, given: str) -> Names:
+    if column is not None:
+        raise InputError(f"data.column={column!r}: {given} has no columns; leave it out")
+    parsing = pyarrow.csv.ParseOptions(delimiter="\x01", quote_char=False)
+    return _of_table(file, "path", pyarrow.csv.ReadOptions(column_names=["path"], block_size=BLOCK), parsing)
+
+
+def _of_csv(file: Path, column: str | None, given: str) -> Names:
+    header = next(csv.reader(io.StringIO(_start(file).decode("utf-8-sig", "surrogateescape"), newline="")), [])
+    parsing = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    return _of_table(file, _column(header, column, given), pyarrow.csv.ReadOptions(block_size=BLOCK), parsing)
+
+
+def _of_objects(file: Path, column: str | None, given: str) -> Names:
+    first = json.loads(_start(file).lstrip().partition(b"\n")[0].decode("utf-8-sig", "surrogateescape") or "{}")
+    name = _column(first if isinstance(first, dict) else [], column, given)
+    parsing = pyarrow.json.ParseOptions(pa.schema({name: pa.large_binary()}), unexpected_field_behavior="ignore")
+    reading = pyarrow.json.ReadOptions(block_size=BLOCK)
+    return Names(pyarrow.json.read_json(file, reading, parsing).column(name).drop_null())
+
+
+KINDS: dict[str, Callable[[Path, str | None, str], Names]] = {".txt": _of_text, ".csv": _of_csv, ".jsonl": _of_objects}
+
+
+def _of_table(file: Path, column: str, reading: pyarrow.csv.ReadOptions, parsing: pyarrow.csv.ParseOptions) -> Names:
+    """One column alone, as bytes: nothing has to be UTF-8, and the types of others are not guessed."""
+    kinds = pyarrow.csv.ConvertOptions(
+        include_columns=[column], column_types={column: pa.large_binary()}, null_values=[""], strings_can_be_null=True
+    )
+    return Names(pyarrow.csv.read_csv(file, reading, parsing, kinds).column(column).drop_null())
+
+
+def _start(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return stream.read(BLOCK)
+
+
+def _column(columns: Iterable[str], wanted: str | None, given: str) -> str:
+    columns = list(columns)
+    found = [name for name in ([wanted] if wanted else COLUMNS) if name in columns]
+    if not found:
+        looked = repr(wanted) if wanted else f"any of {', '.join(COLUMNS)}"
+        shown = ascii(columns)[:200]
+        raise InputError(f"{given}: its columns are {shown}; looked for {looked}: name one by data.column")
+    return found[0]
+
+
+def _check_first(folder: Path, names: Names, given: str) -> None:
+    try:
+        is_there = (folder / names[0]).exists()
+    except OSError:  # a name longer than any
+        is_there = False
+    if not is_there:
+        first = ascii(str(folder / names[0]))[:300]
+        raise InputError(f"{given}: its first image {first} is not there; relative paths are below the list's folder")
+
+
+class Skipped(NamedTuple):
+    """An image that was not used, and why; `is_corrupt` is False where it is only too small."""
+
+    name: str
+    reason: str
+    is_corrupt: bool

@@ -1,1 +1,1 @@
-"""Evaluation: `vae.evaluation.run.evaluate` measures models on images."""
+"""Evaluation: `vae.evaluation.evaluate.evaluate` measures models on images."""

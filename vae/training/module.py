@@ -1,4 +1,6 @@
-"""The Lightning module: holds the networks, orders the update, says what is logged and what validation sees."""
+"""Updates in images and in Lightning's batches.
+
+The Lightning module: holds the networks, orders the update, says what is logged and what validation sees."""
 
 import math
 from collections import OrderedDict
@@ -17,51 +19,71 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from vae.config import TrainConfig
-from vae.data.loading import Batch
+from vae import distributed
+from vae.config.schema import TrainConfig
+from vae.data.loader import Batch
 from vae.data.pixels import as_depth
 from vae.data.transforms import to_model_range, to_uint8
 from vae.errors import InputError
-from vae.losses.augment import DRAWS, diff_augment
-from vae.losses.objective import Objective
+from vae.losses.adversarial import AdversarialLoss, Augment, Logs, unchanged
+from vae.losses.autoencoder_loss import Objective
+from vae.losses.diff_augment import DRAWS, diff_augment
 from vae.metrics.paired import PairedMetrics
-from vae.models.architectures import build_autoencoder
 from vae.models.arithmetic import float32_arithmetic
 from vae.models.discriminator import PatchDiscriminator
-from vae.training import ranks
-from vae.training.autoencoding import Autoencoding
-from vae.training.counts import count_from_updates, images_per_update
-from vae.training.ema import average_weights
-from vae.training.frozen import freeze, learning
-from vae.training.game import AdversarialGame, Augment, Logs, unchanged
+from vae.models.registry import build_autoencoder
 from vae.training.guard import Guard, all_finite
-from vae.training.noise import uniform_for
-from vae.training.optim import build_optimiser
-from vae.training.set_metrics import SetMetrics
-from vae.training.step import detached, regularise, single_pass, warm_up
-from vae.training.validation import Validation
+from vae.training.optim import build_optimiser, freeze, learning, update_ema
+from vae.training.step import ForwardPass, detached, regularise, single_pass, uniform_for, warm_up
+from vae.training.validation import SetMetrics, Validation
+
+
+def images_per_update(config: TrainConfig, trainer: lightning.Trainer) -> int:
+    """Over all processes and accumulated batches."""
+    return config.data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+
+
+def count_from_updates(checkpoint: dict[str, Any], accumulate: int, validate_every: int) -> None:
+    """Lightning's counts in a checkpoint, as they follow from the updates that are done.
+
+    Also where a run failed between two updates, or accumulated over another number of batches.
+
+    A checkpoint is written before its update's validation, so where one was due Lightning is told that it was begun and
+    not ended: it is made, or made again. The loggers' clock moves by one on restart, and by one at that validation.
+    """
+    updates = checkpoint["global_step"]
+    batches = updates * accumulate
+    is_due = updates % validate_every == 0
+    loop = checkpoint["loops"]["fit_loop"]
+    for part in ("current", "total"):
+        counts = {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}
+        loop["epoch_loop.batch_progress"][part].update(counts)
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = updates - 1 - is_due
+    begun = {"ready": int(is_due), "started": int(is_due), "processed": 0, "completed": 0}
+    loop["epoch_loop.val_loop.batch_progress"]["total"].update(begun)
+
 
 FUSED_ON = ("cuda", "cpu")  # where torch walks through weights and moments once
 ON_THE_BAR = frozenset({"pixel", "perceptual", "adversarial", "discriminator"})
 
 
-class Training(lightning.LightningModule):
+class AutoencoderModule(lightning.LightningModule):
     """Autoencoder, its moving average, discriminator. One optimiser, so `updates` is Lightning's `global_step`."""
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__()
         self.config = config
         self.autoencoder = build_autoencoder(config.model)
-        self.average = deepcopy(self.autoencoder).requires_grad_(False)
+        self.ema_model = deepcopy(self.autoencoder).requires_grad_(False)
         freeze(self.autoencoder, config.frozen, config.trained)
-        self.autoencoding = Autoencoding(self.autoencoder, config)
+        self.autoencoding = ForwardPass(self.autoencoder, config)
         self.posterior_learns = self.autoencoding.posterior_learns
         self.autoencoder.set_gradient_checkpointing(config.gradient_checkpointing)
         self.discriminator: PatchDiscriminator | None = None
-        self.game: AdversarialGame | None = None
+        self.adversarial_loss: AdversarialLoss | None = None
         if config.loss.weights.adversarial and self.autoencoding.decodes:
             self.discriminator = PatchDiscriminator(config.loss.discriminator, config.model.out_channels)
-            self.game = AdversarialGame(self.discriminator, config.loss, self.autoencoder.last_layer)
+            self.adversarial_loss = AdversarialLoss(self.discriminator, config.loss, self.autoencoder.last_layer)
         is_free = self.posterior_learns and config.teacher is None and self.autoencoder.is_variational
         weights = config.loss.weights if is_free else replace(config.loss.weights, kl=0.0)
         self.objective = Objective(replace(config.loss, weights=weights))
@@ -69,7 +91,7 @@ class Training(lightning.LightningModule):
         self.validation = Validation(metrics, config.model.latent_channels, SetMetrics.of(config))
         self.validated_at = -1
         self.images_digest = ""  # of all images, and of what their order depends on
-        self.council = ranks.Council()
+        self.process_group = distributed.ProcessGroup()
         self.guard = Guard(self, config.guard)
         self.is_stepping = False  # weights are being changed: no state to save
 
@@ -102,13 +124,13 @@ class Training(lightning.LightningModule):
     def on_fit_start(self) -> None:
         self.objective.to(self.device)
         self.autoencoding.to(self.device)
-        self.council.convene(timedelta(minutes=self.config.timeout_minutes))
-        if len(set(self.council.all_of(self.images_digest))) > 1:
+        self.process_group.init(timedelta(minutes=self.config.timeout_minutes))
+        if len(set(self.process_group.all_gather(self.images_digest))) > 1:
             raise InputError("the processes see different images: all must read the same files, of the same names")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, logs = self._pass(batch)
-        self.guard.remember(batch, logs)
+        self.guard.record(batch, logs)
         logs["learning_rate"] = torch.tensor(self.trainer.optimizers[0].param_groups[0]["lr"])
         for name, value in logs.items():
             self.log(f"train/{name}", value, prog_bar=name in ON_THE_BAR)
@@ -122,17 +144,17 @@ class Training(lightning.LightningModule):
             terms = self.autoencoding.encode(images)
             return regularise(terms, self.objective, self.updates), detached(terms)
         autoencoder, discriminator = self.config.loss.starts
-        if self.game is not None and discriminator <= self.updates < autoencoder:
-            return warm_up(images, autoencode, self.game, learning(self.autoencoder), augment)
-        return single_pass(images, autoencode, self.objective, self.game, self.updates, augment)
+        if self.adversarial_loss is not None and discriminator <= self.updates < autoencoder:
+            return warm_up(images, autoencode, self.adversarial_loss, learning(self.autoencoder), augment)
+        return single_pass(images, autoencode, self.objective, self.adversarial_loss, self.updates, augment)
 
     @torch.no_grad()
     def terms_of(self, batch: Batch) -> Logs:
         """The reconstruction terms as the autoencoder is now, and what they come from."""
         images = self._images(batch)
-        posterior, _, reconstructions, beside = self.autoencoding(batch.positions, images, batch.moments)
+        posterior, _, reconstructions, extra_terms = self.autoencoding(batch.positions, images, batch.moments)
         with torch.autocast(self.device.type, enabled=False):
-            terms = self.objective(images, reconstructions.float(), posterior) | dict(beside)
+            terms = self.objective(images, reconstructions.float(), posterior) | dict(extra_terms)
         return {"image": images, "posterior": posterior.mean, "reconstruction": reconstructions} | terms
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -151,7 +173,7 @@ class Training(lightning.LightningModule):
             if gradients:
                 norms[name] = get_total_norm(gradients)
                 self.log(f"train/{name}_gradient_norm", norms[name])
-        self.guard.look(norms)
+        self.guard.check_finite(norms)
         if self.guard.loss_scale.used is not None:
             self.log("train/loss_scale", self.guard.loss_scale.used)
         for name, norm in norms.items():
@@ -169,10 +191,10 @@ class Training(lightning.LightningModule):
             *earlier, _ = self.guard.begin_again()
             self._accumulate_again(earlier, optimizer, batch_idx)
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if self.guard.close():
-            average_weights(self.average, self.autoencoder, self.updates + 1, self.config.optim.ema_decay)
-            if self.game is not None:
-                self.game.commit()
+        if self.guard.finish_update():
+            update_ema(self.ema_model, self.autoencoder, self.updates + 1, self.config.optim.ema_decay)
+            if self.adversarial_loss is not None:
+                self.adversarial_loss.commit()
 
     def _accumulate_again(self, batches: Sequence[Batch], optimizer: Any, last: int) -> None:
         """The gradients of an update's micro-batches before its last one, the run's micro-batch number `last`."""
@@ -189,8 +211,8 @@ class Training(lightning.LightningModule):
         if not len(batch.images):
             return None  # none of them could be read
         with torch.autocast(self.device.type, enabled=False), float32_arithmetic():
-            posterior = self.average.encode(self._images(batch))
-            reconstructions = to_uint8(self.average.decode(posterior.mode()))
+            posterior = self.ema_model.encode(self._images(batch))
+            reconstructions = to_uint8(self.ema_model.decode(posterior.mode()))
             self.validation.update(batch.positions, as_depth(batch.images, 8), reconstructions, posterior)
         return reconstructions
 
@@ -202,10 +224,10 @@ class Training(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["images_per_update"] = images_per_update(self.config, self.trainer)
         checkpoint["images"] = self.images_digest
-        checkpoint["left_out"] = self.guard.left_out
+        checkpoint["left_out"] = self.guard.skipped_updates
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.guard.left_out = checkpoint["left_out"]
+        self.guard.skipped_updates = checkpoint["left_out"]
         count_from_updates(checkpoint, self.trainer.accumulate_grad_batches, self.config.validate_every)
 
     def _augment(self, batch: Batch) -> Augment:

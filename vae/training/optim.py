@@ -1,48 +1,23 @@
-"""One optimiser for both networks, each with its own learning rate, schedule and clipping."""
+"""One optimiser for both networks, each with its own learning rate, schedule and clipping.
 
+The exponential moving average of the weights: what validation sees and what is exported.
+
+Which parts of an autoencoder learn."""
+
+import difflib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from vae.config.optim import OptimConfig
 from vae.errors import require
-from vae.training.frozen import learning
+from vae.models.base import Autoencoder
 
 OPTIMISERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-
-
-@dataclass
-class OptimConfig:
-    """Learning rates are literal: never scaled by batch size or processes. Betas are LDM's.
-
-    `gradient_clip` is the largest norm of each network's gradient (0: no clipping); `warmup_updates` count for either
-    network from its own start.
-    """
-
-    name: str = "adam"
-    learning_rate: float = 1.0e-4
-    discriminator_learning_rate: float = 1.0e-4
-    betas: list[float] = field(default_factory=lambda: [0.5, 0.9])
-    weight_decay: float = 0.0
-    schedule: str = "constant"
-    warmup_updates: int = 0
-    gradient_clip: float = 1.0
-    ema_decay: float = 0.999
-
-    def __post_init__(self) -> None:
-        for key, choices in {"name": OPTIMISERS, "schedule": SCHEDULES}.items():
-            require(getattr(self, key) in choices, f"optim.{key}={getattr(self, key)!r}", f"one of {sorted(choices)}")
-        for key in ("learning_rate", "discriminator_learning_rate"):
-            require(0 < getattr(self, key) < math.inf, f"optim.{key}={getattr(self, key)}", "a positive number")
-        for key in ("weight_decay", "warmup_updates", "gradient_clip"):
-            require(0 <= getattr(self, key) < math.inf, f"optim.{key}={getattr(self, key)}", "0 or more")
-        betas = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
-        require(betas, f"optim.betas={self.betas}", "two numbers from 0 to below 1")
-        require(0 <= self.ema_decay < 1, f"optim.ema_decay={self.ema_decay}", "from 0 (no averaging) to below 1")
 
 
 def constant(_: float) -> float:
@@ -97,3 +72,61 @@ def _factor(config: OptimConfig, updates: int, start: int) -> Callable[[int], fl
         return warm * schedule(min(1.0, update / updates))
 
     return factor
+
+
+@torch.no_grad()
+def update_ema(average: nn.Module, model: nn.Module, updates: int, decay: float) -> None:
+    """average <- d * average + (1 - d) * model, with d = min(decay, (1 + updates) / (10 + updates)).
+
+    The warm-up lets a young average forget its random start (as TensorFlow's ExponentialMovingAverage and LDM do).
+    Parameters that do not learn are left alone: arithmetic would turn their -0.0 into 0.0.
+    """
+    warm_decay = min(decay, (1 + updates) / (10 + updates))
+    pairs = [(a, b) for a, b in zip(average.parameters(), model.parameters(), strict=True) if b.requires_grad]
+    torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+        [kept for kept, _ in pairs], [current for _, current in pairs], 1.0 - warm_decay
+    )
+    for kept, current in zip(average.buffers(), model.buffers(), strict=True):
+        kept.copy_(current)
+
+
+def freeze(autoencoder: Autoencoder, frozen: Sequence[str], trained: Sequence[str] = ()) -> None:
+    """No gradient for the `frozen` modules by name, "encoder" or "decoder.up_blocks.0", or for all but the `trained`.
+
+    Raises InputError for a name that is none, and where nothing is left to learn.
+    """
+    if trained:
+        autoencoder.requires_grad_(False)
+    for module in _named(autoencoder, "frozen", frozen):
+        module.requires_grad_(False)
+    for module in _named(autoencoder, "trained", trained):
+        module.requires_grad_(True)
+    learns = _learns(autoencoder)
+    require(learns or not trained, f"trained={list(trained)}", "parts that have weights")
+    require(learns, f"frozen={list(frozen)}", "fewer parts: nothing would learn")
+
+
+def posterior_learns(autoencoder: Autoencoder) -> bool:
+    """False where all that the posterior depends on is frozen: a given image then has the same posterior for ever."""
+    return _learns(autoencoder.encoder, autoencoder.quant_conv)
+
+
+def decoder_learns(autoencoder: Autoencoder) -> bool:
+    return _learns(autoencoder.decoder, autoencoder.post_quant_conv)
+
+
+def learning(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that learn."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _learns(*parts: nn.Module) -> bool:
+    return any(map(learning, parts))
+
+
+def _named(autoencoder: Autoencoder, key: str, names: Sequence[str]) -> list[nn.Module]:
+    modules = {name: module for name, module in autoencoder.named_modules() if name}
+    for name in names:
+        (nearest,) = difflib.get_close_matches(name, modules, n=1, cutoff=0.0)
+        require(name in modules, f"{key}={name!r}", f"a module of the autoencoder; did you mean {nearest!r}?")
+    return [modules[name] for name in names]

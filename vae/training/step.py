@@ -1,4 +1,8 @@
-"""One training step: a single pass through the autoencoder that serves the generator's and the discriminator's update.
+"""Random numbers of a training image as a function of (seed, its position), whatever its batch, rank or restart.
+
+Another autoencoder, whose latents are to be learned.
+
+One training step: a single pass through the autoencoder that serves the generator's and the discriminator's update.
 
 The losses are differentiated at the reconstructions, once each. The scalar returned has exactly the gradient of
 
@@ -6,37 +10,133 @@ The losses are differentiated at the reconstructions, once each. The scalar retu
     discriminator loss on detached reconstructions                      in the discriminator's,
 
 which is LDM's objective (Rombach et al., 2022, appendix G) evaluated for both networks at the same weights and noise.
-"""
 
-from collections.abc import Callable, Iterable, Mapping
+
+From images to what the losses need: encoder or teacher, noise, decoder."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vae.losses.adversarial import ramp
-from vae.losses.objective import Objective, weighted_sum
+from vae.config.model import AutoencoderConfig
+from vae.config.schema import TrainConfig
+from vae.data.sampler import seed_for
+from vae.errors import require
+from vae.latents import scale_moments, unscale_moments
+from vae.losses.adversarial import AdversarialLoss, Augment, Logs, ramp, unchanged, zero_touching
+from vae.losses.autoencoder_loss import Objective, weighted_sum
+from vae.losses.reconstruction import latent_distance
+from vae.models.base import Autoencoder
 from vae.models.posterior import DiagonalGaussian, at_least_float32
-from vae.training.game import AdversarialGame, Augment, Logs, asleep, unchanged
+from vae.precision.audit import excess_of
+from vae.training.optim import decoder_learns, posterior_learns
 
-BESIDE = ("kl", "latent", "activation")  # terms that do not depend on the reconstructions
+POSTERIOR, AUGMENTATION = 1, 2  # one stream each; the images' own crops have none behind their position
 
 
-class Pass(NamedTuple):
-    """What the autoencoder makes of images; `beside` are raw terms that came up on the way."""
+def sampled(posterior: DiagonalGaussian, positions: list[int], seed: int) -> Tensor:
+    return posterior.reparameterize(normal_for(positions, seed, posterior.mean))
+
+
+def mean(posterior: DiagonalGaussian, *_: object) -> Tensor:
+    return posterior.mode()
+
+
+Latents = Callable[[DiagonalGaussian, list[int], int], Tensor]  # (posterior, positions, seed) -> (B, C, h, w)
+LATENTS: dict[str, Latents] = {"sampled": sampled, "mean": mean}  # that the decoder is trained on
+
+
+def normal_for(positions: list[int], seed: int, like: Tensor) -> Tensor:
+    """Standard normal, of the shape of `like` (B, ...), for the posterior."""
+    return torch.stack(
+        [
+            torch.randn(like.shape[1:], generator=generator, device=like.device, dtype=like.dtype)
+            for generator in _generators(positions, seed, POSTERIOR, like.device)
+        ]
+    )
+
+
+def uniform_for(positions: list[int], seed: int, count: int, like: Tensor) -> Tensor:
+    """`count` numbers in [0, 1) for each image, (B, count), where `like` is, for the discriminator's augmentation."""
+    generators = _generators(positions, seed, AUGMENTATION, like.device)
+    return torch.stack([torch.rand(count, generator=generator, device=like.device) for generator in generators])
+
+
+def _generators(positions: list[int], seed: int, stream: int, device: torch.device) -> Iterator[torch.Generator]:
+    generator = torch.Generator(device)
+    for position in positions:
+        yield generator.manual_seed(seed_for(seed, position, stream))
+
+
+class Teacher:
+    """Frozen; not a module, on purpose: it belongs to no optimiser, no checkpoint and no DDP bucket.
+
+    Its latents and the student's are the same as diffusion models see them: each has its own scaling of raw ones. A
+    tiny autoencoder's raw latents are scaled ones already.
+    """
+
+    def __init__(self, model: Autoencoder, student: AutoencoderConfig) -> None:
+        theirs, ours = (_latents_of(config) for config in (model.config, student))
+        given = f"model with {ours[0]} latent channels and factor {ours[1]}"
+        require(theirs == ours, given, f"the teacher's {theirs[0]} channels and factor {theirs[1]}")
+        self.model = model.requires_grad_(False).eval()
+        self.scale, self.student = model.config.taking_its_scale(), student.taking_its_scale()  # a run has said it
+
+    def to(self, device: torch.device) -> "Teacher":
+        self.model.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> "TeacherPosterior":
+        """Of images (B, C, H, W) in [-1, 1]; in the teacher's own precision, whatever the run's is."""
+        with torch.autocast(images.device.type, enabled=False):
+            posterior = self.model.encode(images.to(next(self.model.parameters()).dtype))
+        mean, logvar = scale_moments(posterior.mean, posterior.logvar, self.scale)
+        return TeacherPosterior(DiagonalGaussian(mean, logvar), self.student)
+
+
+class TeacherPosterior(NamedTuple):
+    """A teacher's posterior of some images, `scaled` as diffusion models see latents."""
+
+    scaled: DiagonalGaussian
+    student: AutoencoderConfig
+
+    @property
+    def raw(self) -> DiagonalGaussian:
+        """In the student's units: what its decoder is to decode."""
+        return DiagonalGaussian(*unscale_moments(self.scaled.mean, self.scaled.logvar, self.student))
+
+    def distance(self, posterior: DiagonalGaussian) -> Tensor:
+        """Of the student's raw `posterior`, in scaled units, where latents have a spread of about 1."""
+        ours = DiagonalGaussian(*scale_moments(posterior.mean, posterior.logvar, self.student))
+        return latent_distance(ours, self.scaled)
+
+
+def _latents_of(config: AutoencoderConfig) -> tuple[int, int]:
+    return config.latent_channels, config.downsample_factor
+
+
+REGULARISERS = ("kl", "latent", "activation")  # terms that do not depend on the reconstructions
+
+
+class Output(NamedTuple):
+    """What the autoencoder makes of images; `extra_terms` are raw terms that came up on the way."""
 
     posterior: DiagonalGaussian
     features: Tensor  # the last layer's input
     reconstructions: Tensor
-    beside: Mapping[str, Tensor] = MappingProxyType({})
+    extra_terms: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def single_pass(  # noqa: PLR0917
     images: Tensor,
-    autoencode: Callable[[Tensor], Pass],
+    autoencode: Callable[[Tensor], Output],
     objective: Objective,
-    game: AdversarialGame | None,
+    adversarial_loss: AdversarialLoss | None,
     updates: int,
     augment: Augment = unchanged,
 ) -> tuple[Tensor, Logs]:
@@ -44,33 +144,33 @@ def single_pass(  # noqa: PLR0917
 
     What the discriminator sees goes through `augment`.
     """
-    posterior, features, reconstructions, beside = autoencode(images)
+    posterior, features, reconstructions, extra_terms = autoencode(images)
     with torch.autocast(images.device.type, enabled=False):
         leaf = at_least_float32(reconstructions.detach()).requires_grad_()
-        terms = objective(images, leaf, posterior) | dict(beside)
+        terms = objective(images, leaf, posterior) | dict(extra_terms)
         logs = detached(terms)
         regularisation = regularise(terms, objective, updates)
-        of_images = {name: term for name, term in terms.items() if name not in BESIDE}
+        of_images = {name: term for name, term in terms.items() if name not in REGULARISERS}
         (gradient,) = torch.autograd.grad(weighted_sum(of_images, objective.weights), leaf)
         discriminator_loss: Tensor | float = 0.0
-        if game is not None:
-            config = game.config
+        if adversarial_loss is not None:
+            config = adversarial_loss.config
             scale = ramp(updates, config.adversarial_start, config.adversarial_ramp)
             if scale > 0:
-                adversarial_gradient, more = game.gradient(leaf, gradient, features, scale, augment)
+                adversarial_gradient, more = adversarial_loss.gradient(leaf, gradient, features, scale, augment)
                 gradient, logs = gradient + adversarial_gradient, logs | more
             if updates >= config.discriminator_start:
-                discriminator_loss, more = game.loss(images, leaf.detach(), augment)
+                discriminator_loss, more = adversarial_loss.loss(images, leaf.detach(), augment)
                 logs |= more
             else:
-                discriminator_loss = game.sleep()
+                discriminator_loss = adversarial_loss.zero_loss()
         return (at_least_float32(reconstructions) * gradient).sum() + regularisation + discriminator_loss, logs
 
 
 def warm_up(
     images: Tensor,
-    autoencode: Callable[[Tensor], Pass],
-    game: AdversarialGame,
+    autoencode: Callable[[Tensor], Output],
+    adversarial_loss: AdversarialLoss,
     asleep_meanwhile: Iterable[nn.Parameter],
     augment: Augment = unchanged,
 ) -> tuple[Tensor, Logs]:
@@ -78,8 +178,8 @@ def warm_up(
     with torch.no_grad():
         reconstructions = autoencode(images).reconstructions
     with torch.autocast(images.device.type, enabled=False):
-        loss, logs = game.loss(images, at_least_float32(reconstructions), augment)
-        return loss + asleep(asleep_meanwhile), logs
+        loss, logs = adversarial_loss.loss(images, at_least_float32(reconstructions), augment)
+        return loss + zero_touching(asleep_meanwhile), logs
 
 
 def detached(terms: Mapping[str, Tensor]) -> Logs:
@@ -88,7 +188,73 @@ def detached(terms: Mapping[str, Tensor]) -> Logs:
 
 def regularise(terms: Mapping[str, Tensor], objective: Objective, updates: int) -> Tensor:
     """The weighted sum of those terms that do not depend on the reconstructions."""
-    beside = {name: terms[name] for name in BESIDE if name in terms}
-    if "kl" in beside:
-        beside["kl"] = ramp(updates, 0, objective.kl_warmup) * beside["kl"]
-    return weighted_sum(beside, objective.weights) if beside else torch.zeros(())
+    extra_terms = {name: terms[name] for name in REGULARISERS if name in terms}
+    if "kl" in extra_terms:
+        extra_terms["kl"] = ramp(updates, 0, objective.kl_warmup) * extra_terms["kl"]
+    return weighted_sum(extra_terms, objective.weights) if extra_terms else torch.zeros(())
+
+
+Terms = dict[str, Tensor]
+
+
+class ForwardPass:
+    """(images, their positions) -> Pass, as a run is configured. Frozen parts must be frozen before.
+
+    With a teacher the decoder decodes the teacher's latents, and the encoder learns to make them.
+    """
+
+    def __init__(self, autoencoder: Autoencoder, config: TrainConfig) -> None:
+        self.autoencoder, self.config = autoencoder, config
+        self.posterior_learns = posterior_learns(autoencoder)
+        self.decodes = config.teacher is None or decoder_learns(autoencoder)
+        self.teacher: Teacher | None = None
+        self._encoding = nullcontext if self.posterior_learns else torch.no_grad
+        self._draw = LATENTS[config.latents]
+
+    def to(self, device: torch.device) -> None:
+        """The networks move with the module that has them; a teacher has none."""
+        if self.teacher is not None:
+            self.teacher.to(device)
+
+    def __call__(self, positions: list[int], images: Tensor, moments: Tensor | None = None) -> Output:
+        """With the noise of their positions. Where the posterior's `moments` are known the encoder is not run."""
+        with self._watched() as extra_terms:
+            posterior, decoded = self._encoded(images, moments, extra_terms)
+            latents = self._draw(decoded, positions, self.config.seed)
+            features = self.autoencoder.decode_features(latents)
+            reconstructions = self.autoencoder.to_images(features)
+        return Output(posterior, features, reconstructions, extra_terms)
+
+    def encode(self, images: Tensor) -> Terms:
+        """The terms that do not depend on the decoder."""
+        with self._watched() as extra_terms:
+            self._encoded(images, None, extra_terms)
+        return extra_terms
+
+    def _encoded(
+        self, images: Tensor, moments: Tensor | None, extra_terms: Terms
+    ) -> tuple[DiagonalGaussian, DiagonalGaussian]:
+        """(own posterior, the one that is decoded). A teacher's is the latter, and the former where none learns."""
+        if self.teacher is not None:
+            target = self.teacher(images)
+            if not self.posterior_learns:
+                return target.raw, target.raw
+            posterior = self.autoencoder.encode(images)
+            extra_terms["latent"] = target.distance(posterior)
+            return posterior, target.raw
+        with self._encoding():
+            posterior = self.autoencoder.encode(images) if moments is None else DiagonalGaussian.from_moments(moments)
+        return posterior, posterior
+
+    @contextmanager
+    def _watched(self) -> Iterator[Terms]:
+        """Gives the terms that come up within the block, the activations' among them where they have a weight."""
+        extra_terms: Terms = {}
+        loss = self.config.loss
+        if not loss.weights.activation:
+            yield extra_terms
+            return
+        with excess_of(self.autoencoder, loss.activation_limit) as excess:
+            yield extra_terms
+        if excess.total is not None:
+            extra_terms["activation"] = excess.total

@@ -10,24 +10,24 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from vae.checkpoints import lost_in_half
-from vae.checkpoints.clients import warnings_about
-from vae.checkpoints.families import families_of
-from vae.checkpoints.metadata import config_in
-from vae.checkpoints.tensorfile import read_index
-from vae.checkpoints.tiny import SCALE
-from vae.config import TrainConfig
-from vae.data.config import DataConfig
-from vae.training.best import Best
-from vae.training.console import say
-from vae.training.frozen import learning
-from vae.training.module import Training
-from vae.training.set_metrics import ABSENT
+from vae.config.data import DataConfig
+from vae.config.schema import TrainConfig
+from vae.console import say
+from vae.training.checkpointing import Best
+from vae.training.module import AutoencoderModule
+from vae.training.optim import learning
+from vae.training.validation import ABSENT
+from vae.weights import lost_in_half
+from vae.weights.describe import warnings_about
+from vae.weights.families import families_of
+from vae.weights.loaded import config_in
+from vae.weights.safetensors_io import read_index
+from vae.weights.taesd import SCALE
 
 FEW_IMAGES = 5
 
 
-class Progress(RichProgressBar):
+class ProgressBar(RichProgressBar):
     """One bar over all updates."""
 
     @property
@@ -35,7 +35,7 @@ class Progress(RichProgressBar):
         return self.trainer.num_training_batches  # also right where gradients are accumulated
 
     def _get_train_description(self, current_epoch: int) -> str:
-        return "Training"
+        return "AutoencoderModule"
 
     def get_metrics(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -46,7 +46,7 @@ class Progress(RichProgressBar):
 
 def announce(  # noqa: PLR0917
     config: TrainConfig,
-    training: Training,
+    training: AutoencoderModule,
     folder: Path,
     images: tuple[int, int],
     done: int,
@@ -80,7 +80,7 @@ def announce(  # noqa: PLR0917
         say(f"note: {note}")
 
 
-def _what_learns(config: TrainConfig, training: Training) -> str:
+def _what_learns(config: TrainConfig, training: AutoencoderModule) -> str:
     """And from which latents."""
     parameters = sum(parameter.numel() for parameter in learning(training.autoencoder))
     parts = f": only {', '.join(config.trained)}" if config.trained else ""

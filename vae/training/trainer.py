@@ -13,16 +13,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
 
-from vae.config import TrainConfig
+from vae.config.schema import TrainConfig
 from vae.errors import InputError, require
-from vae.training.advice import Advice
-from vae.training.best import Best
-from vae.training.left_out import LeftOutImages
-from vae.training.metrics_file import MetricsFile
-from vae.training.pictures import Pictures
-from vae.training.saving import CheckedCheckpointIO, Checkpoints
-from vae.training.stopping import StopRequests, keep_lightning_out
-from vae.training.terminal import Progress
+from vae.training.callbacks import Advice, MetricsFile, Pictures, SkippedImages
+from vae.training.checkpointing import Best, CheckedCheckpointIO, Checkpoints
+from vae.training.interruption import StopRequests, keep_lightning_out
+from vae.training.terminal import ProgressBar
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 STRATEGIES = ("auto", "ddp")
@@ -57,16 +53,16 @@ OWNED = {  # arguments of lightning.Trainer that follow from our keys
 
 
 def build_trainer(
-    config: TrainConfig, folder: Path, requests: StopRequests, left_out: LeftOutImages, best: Best
+    config: TrainConfig, folder: Path, requests: StopRequests, skipped: SkippedImages, best: Best
 ) -> lightning.Trainer:
     """A Trainer that counts in updates, writes below `folder` and nowhere else, and leaves the data order alone."""
     arguments: dict[str, Any] = {"devices": 1, "log_every_n_steps": 10} | config.trainer
     check_arguments(arguments)
     arguments["strategy"] = _strategy(arguments, config.timeout_minutes)
-    quieten()
+    silence_lightning()
     accumulate = arguments.get("accumulate_grad_batches", 1)
     has_batch_norm = bool(config.loss.weights.adversarial) and config.loss.discriminator.mixes_images
-    bar = [Progress()] if arguments.get("enable_progress_bar", True) else []
+    bar = [ProgressBar()] if arguments.get("enable_progress_bar", True) else []
     checkpoints = Checkpoints(best, config.validate_every, config.checkpoint_minutes, requests)
     try:
         trainer = lightning.Trainer(
@@ -84,7 +80,7 @@ def build_trainer(
             inference_mode=False,  # metrics live on from one validation to the next; inference tensors could not
             sync_batchnorm=has_batch_norm,
             logger=_build_loggers(config, folder, lambda: trainer.global_step),
-            callbacks=[checkpoints, left_out, Pictures(folder), best, Advice(arguments["log_every_n_steps"]), *bar],
+            callbacks=[checkpoints, skipped, Pictures(folder), best, Advice(arguments["log_every_n_steps"]), *bar],
             plugins=[CheckedCheckpointIO()],
         )
     except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
@@ -129,7 +125,7 @@ def check_arguments(arguments: dict[str, Any]) -> None:
     require(counted, f"trainer.devices={devices}", "1 or more, or -1 for all")
 
 
-def quieten() -> None:
+def silence_lightning() -> None:
     """What Lightning says about itself, or about data loaders unlike ours, is not about the user's run."""
     for noisy in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

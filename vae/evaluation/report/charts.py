@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from vae.evaluation.report.wording import significant
+from vae.evaluation.report.gallery import significant
 
 COLOURS = 6  # classes m0 to m5, then again
 BINS = 48

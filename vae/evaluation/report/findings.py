@@ -4,10 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vae.evaluation.comparing import Comparison, percent
-from vae.evaluation.report.gallery import main_metrics
-from vae.evaluation.report.trials import not_finite
-from vae.evaluation.report.wording import counted, figure, listed, short
+from vae.evaluation.report.gallery import counted, figure, listed, main_metrics, short
+from vae.evaluation.report.sections import not_finite
+from vae.evaluation.statistics import Comparison, percent
 from vae.metrics.registry import PAIRED, VISIBLE
 
 NEAR = {"contrast": 0.05, "saturation": 0.05, "sharpness": 0.1}  # how far from 1 before it is worth a word

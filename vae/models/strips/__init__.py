@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from vae.errors import require
-from vae.models.architectures import as_kl
-from vae.models.autoencoder import Decoder, Encoder
-from vae.models.interface import Autoencoder
+from vae.models.autoencoder_kl import Decoder, Encoder
+from vae.models.base import Autoencoder
 from vae.models.posterior import DiagonalGaussian
-from vae.models.strips.maps import Given
-from vae.models.strips.rowwise import Work
-from vae.models.strips.stages import USUAL_ROWS, planned, refuse_changed
-from vae.models.strips.stored import freed_at_once
+from vae.models.registry import as_kl
+from vae.models.strips.maps import Given, freed_at_once
+from vae.models.strips.rowwise import USUAL_ROWS, Work, planned, refuse_changed
 
 MB = 10**6
 SMALL = 2**28  # bytes: below, returning memory at once takes longer than it is worth

@@ -1,16 +1,54 @@
-"""Maps: activations (1, C, H, W) that can be asked for rows, and need not exist as a whole.
+"""Mean and variance of a map whose rows come in strips.
+
+Maps: activations (1, C, H, W) that can be asked for rows, and need not exist as a whole.
 
 Their readers go from top to bottom, once or several times. What is zero beyond the borders is what a convolution pads.
-"""
 
+
+Maps that are kept: where the work is done, in the host's memory, or in a temporary file."""
+
+import ctypes
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from tempfile import TemporaryFile
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae.models.layers import Attention, Downsample, Upsample
-from vae.models.strips.statistics import Statistics
+from vae.models.autoencoder_kl import Attention, Downsample, Upsample
+from vae.models.posterior import at_least_float32
+
+
+class Statistics:
+    """Of each channel. Strips are merged in float64 by the formula of Chan, Golub and LeVeque (1983)."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.count = 0
+        self.mean = self.squares = weight.new_zeros((), dtype=torch.float64)  # of deviations from the mean, summed
+        self.dtype = at_least_float32(weight[:0]).dtype
+
+    def add(self, strip: Tensor) -> None:
+        """Rows (1, C, n, W), summed in float32 or better."""
+        values = at_least_float32(strip)
+        count, mean = values.shape[2] * values.shape[3], values.mean(dim=(0, 2, 3))
+        squares = (values - mean[:, None, None]).square_().sum(dim=(0, 2, 3)).double()
+        total, shift = self.count + count, mean.double() - self.mean
+        self.mean = self.mean + shift * (count / total)
+        self.squares = self.squares + squares + shift.square() * (self.count * count / total)
+        self.count = total
+
+    def of_groups(self, groups: int) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each channel's group, both (C,)."""
+        means, squares = (each.view(groups, -1) for each in (self.mean, self.squares))
+        mean = means.mean(dim=1, keepdim=True)
+        variance = (squares / self.count + (means - mean).square()).mean(dim=1, keepdim=True)
+        every = means.shape[1]
+        return (
+            mean.flatten().repeat_interleave(every).to(self.dtype),
+            variance.flatten().repeat_interleave(every).to(self.dtype),
+        )
 
 
 class Map:
@@ -165,3 +203,101 @@ class Attended(Map):
 def _tokens(x: Tensor) -> Tensor:
     """(1, C, n, W) -> (1, 1, n * W, C); four dimensions, or torch computes all products at once."""
     return x.permute(0, 2, 3, 1).reshape(1, 1, -1, x.shape[1])
+
+
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's mallopt
+MIB = 2**20
+
+
+class Stored(Map):
+    """Strips as they were made, each dropped when it will not be read again. `weight` says type and device."""
+
+    def __init__(self, like: Map, weight: Tensor, place: torch.device) -> None:
+        super().__init__(like.channels, like.height, like.width)
+        self.statistics = Statistics(weight)
+        self.device, self.dtype, self.place = weight.device, weight.dtype, place
+        self.strips: list[tuple[int, Tensor]] = []  # the first row of each
+        self.filled, self.is_closed = 0, False
+        self.is_inside = self.place == self.device  # where the work is done
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes there."""
+        return sum(strip.nbytes for _, strip in self.strips) if self.is_inside else 0
+
+    def append(self, strip: Tensor) -> None:
+        """The next rows (1, C, n, W)."""
+        self.statistics.add(strip)
+        self.write(strip)
+        self.filled += strip.shape[2]
+
+    def write(self, strip: Tensor) -> None:
+        self.strips.append((self.filled, strip.to(self.place)))
+
+    def rows(self, top: int, bottom: int) -> Tensor:
+        parts = [
+            strip[:, :, max(top - first, 0) : bottom - first].to(self.device)
+            for first, strip in self.strips
+            if first < bottom and first + strip.shape[2] > top
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def needs(self, top: int) -> Iterator[tuple[Map, int]]:
+        yield self, top
+
+    def release(self, top: int) -> None:
+        """Rows above `top` will not be asked for again."""
+        while self.strips and self.strips[0][0] + self.strips[0][1].shape[2] <= top:
+            del self.strips[0]
+
+    def close(self) -> None:
+        self.strips.clear()
+        self.is_closed = True
+
+
+class Filed(Stored):
+    """In a file without a name, of which nothing is left however the process ends."""
+
+    def __init__(self, like: Map, weight: Tensor) -> None:
+        super().__init__(like, weight, weight.device)
+        self.is_inside = False
+        self.file = TemporaryFile()  # noqa: SIM115
+        self.row_bytes = self.channels * self.width * weight.itemsize
+
+    def write(self, strip: Tensor) -> None:
+        self.file.seek(self.filled * self.row_bytes)
+        self.file.write(_as_bytes(strip.permute(0, 2, 3, 1).contiguous()))
+
+    def rows(self, top: int, bottom: int) -> Tensor:
+        made = torch.empty(1, bottom - top, self.width, self.channels, dtype=self.dtype)
+        self.file.seek(top * self.row_bytes)
+        read = self.file.readinto(_as_bytes(made))
+        assert read == made.nbytes
+        return made.permute(0, 3, 1, 2)
+
+    def close(self) -> None:
+        super().close()
+        self.file.close()
+
+
+@contextmanager
+def freed_at_once() -> Iterator[None]:
+    """What tensors of a MiB and more took goes back to the system with them, which costs time.
+
+    glibc else keeps much of it, about 100 MiB here. What is set afterwards is where its own adjustments end.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        yield
+        return
+    mallopt(MMAP_THRESHOLD, MIB)
+    mallopt(TRIM_THRESHOLD, MIB)
+    try:
+        yield
+    finally:
+        mallopt(MMAP_THRESHOLD, 32 * MIB)
+        mallopt(TRIM_THRESHOLD, 64 * MIB)
+
+
+def _as_bytes(x: Tensor) -> memoryview:
+    return x.flatten().view(torch.uint8).numpy().data

@@ -1,0 +1,140 @@
+"""Where a run that began from published weights ends: is what it made harmless in their place?"""
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vae.config.data import DataConfig
+from vae.config.schema import CONFIG_FILE, EvaluateConfig, TrainConfig
+from vae.distributed import Place, Team, leads_alone
+from vae.errors import InputError, Stopped
+from vae.evaluation import terminal
+from vae.evaluation.compare import DOCUMENT_FILE
+from vae.evaluation.drop_in import rescaled
+from vae.evaluation.evaluate import PLAN_FILE, evaluate_as
+from vae.evaluation.measure import codecs_of, described, load_models
+from vae.weights.load import find_export
+from vae.weights.loaded import read_json
+
+EVALUATIONS = "evaluations"  # of a run, in its directory
+MEASURED = ("psnr", "ssim", "lpips_alex", "lpips_vgg", "colour_shift", "saturation")
+IMAGES = (  # what of a DataConfig says which images are measured, and cut how
+    "root",
+    "validation_root",
+    "validation_fraction",
+    "validation_images",
+    "split",
+    "validation_split",
+    "column",
+    "streaming",
+    "cache",
+    "resolution",
+    "bits",
+    "min_side",
+)
+PATHS = {"encoder", "decoder"}  # of what is said of a model
+OF_DOOR = ("validation_fraction", "validation_images")  # configs/evaluate has other values than the dataclass
+
+
+def compare_with_init(run: str | Path, base: str | None = None) -> Path:
+    """Hold the newest export of `run` against the weights that it began from, which are at `base` if they were moved.
+
+    On the run's validation images, at its resolution: latents, reconstructions, float16, pictures before and after. The
+    folder with the report is returned, RUN/evaluations/step_N. What is there already is not measured again; where it is
+    of another base, or of an export that was written anew since, the report goes to step_N_2 and so on. Raises
+    InputError where the run began from chance, or what it needs is gone.
+    """
+    run = Path(run).expanduser()
+    saved = read_json(run / CONFIG_FILE)
+    base = base or saved.get("init")
+    if base is None:
+        raise InputError(f"{run}: it began from chance (init=null); name a base to hold it against")
+    try:
+        data = DataConfig(**saved["data"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{run / CONFIG_FILE}: data is not what this version of vae writes ({error})") from error
+    return _compare(run, base, data)
+
+
+def after_training(config: TrainConfig, run: Path) -> None:
+    """`compare_with_init`, where `config` asks for it, by the first of the processes that trained.
+
+    The run is done: what cannot be compared is a line on the terminal, with the command to repeat it by hand.
+    """
+    if config.init is None or not config.compare_with_init or not leads_alone():
+        return
+    try:
+        _compare(run, config.init, config.data)
+    except (InputError, Stopped, OSError, RuntimeError) as error:
+        terminal.say(f"the run is done, and not held against the weights that it began from: {error}")
+        terminal.say(f"by hand: {_command(run, config.init, config.data)}")
+
+
+def _compare(run: Path, base: str, data: DataConfig) -> Path:
+    find_export(base, "init")
+    folder = _folder_of(run, base)
+    if (folder / DOCUMENT_FILE).exists():
+        terminal.against_base(json.loads((folder / DOCUMENT_FILE).read_text(encoding="utf-8")))
+        terminal.say(f"measured before; delete {folder} to measure it again")
+        return folder
+    squares = {"bucket_resolutions": [], "bucket_loss": DataConfig.bucket_loss, "latents": None}
+    config = EvaluateConfig(
+        model=str(run),
+        base=base,
+        name=folder.name,
+        output=str(folder.parent),
+        threads=torch.get_num_threads(),
+        metrics=list(MEASURED),
+        probe_images=0,
+        allow_left_out=True,
+        data=replace(data, **squares),
+    )
+    return evaluate_as(config, Team(Place()))
+
+
+def _folder_of(run: Path, base: str) -> Path:
+    """Where the newest export of `run` is, or will be, held against `base`: step_N, step_N_2 if that is of others."""
+    first = run / EVALUATIONS / _step_of(find_export(run))
+    if _begun(first) is None:
+        return first
+
+    # What was measured, or interrupted, may be of another base, or of an export that was written anew since.
+    paths = [base, str(run)]
+    models = load_models(paths)
+    now = [described(codec, models, dict(zip(models, paths, strict=True))) for codec in codecs_of(models, cross=False)]
+    scale = rescaled(*(model.config for model in models.values()))
+    folders = (first if number == 1 else first.with_name(f"{first.name}_{number}") for number in count(1))
+    return next(folder for folder in folders if (begun := _begun(folder)) is None or _is_of(begun, now, scale))
+
+
+def _begun(folder: Path) -> dict[str, Any] | None:
+    """The document that is there, or the plan of one that was interrupted."""
+    found = [folder / file for file in (DOCUMENT_FILE, PLAN_FILE) if (folder / file).exists()]
+    return json.loads(found[0].read_text(encoding="utf-8")) if found else None
+
+
+def _is_of(begun: dict[str, Any], now: Sequence[dict[str, Any]], scale: str | None) -> bool:
+    """Whether `begun` is of the models that are described `now`, wherever they were then."""
+    scales = [verdict["latents"]["rescaled"] for verdict in begun.get("against_base", {}).values()]
+    both = zip(begun["models"].values(), now, strict=True)
+    are_same = all(then[key] == one[key] for then, one in both for key in then.keys() & one.keys() - PATHS)
+    return are_same and all(one == scale for one in scales)
+
+
+def _step_of(export: Path) -> str:
+    """A tiny one's may be a file."""
+    return export.parent.name if export.name == "diffusers" or export.is_file() else export.name
+
+
+def _command(run: Path, base: str, data: DataConfig) -> str:
+    values = {name: getattr(data, name) for name in IMAGES}
+    chosen = {name: value for name, value in values.items() if name in OF_DOOR or value != getattr(DataConfig, name)}
+    given = {"base": base, "model": str(run), "data": data.source} | {f"data.{key}": chosen[key] for key in chosen}
+    words = (f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items())
+    return " ".join(["python evaluate.py", *map(shlex.quote, words)])

@@ -1,0 +1,263 @@
+"""When all images are measured: tables, files, the report, and the status.
+
+`evaluate`: one or several autoencoders on one or several sets of images, image by image."""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from vae.config.data import DataConfig
+from vae.config.schema import EvaluateConfig
+from vae.data.loader import Batch, HeldOutImages, indexed_loader, shut_down
+from vae.data.sources import Source
+from vae.data.transforms import to_model_range, to_uint8
+from vae.distributed import Team, first_difference, gathered
+from vae.errors import BAD_IMAGES, GATE_FAILED, INTERRUPTED, InputError, Stopped
+from vae.evaluation import terminal
+from vae.evaluation.compare import DOCUMENT_FILE, TABLE_FILE
+from vae.evaluation.drop_in import SEEN, judge, latents_against_base
+from vae.evaluation.gates import check, parse_gates
+from vae.evaluation.measure import Evaluator, exact_arithmetic
+from vae.evaluation.report.gallery import choose
+from vae.evaluation.report.images import Pictures, grid
+from vae.evaluation.report.page import render
+from vae.evaluation.results import Collected, Document, Rows, as_csv, collect, of_dataset, rows_of
+from vae.evaluation.robustness import precision, probe, probe_steps
+from vae.evaluation.setup import CODE, Setting, prepare
+from vae.evaluation.terminal import say
+from vae.files import locked, replacing, write_text
+from vae.latents import scale_latents
+from vae.precision.audit import audit_steps
+from vae.weights.loaded import read_json
+
+REPORT_FILE, BEFORE_AFTER_FILE = "report.html", "before_after.png"
+PICTURES, PICTURES_A_MODEL = 14, 10  # in the report: typical ones, and the ends of each metric of each model
+
+
+def finish(config: EvaluateConfig, folder: Path, setting: Setting, rows: Rows) -> None:
+    """From the rows of all processes to what people look at. `metrics.json` is last: with it the evaluation is done."""
+    header, datasets, bench, lists = setting
+    models = list(header["models"])
+    collected = collect(rows.read(), list(datasets), models)
+    _check_all(collected, datasets)
+    parts = {name: of_dataset(one, header) for name, one in collected.items()}
+    document: Document = header | {"datasets": {name: part.pop("images") for name, part in parts.items()}}
+    for name, sha256 in lists.items():
+        document["datasets"][name]["sha256"] = sha256
+    for kind in ("metrics", "comparisons", "latents"):
+        document[kind] = {name: part[kind] for name, part in parts.items()}
+    probed, latents = _probed(config, setting, collected)
+    document |= probed
+    document["against_base"] = {model: judge(document, model, one) for model, one in latents.items()}
+    document["gates"] = {"asked": parse_gates(config.limits), "failed": check(document, config.limits)}
+    table = [row for name, one in collected.items() for row in rows_of(name, one, models)]
+    wanted = choose(document, table, PICTURES + PICTURES_A_MODEL * len(bench.models))
+    found = {key: _pictures(bench, *datasets[key[0]], key[1]) for key in wanted}
+    pictures = {key: one for key, one in found.items() if one is not None}
+    write_text(folder / REPORT_FILE, render(document, table, pictures))
+    before_after = grid(document, pictures)
+    if before_after is not None:
+        with replacing(folder / BEFORE_AFTER_FILE) as partial:
+            before_after.save(partial, "PNG")
+    with replacing(folder / TABLE_FILE) as partial:
+        partial.write_bytes(as_csv(table, header).encode("utf-8", "surrogateescape"))
+    write_text(folder / DOCUMENT_FILE, json.dumps(document, indent=2, allow_nan=False) + "\n")
+    rows.forget()
+    terminal.document(document)
+    drawn = () if before_after is None else (BEFORE_AFTER_FILE,)
+    terminal.written(folder, (REPORT_FILE, *drawn, DOCUMENT_FILE, TABLE_FILE))
+    _end(config, folder, document)
+
+
+def _end(config: EvaluateConfig, folder: Path, document: Document) -> None:
+    asked, failed = document["gates"]["asked"], document["gates"]["failed"]
+    for failure in failed:
+        terminal.say(failure)
+    if asked and not failed:
+        limits = ", ".join(f"{name} {limit:g}" for name, limit in asked.items())
+        terminal.say(f"all gates are passed: {limits}")
+    incomplete = terminal.incomplete(document, folder / DOCUMENT_FILE)
+    if incomplete and not config.allow_left_out:
+        raise Stopped(BAD_IMAGES, f"{incomplete}. allow_left_out=true accepts that")
+    if incomplete:
+        terminal.say(incomplete)
+    if failed:
+        raise Stopped(GATE_FAILED, f"{len(failed)} of {terminal.gates_in(document)} gates failed")
+
+
+def _check_all(collected: dict[str, Collected], datasets: dict[str, tuple[DataConfig, Source]]) -> None:
+    """Every image has a row, and some image has numbers."""
+    for name, (_, source) in datasets.items():
+        known = len(collected[name].lines) + len(collected[name].left_out)
+        if known != len(source):
+            wrong = f"{known} of {len(source)} images of {name} have rows"
+            raise InputError(f"{wrong}: output= must be one folder that all processes share; run the command again")
+    if not any(one.lines for one in collected.values()):
+        name, one = next(iter(collected.items()))
+        count, first = len(one.left_out), one.left_out[0]["left_out"]
+        raise InputError(f"none of {count} images of {name} can be read, the first: {first}")
+
+
+def _probed(
+    config: EvaluateConfig, setting: Setting, collected: dict[str, Collected]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Robustness and precision of each model, and latents against the base, on the first images of the first data set.
+
+    With a base precision and latents are looked at whatever `probe_images` is.
+    """
+    bench, count = setting.bench, config.probe_images
+    images = _first(setting, collected, count if config.base is None else max(count, SEEN))
+    probed, audited = images[:count], images[: count or 1]
+    if not images:
+        return {"robustness": {}, "precision": {}}, {}
+    models = bench.models.items()
+    with terminal.probing(len(models) * (probe_steps(probed) + audit_steps(audited))) as advance:
+        robustness = {model: probe(network, probed, advance) for model, network in models if probed}
+        safety = {model: precision(network, audited, advance) for model, network in models}
+    latents: dict[str, dict[str, Any]] = {}
+    if config.base is not None:
+        latents = latents_against_base(bench.models, images[:SEEN])
+    return {"robustness": robustness, "precision": safety}, latents
+
+
+def _first(setting: Setting, collected: dict[str, Collected], count: int) -> list[torch.Tensor]:
+    """The first `count` images of the first data set that has any; those that can still be read."""
+    name = next(name for name, one in collected.items() if one.lines)
+    indices = [line["index"] for line in collected[name].lines[:count]]
+    read = (_image(setting.bench, *setting.datasets[name], index) for index in indices)
+    return [image for image in read if image is not None]
+
+
+def _image(bench: Evaluator, data: DataConfig, source: Source, index: int) -> torch.Tensor | None:
+    """(1, C, S, S) in [-1, 1] on the device; none where it has gone since it was measured."""
+    channels = next(iter(bench.models.values())).config.in_channels
+    pixels = HeldOutImages(source, data, channels, bench.protocol.cut)[index].pixels
+    return None if pixels is None else to_model_range(pixels[None].to(bench.device))
+
+
+@torch.no_grad()
+def _pictures(bench: Evaluator, data: DataConfig, source: Source, index: int) -> Pictures | None:
+    """What the report shows of an image."""
+    image = _image(bench, data, source, index)
+    if image is None:
+        return None
+    reconstructions, latents = {}, {}
+    for codec, made in bench.make(image, [index]):
+        reconstructions[codec.name] = to_uint8(made.reconstructions)[0].cpu()
+        if not codec.is_crossed:
+            scale = bench.models[codec.encoder].config.taking_its_scale()  # assumed will do for a look, and is said
+            latents[codec.name] = scale_latents(made.latents, scale)[0].cpu()
+    return Pictures(to_uint8(image)[0].cpu(), reconstructions, latents)
+
+
+PLAN_FILE = "plan.json"
+
+
+def evaluate(config: EvaluateConfig) -> Path:
+    """Measure `config.models`, print tables, write JSON, CSV and the report; returns their folder.
+
+    The processes of torchrun share the images. What is measured is kept as it comes: the same call goes on where an
+    earlier one was interrupted. Raises `Stopped` where images are left out or not finite, and where a gate fails.
+    """
+    with gathered() as team:
+        return evaluate_as(config, team)
+
+
+def evaluate_as(config: EvaluateConfig, team: Team) -> Path:
+    """`evaluate` by this process of `team`."""
+    with ExitStack() as held, exact_arithmetic(config.threads):
+        folder = Path(config.output) / team.of_first(config.name)
+        setting = prepare(config, team)
+        plan = setting.header | {"images": setting.lists, "roots": setting.roots}
+        team.agree(plan)
+        refusal = team.of_first(_begin(folder, plan, held) if team.leads else "")
+        if refusal:
+            raise InputError(refusal)
+        if team.leads:
+            say(f"measuring into {folder}; interrupted, the same command with name={folder.name} goes on")
+            resolution = config.data.resolution
+            sizes = {name: model.config.sample_size for name, model in setting.bench.models.items()}
+            for name in (name for name, size in sizes.items() if size < resolution):
+                say(f"note: {name} is made for {sizes[name]} px and measured at data.resolution={resolution}")
+            for name in (name for name, model in setting.bench.models.items() if not model.config.scale_is_known):
+                say(f"note: {name} does not tell its scaling factor; pictures of its latents take one, family= says it")
+        rows = Rows(folder, team.rank)
+        try:
+            _measure(setting, rows, team)
+            if team.leads:
+                finish(config, folder, setting, rows)
+        except KeyboardInterrupt:
+            raise Stopped(INTERRUPTED, f"interrupted; the same command with name={folder.name} goes on") from None
+    return folder
+
+
+def _measure(setting: Setting, rows: Rows, team: Team) -> None:
+    """This process's share of what is not yet known."""
+    bench, datasets = setting.bench, setting.datasets
+    known = rows.known()
+    team.wait()  # nobody writes before everybody has read
+    rows.begin()
+    images = {name: _missing(name, source, known)[team.rank :: team.world] for name, (_, source) in datasets.items()}
+    total = sum(math.ceil(len(part) / datasets[name][0].validation_batch_size) for name, part in images.items())
+    batches = _batches(setting, images)
+    shown = track(batches, "Measuring", total, console=Console(stderr=True)) if team.leads else batches
+    try:
+        for name, batch in shown:
+            for line in bench.measure(name, batch):
+                rows.add(line)
+    except torch.OutOfMemoryError as error:
+        size = f"data.validation_batch_size={bench.batch_size}"
+        raise InputError(f"{size}: the GPU has no memory left for it; lower it") from error
+    rows.end()
+    team.wait()
+
+
+def _batches(setting: Setting, images: dict[str, list[int]]) -> Iterator[tuple[str, Batch]]:
+    bench = setting.bench
+    channels = next(iter(bench.models.values())).config.in_channels
+    for name, indices in images.items():
+        data, source = setting.datasets[name]
+        loader = indexed_loader(HeldOutImages(source, data, channels, bench.protocol.cut), indices)
+        try:
+            for batch in loader:
+                yield name, batch
+        finally:
+            shut_down(loader)
+
+
+def _missing(name: str, source: Source, known: set[tuple[str, int]]) -> list[int]:
+    return [index for index in range(len(source)) if (name, index) not in known]
+
+
+def _begin(folder: Path, plan: dict[str, Any], held: ExitStack) -> str:
+    """Take the folder and say in it what is measured; else say why not."""
+    try:
+        held.enter_context(locked(folder, "measuring"))
+        if (folder / DOCUMENT_FILE).exists():
+            return f"name={folder.name!r}: {folder} already holds an evaluation; choose another name"
+        if (folder / PLAN_FILE).exists():
+            unlike = _unlike(read_json(folder / PLAN_FILE), plan)
+        else:
+            unlike = f"rows and no {PLAN_FILE} that says of what" if Rows(folder, 0).are_there() else None
+        if unlike is not None:
+            return f"name={folder.name!r}: {folder} holds {unlike}; choose another name, or delete it"
+        write_text(folder / PLAN_FILE, json.dumps(plan, indent=2))
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def _unlike(before: dict[str, Any], plan: dict[str, Any]) -> str | None:
+    """Why an evaluation that was begun by the plan `before` cannot go on by this one."""
+    if CODE not in before.get("library", {}):
+        untold = "which did not note its code and the models' configurations: it cannot go on"
+        return f"what an earlier version of vae began to measure, {untold}"
+    other = first_difference(before, plan)
+    return None if other is None else f"an interrupted evaluation with other {other}"

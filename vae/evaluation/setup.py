@@ -1,0 +1,168 @@
+"""What an evaluation needs before the first image: networks that fit, metrics that can be had, and images."""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import PIL
+import torch
+
+import vae
+from vae.config.data import DataConfig
+from vae.config.schema import EvaluateConfig
+from vae.data.build import open_sources
+from vae.data.sources import Files, Source
+from vae.distributed import Team
+from vae.errors import InputError
+from vae.evaluation.compare import SCHEMA
+from vae.evaluation.gates import parse_gates
+from vae.evaluation.measure import (
+    Evaluator,
+    check_scales,
+    codecs_of,
+    described,
+    find_device,
+    load_models,
+    short_names,
+    weights_sha256,
+)
+from vae.evaluation.protocols import PROTOCOLS
+from vae.metrics.paired import PairedMetrics, unavailable
+from vae.metrics.registry import CONVENTION_OF, OF_SETS, PAIRED
+from vae.models.inception import Inception, load_inception
+from vae.models.lpips import MissingBackboneError
+from vae.weights.load import find_export
+
+CODE = "code"  # key of a header's library
+
+
+class Setting(NamedTuple):
+    """`header` is the part of the document that is known before anything is measured."""
+
+    header: dict[str, Any]
+    datasets: dict[str, tuple[DataConfig, Source]]  # {short name: (its configuration, its images)}
+    bench: Evaluator
+    lists: dict[str, str]  # of each data set's images, a hash
+
+    @property
+    def roots(self) -> list[str]:
+        """Of the data sets; what is here as a path from the top."""
+        given = [Path(str(data.validation_root or data.root)) for data, _ in self.datasets.values()]
+        return [str(path.absolute() if path.exists() else path) for path in given]
+
+
+def prepare(config: EvaluateConfig, team: Team) -> Setting:
+    """Everything that can be refused is refused here."""
+    parse_gates(config.limits)
+    datasets = _open(config)
+    if config.base is not None:
+        find_export(config.base, "base")  # refused by its own key
+    device = team.device(find_device(config.device))
+    models = {name: model.to(device) for name, model in load_models(config.models, config.family).items()}
+    if config.cross or config.base is not None:
+        check_scales(models)
+    channels, resolution = _channels(models), config.data.resolution
+    _check_resolution(models, resolution)
+    codecs, protocol = codecs_of(models, cross=config.cross), PROTOCOLS[config.protocol]
+    protocol.check(channels, config.data.bits)
+    missing = unavailable(tuple(config.metrics), channels, resolution)
+    paired = tuple(name for name in config.metrics if name in PAIRED and name not in missing)
+    metrics = PairedMetrics(paired, download=config.download).to(device)
+    missing |= {name: f"{reason}; or evaluate with download=true" for name, reason in metrics.missing.items()}
+    inception = _inception(config, missing, device)
+    _check_measured(config, missing)
+    conventions = tuple(sorted({CONVENTION_OF[name] for name in config.metrics if name in OF_SETS}))
+    batch_size = config.data.validation_batch_size
+    bench = Evaluator(codecs, models, protocol, metrics, inception, device, batch_size, config.seed, conventions)
+    lists = {name: list_sha256(source) for name, (_, source) in datasets.items()}
+    return Setting(_header(config, bench, missing), datasets, bench, lists)
+
+
+def _header(config: EvaluateConfig, bench: Evaluator, missing: dict[str, str]) -> dict[str, Any]:
+    batch_size = None if bench.at_once == 1 else bench.batch_size  # where numbers depend on it
+    paths = dict(zip(bench.models, config.models, strict=True))
+    family = {} if config.family is None else {"family": config.family}
+    return family | {
+        "schema": SCHEMA,
+        "protocol": bench.protocol.described(),
+        "resolution": config.data.resolution,
+        "seed": config.seed,
+        "library": _library(),
+        "device": {"type": bench.device.type, "threads": config.threads, "batch_size": batch_size},
+        "data": {"bits": config.data.bits, "min_side": config.data.min_side},
+        "inception": None if bench.inception is None else weights_sha256(bench.inception),
+        "base": None if config.base is None else next(iter(bench.models)),
+        "models": {codec.name: described(codec, bench.models, paths) for codec in bench.codecs},
+        "measured": [name for name in config.metrics if name not in missing],
+        "missing": missing,
+    }
+
+
+def _library() -> dict[str, str]:
+    """The code that numbers come from: Pillow decodes and resizes; each torchvision goes with one torch."""
+    ours = {"vae": vae.__version__, CODE: code_sha256()}
+    return ours | {"torch": torch.__version__, "pillow": PIL.__version__}
+
+
+def code_sha256(package: Path = Path(vae.__file__).parent) -> str:
+    """Of the names and the text of all of its Python files: checkouts of one version differ, and so do edited ones."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        text = path.read_bytes()
+        digest.update(f"{path.relative_to(package).as_posix()}\0{len(text)}\0".encode() + text)
+    return digest.hexdigest()
+
+
+def _check_measured(config: EvaluateConfig, missing: dict[str, str]) -> None:
+    for name in (name for name in config.limits if name in missing):
+        raise InputError(f"gates.{name}={config.limits[name]}: {name} cannot be measured: {missing[name]}")
+    if len(missing) == len(config.metrics):
+        raise InputError(f"metrics={config.metrics}: {next(iter(missing.values()))}")
+
+
+def _open(config: EvaluateConfig) -> dict[str, tuple[DataConfig, Source]]:
+    data = config.data
+    given = config.datasets or [data.validation_root or data.root or data.source]
+    names = short_names(given, "datasets")
+    each = [replace(data, root=root) for root in config.datasets] or [data]
+    return {name: (data, open_sources(data)[1]) for name, data in zip(names, each, strict=True)}
+
+
+def list_sha256(source: Source) -> str:
+    """Of the names of all images and of the sizes of files."""
+    digest = hashlib.sha256(source.fingerprint().encode())
+    if isinstance(source, Files):
+        for path in (source.root / name for name in source.names):
+            digest.update(f"{path.stat().st_size if path.is_file() else 0}\0".encode())
+    return digest.hexdigest()
+
+
+def _inception(config: EvaluateConfig, missing: dict[str, str], device: torch.device) -> Inception | None:
+    """Not had, it costs its metrics; named and not had, the evaluation."""
+    wanted = [name for name in config.metrics if name in OF_SETS and name not in missing]
+    if not wanted:
+        return None
+    try:
+        return load_inception(config.inception, download=config.download).to(device)
+    except MissingBackboneError as error:
+        if config.inception is not None:
+            raise
+        missing |= dict.fromkeys(wanted, f"{error}, with inception=PATH; or evaluate with download=true")
+        return None
+
+
+def _channels(models: dict[str, Any]) -> int:
+    """The image channels that all models have."""
+    counts = {name: model.config.in_channels for name, model in models.items()}
+    if len(set(counts.values())) > 1:
+        raise InputError(f"model={list(counts)}: models of different channels, {counts}; measure them one by one")
+    return next(iter(counts.values()))
+
+
+def _check_resolution(models: dict[str, Any], resolution: int) -> None:
+    for name, model in models.items():
+        factor = model.config.downsample_factor
+        if resolution % factor:
+            wrong = f"data.resolution={resolution} is not a multiple of {factor}, the factor of {name}"
+            raise InputError(f"{wrong}; choose e.g. {max(1, round(resolution / factor)) * factor}")

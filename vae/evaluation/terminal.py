@@ -1,0 +1,144 @@
+"""An evaluation in the terminal: protocol, a table for each set of images, what was not measured, who is better."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Column, Table
+
+from vae.data.decode import printable
+from vae.evaluation.compare import whole_models
+from vae.evaluation.drop_in import lines_against_base
+from vae.evaluation.protocols import PROTOCOLS
+from vae.evaluation.statistics import NO_DIFFERENCE
+from vae.metrics.registry import METRICS, OF_SETS
+
+MOST_COMPARISONS = 12  # in words; all of them are in the files
+STYLES = {"better": "green", "worse": "red"}
+
+
+def say(line: str) -> None:
+    Console().print(printable(line), highlight=False, markup=False, soft_wrap=True)
+
+
+def document(document: dict[str, Any]) -> None:
+    """Everything a person wants to know at once."""
+    print(PROTOCOLS[document["protocol"]["name"]])
+    for name, about in document["datasets"].items():
+        print()
+        say(f"{name}: {about['images']} images at {document['resolution']}x{document['resolution']}")
+        _table(document, name)
+        if about["identical"]:
+            count, first = len(about["identical"]), about["identical"][0]
+            of_first = f"the first: {first['image']} by {first['model']}"
+            say(f"{count} reconstructions are identical and not in the mean PSNR, {of_first}")
+        if about["enlarged"]:
+            count, first = len(about["enlarged"]), about["enlarged"][0]
+            say(f"{count} images have fewer pixels and were enlarged, the first: {first}")
+        _comparisons(document["comparisons"][name])
+    for reason in dict.fromkeys(document["missing"].values()):
+        names = ", ".join(name for name, why in document["missing"].items() if why == reason)
+        say(f"{names}: not measured. {reason}")
+    for model, about in document["precision"].items():
+        say(f"{model}: {about['verdict']}")
+    against_base(document)
+
+
+def against_base(document: dict[str, Any]) -> None:
+    """Each model beside the base, metric by metric, and whether it is harmless: nothing where there is no base."""
+    for model, about in document["against_base"].items():
+        for dataset in document["datasets"]:
+            title = f"{dataset}: {printable(model)} against {printable(document['base'])}"
+            table = Table("", "before", "after", "better by\n[95 % interval]", "wins", "", title=title)
+            for one in lines_against_base(document, dataset, model):
+                cells = (one.title, one.before, one.after, one.gain.replace(" [", "\n["), one.wins, one.verdict)
+                table.add_row(*cells, style=STYLES.get(one.verdict, ""))
+            Console(markup=False, highlight=False).print(table)
+        say(f"{model}: {about['latents']['verdict']}")
+    if document["against_base"]:
+        say("better by: mean over the images; of a metric that should be 1, of each image's own distance from 1")
+    for about in document["against_base"].values():
+        say(about["verdict"])
+
+
+def _table(document: dict[str, Any], dataset: str) -> None:
+    whole = whole_models(document)
+    table = Table(Column("", no_wrap=True), *(Column(printable(model), overflow="fold") for model in whole))
+    for metric in document["measured"]:
+        about = METRICS[metric]
+        cells = [_cell(document["metrics"][dataset][model][metric], about.digits) for model in whole]
+        unit = f" {about.unit}" if about.unit else ""
+        table.add_row(f"{about.title}{unit} {about.arrow}", *cells)
+    console = Console(markup=False, highlight=False)
+    console.print(table)
+    if any(metric not in OF_SETS for metric in document["measured"]):
+        say("mean [95 % interval, from 8 images on]; ↑ higher is better, ↓ lower, → 1 nearer to 1")
+    if len(whole) < len(document["models"]):
+        console.print(_matrix(document, dataset, whole))
+
+
+def _matrix(document: dict[str, Any], dataset: str, whole: list[str]) -> Table:
+    """Encoders down, decoders across, by the first metric."""
+    metric = document["measured"][0]
+    names = {(about["encoder"], about["decoder"]): name for name, about in document["models"].items()}
+    title = f"{METRICS[metric].title} of encoders (down) with decoders (across)"
+    table = Table(Column("", overflow="fold"), *map(printable, whole), title=title)
+    for encoder in whole:
+        paths = [(document["models"][encoder]["encoder"], document["models"][other]["decoder"]) for other in whole]
+        found = [document["metrics"][dataset][names[pair]][metric] if pair in names else None for pair in paths]
+        means = [{"mean": one["mean"], "low": None, "high": None} if one else None for one in found]
+        table.add_row(printable(encoder), *(_cell(one, METRICS[metric].digits) for one in means))
+    return table
+
+
+def _cell(summary: dict[str, Any] | None, digits: int) -> str:
+    if summary is None or summary["mean"] is None:
+        return "-"
+    mean = f"{summary['mean']:.{digits}f}"
+    has_interval = summary["low"] is not None and summary["high"] is not None
+    return f"{mean} [{summary['low']:.{digits}f}, {summary['high']:.{digits}f}]" if has_interval else mean
+
+
+def _comparisons(comparisons: Sequence[dict[str, Any]]) -> None:
+    shown = [one["verdict"] for one in comparisons if not one["verdict"].startswith(NO_DIFFERENCE)]
+    for verdict in shown[:MOST_COMPARISONS]:
+        say(verdict)
+    if len(shown) > MOST_COMPARISONS:
+        say(f"and {len(shown) - MOST_COMPARISONS} more differences, in the report")
+    if len(comparisons) > len(shown):
+        say(f"no difference shown in {len(comparisons) - len(shown)} of {len(comparisons)} comparisons")
+
+
+def written(folder: Path, names: Sequence[str]) -> None:
+    say(f"written  {', '.join(str(folder / name) for name in names)}")
+
+
+def gates_in(document: dict[str, Any]) -> int:
+    """One for each limit, model and data set."""
+    return len(document["gates"]["asked"]) * len(document["models"]) * len(document["datasets"])
+
+
+def incomplete(document: dict[str, Any], file: Path) -> str:
+    """What should be in the numbers and is not, or nothing."""
+    datasets = document["datasets"].values()
+    corrupt = [one for about in datasets for one in about["left_out"] if one["is_corrupt"]]
+    broken = [one for about in datasets for one in about["not_finite"]]
+    total = sum(about["images"] + len(about["left_out"]) for about in datasets)
+    said = []
+    if corrupt:
+        first = corrupt[0]["reason"]
+        said.append(f"{len(corrupt)} of {total} images are left out, listed in {file}; the first: {first}")
+    if broken:
+        first = f"{broken[0]['image']} by {broken[0]['model']}"
+        said.append(f"{len(broken)} reconstructions are not finite, listed in {file}; the first: {first}")
+    return printable(". ".join(said))
+
+
+@contextmanager
+def probing(steps: int) -> Iterator[Callable[[], object]]:
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("Probing", total=steps)
+        yield lambda: bar.advance(task)

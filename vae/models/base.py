@@ -1,0 +1,87 @@
+"""What training, measuring and use ask of an autoencoder, whichever its architecture is."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vae.config.model import AutoencoderConfig
+from vae.errors import require
+from vae.models.posterior import DiagonalGaussian
+
+
+class Half(nn.Module):
+    """What encoders and decoders share: their blocks are recomputed in backward where memory is dearer than time."""
+
+    gradient_checkpointing = False
+
+    def run(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            # No block draws random numbers, whose state would be waited for.
+            return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
+        return block(x)
+
+
+E = TypeVar("E", bound=Half, covariant=True)
+D = TypeVar("D", bound=Half, covariant=True)
+
+
+class Autoencoder(nn.Module, ABC, Generic[E, D]):
+    """Images in [-1, 1] <-> posterior over raw, unscaled latents.
+
+    The encoder's 1x1 convolution `quant_conv` and the decoder's `post_quant_conv` are identities where there are none.
+    """
+
+    encoder: E
+    decoder: D
+    quant_conv: nn.Module
+    post_quant_conv: nn.Module
+    is_variational = True  # else its posteriors have no width, and their KL says nothing
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> DiagonalGaussian:
+        """Images (B, C, H, W) in [-1, 1]; H and W multiples of `config.downsample_factor`."""
+
+    @abstractmethod
+    def decode_features(self, latents: Tensor) -> Tensor:
+        """`decode` without the last layer: its input (B, width, f * h, f * w)."""
+
+    @property
+    @abstractmethod
+    def last_layer(self) -> nn.Conv2d:
+        """The 3x3 convolution from features to images."""
+
+    @abstractmethod
+    def blocks(self) -> Iterator[nn.Module]:
+        """The large pieces in order of use: the units of `torch.compile` and of gradient checkpointing."""
+
+    def to_images(self, features: Tensor) -> Tensor:
+        """The last layer: features -> images, about [-1, 1] and not clamped."""
+        return self.last_layer(features)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Raw latents (B, latent_channels, h, w) -> images (B, C, f * h, f * w), about [-1, 1] and not clamped."""
+        return self.to_images(self.decode_features(latents))
+
+    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, DiagonalGaussian]:
+        """(reconstructions from one posterior sample, posterior)."""
+        posterior = self.encode(images)
+        return self.decode(posterior.sample(generator)), posterior
+
+    def check_size(self, images: Tensor) -> None:
+        """Raises InputError where H or W is no multiple of `config.downsample_factor`."""
+        (height, width), factor = images.shape[-2:], self.config.downsample_factor
+        fits = height % factor == width % factor == 0
+        require(fits, f"images are {width}x{height} pixels", f"multiples of {factor}; crop or pad them first")
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Keep only the blocks' inputs for backward and recompute the rest: less memory, about a third more time."""
+        self.encoder.gradient_checkpointing = enabled
+        self.decoder.gradient_checkpointing = enabled

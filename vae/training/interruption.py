@@ -1,0 +1,146 @@
+"""Signals and the wall clock: a run that is asked to stop finishes its update, saves, and says so by its status.
+
+Lightning's own handlers are kept out: on SIGTERM they exit with status 0 and no checkpoint, and with several
+processes they broadcast from inside the handler, which hangs (Lightning issue 20806).
+
+
+When a process that a run needs is gone: in words, and without waiting for it."""
+
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from subprocess import Popen, TimeoutExpired
+from types import FrameType, TracebackType
+
+import lightning
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+
+from vae import distributed
+from vae.console import warn
+from vae.errors import BAD_IMAGES, PROCESS_LOST, TIME_IS_UP, Stopped
+from vae.training.run_dir import checkpoints_in
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequests:
+    """Notes signals while entered; `status` is what the run shall exit with, 0 as long as it shall go on.
+
+    Before `is_training` there is nothing to save: a signal ends the process at once. So does a second SIGINT.
+    """
+
+    def __init__(self, minutes: float | None) -> None:
+        self._deadline = None if minutes is None else time.monotonic() + 60.0 * minutes
+        self._signalled = 0
+        self._before: dict[signal.Signals, signal._HANDLER] = {}
+        self.is_training = False
+        self.has_bad_images = False
+
+    @property
+    def status(self) -> int:
+        is_late = self._deadline is not None and time.monotonic() >= self._deadline
+        return self._signalled or (TIME_IS_UP if is_late else BAD_IMAGES if self.has_bad_images else 0)
+
+    def __enter__(self) -> "StopRequests":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        is_second_interrupt = number == signal.SIGINT and self._signalled == 128 + signal.SIGINT
+        self._signalled = 128 + number
+        if is_second_interrupt or not self.is_training:
+            raise Stopped(self._signalled, f"{reason(self._signalled)}, at once")
+
+
+def reason(status: int) -> str:
+    """In words, why a run ends with `status`."""
+    if status == BAD_IMAGES:
+        return "more images than data.max_corrupt allows cannot be read; skipped.jsonl lists them: stopped"
+    return "max_minutes are over" if status == TIME_IS_UP else f"stopped by {signal.Signals(status - 128).name}"
+
+
+def keep_lightning_out(trainer: lightning.Trainer) -> None:
+    """Of the signals, and of a broadcast per batch that waits for the GPU (Lightning issue 21487)."""
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+
+POLL_SECONDS = 0.5
+FAREWELL_SECONDS = 3.0  # for processes that stop by agreement; below the period of Lightning's own watch
+SIGNS_OF_A_LOST_PROCESS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+@contextmanager
+def reporting_failures(trainer: lightning.Trainer, folder: Path, timeout_minutes: float) -> Iterator[None]:
+    """Every early end as `Stopped`, with what happened and how to go on."""
+    watching = threading.Event()
+    threading.Thread(target=_watch, args=(trainer, watching), daemon=True).start()
+    try:
+        yield
+    except Stopped as stop:
+        _end_children(trainer, patience=FAREWELL_SECONDS)
+        raise _leave(trainer, folder, stop.code, stop.message) from stop
+    except BaseException as error:
+        _end_children(trainer)
+        message = _in_words(error, timeout_minutes)
+        if message is None:
+            raise
+        raise _leave(trainer, folder, PROCESS_LOST, message) from error
+    finally:
+        watching.set()
+
+
+def _leave(trainer: lightning.Trainer, folder: Path, code: object, message: str) -> SystemExit:
+    """Of the processes that Lightning started only the first speaks and has a status: a child's would get it killed."""
+    if isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment) and trainer.local_rank:
+        return SystemExit(0 if code != PROCESS_LOST else PROCESS_LOST)
+    remedy = f". Go on with: python train.py resume={folder}" if checkpoints_in(folder / "checkpoints") else ""
+    return Stopped(int(str(code)), f"{message}{remedy}")
+
+
+def _in_words(error: BaseException, timeout_minutes: float) -> str | None:
+    """None where it is no sign of a process that is gone."""
+    if not isinstance(error, RuntimeError):
+        return None
+    text = re.sub(r"\[\S+\.cc:\d+\] ", "", " ".join(str(error).split()))  # where in gloo is not the user's
+    if "DataLoader worker" in text:
+        return f"a data worker died ({text[:200]}): most often memory ran out; lower data.workers or data.batch_size"
+    is_lost = isinstance(error, dist.DistError) or any(sign in str(error) for sign in SIGNS_OF_A_LOST_PROCESS)
+    if distributed.world_size() == 1 or not is_lost:
+        return None
+    return (
+        f"process {dist.get_rank()} of {distributed.world_size()} lost another: it died, or was not heard of for "
+        f"{timeout_minutes:g} minutes (timeout_minutes); its own last lines say more ({text[:200]})"
+    )
+
+
+def _watch(trainer: lightning.Trainer, is_over: threading.Event) -> None:
+    """Say which child process died: Lightning kills the others without a word, a GPU's collective waits for ever."""
+    while not is_over.wait(POLL_SECONDS):
+        for number, child in enumerate(_children(trainer), start=1):
+            if child.poll():
+                warn(f"error: process {number} of the run (pid {child.pid}) ended with status {child.returncode}")
+                return
+
+
+def _end_children(trainer: lightning.Trainer, patience: float = 0.0) -> None:
+    """Those that Lightning started, which would wait for this one; also one that is stopped and hears nothing else."""
+    for child in _children(trainer):
+        with suppress(TimeoutExpired):
+            child.wait(patience)
+        child.kill()
+        child.wait()
+
+
+def _children(trainer: lightning.Trainer) -> list["Popen[bytes]"]:
+    return getattr(trainer.strategy.launcher, "procs", [])

@@ -1,0 +1,200 @@
+"""Published weight formats: the only place that knows a file name or a foreign key."""
+
+import json
+import warnings
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from vae.config.model import AutoencoderConfig
+from vae.errors import InputError
+from vae.files import State, WeightsError, replacing
+from vae.models.base import Autoencoder
+from vae.weights.detect import find_autoencoder
+from vae.weights.diffusers import CONFIG_FILE, KINDS, WEIGHTS_FILE, to_diffusers_config
+from vae.weights.ldm import to_ldm
+from vae.weights.load import PREFERRED, find_export, read_source
+from vae.weights.loaded import (
+    ASSUMED,
+    LoadedWeights,
+    Notes,
+    check_complete,
+    check_finite,
+    noting_the_scale,
+    read_json,
+    to_metadata,
+)
+from vae.weights.model_card import CARD_FILE, may_be_written, model_card
+from vae.weights.safetensors_io import Piece, narrowed, pieces_of, write_pieces
+from vae.weights.taesd import PAIR_FILE, SCALE, to_combined, to_pair
+
+__all__ = [
+    "FORMATS",
+    "LoadedWeights",
+    "Notes",
+    "WeightsError",
+    "load_autoencoder",
+    "read_autoencoder",
+    "save_autoencoder",
+    "save_found",
+]
+
+FORMATS = ("diffusers", "ldm", "taesd")
+ONE_FILE = {"kl": "ldm", "tiny": "taesd"}  # architecture: the format that is not a folder
+SINGLE_FILE = ".safetensors"
+OTHER_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".sft", ".gguf")  # files that are never written
+HALF_FILE = WEIGHTS_FILE.replace(".safetensors", ".fp16.safetensors")
+
+
+def save_autoencoder(
+    model: Autoencoder,
+    path: str | Path,
+    format: str = "diffusers",
+    dtype: torch.dtype = torch.float32,
+    notes: Notes | None = None,
+    *,
+    family: str | None = None,
+) -> Path:
+    """Write `model` to a diffusers folder or to one file, `NAME.safetensors` in LDM's names; returns the path.
+
+    A tiny one's file has `format="taesd"`: ComfyUI's names, or, called `NAME_decoder.safetensors` or
+    `NAME_encoder.safetensors`, the published pair, both of which are written. The folder has the float16 variant beside
+    the plain weights, for those who ask for it and those who do not. An existing file is replaced only when the new one
+    is complete. `notes` go into the metadata with the configuration. `family`, "sd" or another of `FAMILIES`, is whose
+    latents a tiny one has: ComfyUI's file needs it said.
+    """
+    path = Path(path)
+    if format not in FORMATS:
+        raise InputError(f"format={format!r}, expected one of {list(FORMATS)}")
+    if format not in ("diffusers", ONE_FILE[model.config.architecture]):
+        fitting = ONE_FILE[model.config.architecture]
+        raise InputError(f"format={format!r}, expected 'diffusers' or {fitting!r} for this architecture")
+    if format != "diffusers" and path.suffix != SINGLE_FILE:
+        raise InputError(f"{path}: name it NAME.vae{SINGLE_FILE}; web UIs refuse other kinds of file")
+    noted = noting_the_scale(notes or Notes(), model.config)
+    _write(path, format, _Export(dict(model.state_dict()), model.config, noted, family), dtype)
+    return path
+
+
+def save_found(found: LoadedWeights, path: Path, dtype: torch.dtype | None = None) -> str:
+    """Write what was read to another place, in the layout that `path` asks for by its name; returns that layout.
+
+    `NAME.safetensors` is one file, all else a diffusers folder, as in `save_autoencoder`. Without a `dtype` every
+    tensor keeps its own.
+    """
+    if path.suffix in OTHER_SUFFIXES:
+        raise InputError(f"{path}: name it NAME.vae{SINGLE_FILE} for one file, or without suffix for a folder")
+    if found.others and path.exists() and path.resolve() in (found.file.resolve(), found.file.resolve().parent):
+        raise InputError(f"{path}: holds {found.others} tensors beside the autoencoder, which would be lost")
+    format = ONE_FILE[found.config.architecture] if path.suffix == SINGLE_FILE else "diffusers"
+    notes = noting_the_scale(found.notes, found.config)
+    _write(path, format, _Export(found.state, found.config, notes, found.family), dtype)
+    return format
+
+
+def load_autoencoder(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    config: AutoencoderConfig | None = None,
+    ema: bool = False,
+    family: str | None = None,
+) -> Autoencoder:
+    """The autoencoder in any published layout, in eval mode, on the CPU; nothing in the file is executed.
+
+    A run's directory (its newest export), a diffusers folder, an LDM file, or a full SD checkpoint; of tiny ones a
+    diffusers folder, either file of the published pair, or ComfyUI's one file. Safetensors or PyTorch's pickles.
+    `config` replaces the architecture found beside, inside or by the tensors; `ema` takes a training checkpoint's
+    averaged weights. `family`, "sd" or another of `FAMILIES`, states the scaling factor where a file does not tell it;
+    its model's `config.scale_is_known` is False without, and whatever uses the factor warns.
+    """
+    found = read_autoencoder(find_export(path, "path"), config=config, ema=ema)
+    return (found if family is None else found.of_family(family)).build(dtype)
+
+
+def read_autoencoder(
+    path: str | Path, *, config: AutoencoderConfig | None = None, ema: bool = False, finite: bool = True
+) -> LoadedWeights:
+    """`load_autoencoder` short of the model: its tensors as stored, checked, and where they came from.
+
+    `finite=False` lets NaN and infinite values pass, for those who want to look at them.
+    """
+    found = find_autoencoder(read_source(Path(path).expanduser()), config, ema=ema)
+    if config is None and ASSUMED.keys() & found.notes.latents.keys():  # a file of ours that was made of such a one
+        found = replace(found, config=found.config.assuming_its_scale())
+    check_complete(found)
+    if finite:
+        check_finite(found)
+    return found
+
+
+def lost_in_half(folder: Path) -> str | None:
+    """In words, what float16 took from the weights of a folder that was written, in the variant for it there."""
+    if not (folder / HALF_FILE).is_file():
+        return None
+    return narrowed(read_autoencoder(folder).state, torch.float16).words
+
+
+class _Export(NamedTuple):
+    """What goes into a file, under our names."""
+
+    state: State
+    config: AutoencoderConfig
+    notes: Notes
+    family: str | None = None
+
+
+def _write(path: Path, format: str, export: _Export, dtype: torch.dtype | None) -> None:
+    if format == "diffusers":
+        return _write_folder(path, export, dtype)
+    if format == "ldm":
+        files = {path: to_ldm(export.state, export.config)}
+    elif PAIR_FILE.fullmatch(path.name):
+        files = to_pair(export.state, path)
+    else:
+        files = {path: to_combined(export.state, export.family)}
+    written = {file: pieces_of(file, state, dtype) for file, state in files.items()}
+    for file, state in files.items():
+        written[file] |= {name: Piece.of(state[name]) for name in SCALE if name in state}  # no weights: never cast
+    with ExitStack() as opened:
+        for file, pieces in written.items():
+            write_pieces(opened.enter_context(replacing(file)), pieces, to_metadata(export.config, export.notes), file)
+    return None
+
+
+def _write_folder(folder: Path, export: _Export, dtype: torch.dtype | None) -> None:
+    """All files are written before the first takes its name, and the configuration takes its own last."""
+    _check_folder(folder, KINDS[export.config.architecture])
+    state, metadata = export.state, to_metadata(export.config, export.notes)
+    config = json.dumps(to_diffusers_config(export.config), indent=2) + "\n"
+    plain, half = folder / WEIGHTS_FILE, folder / HALF_FILE
+    try:
+        in_half = pieces_of(half, state, torch.float16)
+    except WeightsError as error:
+        in_half = None
+        warnings.warn(f"no float16 variant: {error}", stacklevel=4)
+    with ExitStack() as files:
+        described = files.enter_context(replacing(folder / CONFIG_FILE))
+        for path, pieces in ((plain, pieces_of(plain, state, dtype)), (half, in_half)):
+            if pieces is not None:
+                write_pieces(files.enter_context(replacing(path)), pieces, metadata, path)
+        described.write_text(config, encoding="utf-8")
+        if may_be_written(folder / CARD_FILE):
+            parameters = sum(tensor.numel() for tensor in state.values())
+            card = files.enter_context(replacing(folder / CARD_FILE))
+            card.write_text(model_card(export.config, export.notes, parameters), encoding="utf-8")
+    if in_half is None:
+        half.unlink(missing_ok=True)
+
+
+def _check_folder(folder: Path, kind: str) -> None:
+    """Refuse a folder whose other contents diffusers would mix up with ours, or that is another thing's."""
+    others = [name for name in PREFERRED if name not in (WEIGHTS_FILE, HALF_FILE) and (folder / name).exists()]
+    if others:
+        raise InputError(f"{folder}: has {others[0]}, which diffusers may load instead; choose another folder")
+    described = folder / CONFIG_FILE
+    if described.exists() and read_json(described).get("_class_name") != kind:
+        raise InputError(f"{folder}: its {CONFIG_FILE} is another thing's and would be lost; choose another folder")

@@ -1,0 +1,106 @@
+"""From a path to named tensors: folders of diffusers, single files, whatever their suffix says they are.
+
+From what a user names to weights: an export, a weights file or the directory of a run."""
+
+from pathlib import Path
+
+from vae.errors import InputError
+from vae.files import State, WeightsError
+from vae.weights.detect import autoencoder_names
+from vae.weights.diffusers import CONFIG_FILE, WEIGHTS_FILE, read_config
+from vae.weights.loaded import WeightsFile, config_in, read_json, read_notes
+from vae.weights.pickle_io import read_pickle
+from vae.weights.safetensors_io import read_safetensors
+from vae.weights.taesd import HALVES, file_of_half, from_pair, is_half, pair_in
+
+STEM = WEIGHTS_FILE.removesuffix(".safetensors")
+PREFERRED = (  # of a folder's weights: full precision first, safetensors before pickles, whole before sharded
+    WEIGHTS_FILE,
+    f"{WEIGHTS_FILE}.index.json",
+    f"{STEM}.bin",
+    f"{STEM}.bin.index.json",
+    f"{STEM}.fp16.safetensors",
+    f"{WEIGHTS_FILE}.index.fp16.json",
+    f"{STEM}.fp16.bin",
+)
+LONGEST_NAME = 255  # bytes, of file systems
+PIPELINE_PART = "vae"  # where a whole diffusion pipeline keeps its autoencoder
+
+
+def read_source(path: Path) -> WeightsFile:
+    if not path.is_dir():
+        state, metadata = read_file(path)
+        beside = path.parent / CONFIG_FILE
+        in_folder = path.name in PREFERRED and beside.is_file()
+        state = _whole(path) if is_half(state) else state
+        config = read_config(beside) if in_folder else config_in(path, metadata)
+        return WeightsFile(path, state, config, read_notes(path, metadata))
+    if not (path / CONFIG_FILE).is_file() and (path / PIPELINE_PART / CONFIG_FILE).is_file():
+        path = path / PIPELINE_PART
+    config = read_config(path / CONFIG_FILE) if (path / CONFIG_FILE).is_file() else None
+    file = next((path / name for name in PREFERRED if (path / name).is_file()), None)
+    pair = pair_in(path) if file is None and config is None else None
+    if pair is not None:
+        return read_source(pair)
+    if file is None:
+        raise WeightsError(f"{path / WEIGHTS_FILE}: no such file, nor {', '.join(PREFERRED[1:])}; fetch it again")
+    if file.suffix == ".json":
+        return WeightsFile(file, _read_shards(file), config)
+    state, metadata = read_file(file)
+    return WeightsFile(file, state, config, read_notes(file, metadata))
+
+
+def _whole(half: Path) -> State:
+    """The tensors of a published pair, of which `half` is one."""
+    files = [file_of_half(half, which) for which in HALVES]
+    for file in files:
+        if not file.is_file():
+            raise WeightsError(f"{half}: one half of a tiny autoencoder; put the other, {file.name}, beside it")
+    return from_pair(*(read_file(file)[0] for file in files))
+
+
+def is_pickle(path: Path) -> bool:
+    """By its first bytes: PyTorch's pickle, and not safetensors, which is 8 bytes of length and then JSON."""
+    if not path.is_file():
+        raise WeightsError(f"{path}: {'a folder, not a' if path.is_dir() else 'no such'} file")
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] != b"{" and start.startswith((b"PK", b"\x80"))
+
+
+def read_file(path: Path) -> tuple[State, dict[str, str]]:
+    """(tensors, metadata) of one file; pickles have no metadata. Of a full checkpoint only the autoencoder is read."""
+    if is_pickle(path):
+        return read_pickle(path, autoencoder_names), {}
+    return read_safetensors(path, autoencoder_names)
+
+
+def _read_shards(index: Path) -> State:
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise WeightsError(f"{index}: not an index of shards; fetch it again")
+    state: State = {}
+    for name in sorted(set(shards.values())):
+        if Path(name).name != name or not name.isprintable() or len(name.encode()) > LONGEST_NAME:
+            raise WeightsError(f"{index}: names the shard {name!r} outside its folder, or by no name; refused")
+        state |= read_file(index.parent / name)[0]
+    return state
+
+
+def find_export(path: str | Path, key: str = "model") -> Path:
+    """The weights meant by `path`: for a run's directory its newest export, else its best; for an export the folder.
+
+    `key` is what an error calls the path.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise InputError(f"{key}={str(path)!r}: no such file or folder; name an export, a weights file or a run")
+    exports = [*(path / "exports").glob("best"), *sorted((path / "exports").glob("step_*"))]
+    if exports:
+        path = exports[-1]
+    if (path / "checkpoints").is_dir():
+        raise InputError(f"{key}={str(path)!r}: a run without an export; vae export {path} makes one of its checkpoint")
+    if (path / "diffusers").is_dir():
+        return path / "diffusers"
+    single = sorted(path.glob("*.vae.safetensors")) if path.parent.name == "exports" else []
+    return single[0] if single else path  # diffusers cannot hold every tiny one
