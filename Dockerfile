@@ -20,6 +20,7 @@ WORKDIR /app
 # The dependencies first: they change less often than the code.
 COPY --chown=trainer pyproject.toml README.md Makefile ./
 COPY --chown=trainer vae/__init__.py vae/__init__.py
+COPY --chown=trainer configs configs
 RUN make .venv/installed
 
 COPY --chown=trainer . .

@@ -1,6 +1,7 @@
 """Every shipped YAML composes into the schema and builds; every refusal is one line."""
 
 import json
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
@@ -9,11 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluate import main as evaluate_main
 from tests.presets import CONFIGS
-from train import main as train_main
-from vae.config import compose
-from vae.config.compose import compose
+from vae.cli.evaluate import measure
+from vae.cli.train import train_and_compare
+from vae.config.compose import compose, run
 from vae.config.loss import LossConfig
 from vae.config.schema import EvaluateConfig, TrainConfig
 from vae.errors import Stopped
@@ -57,10 +57,9 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
     def call(name: str, *overrides: str, action=None) -> tuple[int, list[object]]:
         seen: list[object] = []
-        folder, schema = {"train": (".", TrainConfig), "evaluate": ("evaluate", EvaluateConfig)}[name]
         monkeypatch.setattr("sys.argv", [name, *overrides])
         try:
-            compose.run(folder, name, schema, action or seen.append)
+            run(name, action or seen.append, sys.argv)
         except SystemExit as leaving:
             return cast(int, leaving.code), seen
         return 0, seen
@@ -161,15 +160,15 @@ def test_a_corrupt_image_met_by_a_data_worker_is_one_line(command, capsys, tmp_p
         "trainer.accelerator=cpu",
         "trainer.enable_progress_bar=false",
     ]
-    assert command("train", *overrides, *small, action=train_main)[0] == 2
+    assert command("train", *overrides, *small, action=train_and_compare)[0] == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
     assert line.startswith(f"error: 100 images in a row cannot be used, the last: {folder}/")
     assert line.endswith("replace or remove it")
 
 
 def test_the_doors_lead_to_training_and_evaluation(command, capsys):
-    assert command("train", "data=folder", "data.root=/nowhere", action=train_main)[0] == 2
-    assert command("evaluate", "model=/nowhere", action=evaluate_main)[0] == 2
+    assert command("train", "data=folder", "data.root=/nowhere", action=train_and_compare)[0] == 2
+    assert command("evaluate", "model=/nowhere", action=measure)[0] == 2
     first, second = capsys.readouterr().err.splitlines()
     assert "data.root='/nowhere': no such folder" in first
     assert "model='/nowhere': no such file or folder" in second

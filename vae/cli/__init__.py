@@ -1,16 +1,16 @@
-"""The `vae` command: what people do with an autoencoder once it is trained."""
+"""The `vae` command: every subcommand, and what the process does with refused input."""
 
 import sys
 import warnings
 
 import typer
 
-from vae.cli import compare, datasets, explore, images, train, weights
+from vae.cli import compare, datasets, evaluate, explore, images, train, weights
 from vae.cli.common import warn
 from vae.errors import InputError
 
 app = typer.Typer(
-    help="Look into, convert and use KL autoencoders. Training is train.py, measuring is evaluate.py.",
+    help="Train, measure, convert and use the autoencoders of latent diffusion.",
     epilog="Exit status: 0 done, 2 something given cannot be used (one line on stderr says what, and what to do), "
     "4 compare shows a loss.",
     no_args_is_help=True,
@@ -38,10 +38,12 @@ for command in (
     train.plan,
 ):
     app.command()(command)
+for command in (train.train, evaluate.evaluate):
+    app.command(add_help_option=False, context_settings=train.PASSED_ON)(command)
 
 
 def main() -> None:
-    """The console entry point: refused input is one line on stderr and status 2."""
+    """Run the command line. Refused input ends the process with one line on stderr and status 2."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: warn(str(message))

@@ -1,8 +1,8 @@
-"""What several subcommands share: their arguments, and how they speak. torch is imported only when there is work.
+"""Helpers that the subcommands share: their options, how they print, and how they load a model and run it on images.
 
-A model run as a command asks: whole, or in strips within a bound of memory.
-
-What commands share that run a model on images: the model loaded, squares in, pictures and tables out."""
+Options that several commands have are defined once here, as `Annotated` types. torch is imported inside functions, so
+that `vae --help` is fast. A model encodes and decodes either whole or, with `--memory`, in strips within that bound.
+"""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,22 +46,27 @@ Memory = Annotated[
     ),
 ]
 
-PHOTOS = "photos"  # instead of a folder: the embedded photographs
-AUDITED = 2  # images; saturated and noisy ones and latents of the prior come on top
+PHOTOS = "photos"  # in place of a folder: the photographs embedded in the installation
+AUDITED = 2  # images; saturated and noisy images and latents of the prior are added
 UNITS = {"MB": 1e6, "GB": 1e9, "MIB": 2**20, "GIB": 2**30}
 
 
 def say(line: str = "") -> None:
+    """Print one line to stdout, unstyled and without wrapping."""
     Console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def warn(line: str) -> None:
+    """Print one line to stderr as a warning, in yellow on a terminal."""
     Console(stderr=True).print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True, style="yellow")
 
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[float], object]]:
-    """Gives `advance(amount)`; the bar goes to stderr and is gone at the end."""
+    """Show a progress bar on stderr up to `total`. It disappears at the end.
+
+    Yields `advance(amount)`, which moves the bar on.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=total)
@@ -69,6 +74,7 @@ def progress(label: str, total: int) -> Iterator[Callable[[float], object]]:
 
 
 def dtype_named(name: str | None) -> "torch.dtype | None":
+    """Return the torch dtype of that name, or None for None. Raises InputError for any other name."""
     import torch
 
     dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -77,7 +83,10 @@ def dtype_named(name: str | None) -> "torch.dtype | None":
 
 
 def bytes_named(memory: str | None) -> int | None:
-    """Of --memory."""
+    """Return the bytes that `--memory` asks for, such as "2GB" or "500 MiB", or None without it.
+
+    Raises InputError for anything but a number followed by one of `UNITS`.
+    """
     if memory is None:
         return None
     number = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})", memory.strip(), re.IGNORECASE)
@@ -89,7 +98,12 @@ def bytes_named(memory: str | None) -> int | None:
 def read(
     model: Path, config: Path | None = None, family: str | None = None, *, ema: bool = False, finite: bool = True
 ) -> "LoadedWeights":
-    """The weights that `model` means; `family` states the scaling factor."""
+    """Read the weights that `model` points at: an export, a weights file, a full checkpoint or a run's directory.
+
+    `config` is a config.json of diffusers that states the architecture. `family` states the scaling factor; InputError
+    is raised where the network does not belong to that family. `ema` takes the EMA weights of a training checkpoint.
+    `finite` refuses weights with NaN or infinite values.
+    """
     from vae.weights import read_autoencoder
     from vae.weights.diffusers import read_config
     from vae.weights.families import families_of
@@ -105,9 +119,10 @@ def read(
 
 
 def image_files(given: Sequence[Path], suffixes: Sequence[str] = ()) -> dict[str, Path]:
-    """{name for what is made of it: file}: files as given, folders with everything below them, in their structure.
+    """Return {label: file} of the given files, and of every image below the given folders.
 
-    `suffixes` other than images' may be asked for.
+    A label names the output that is made from the file. In a folder it keeps the path below that folder. `suffixes`
+    selects other files than images. Raises InputError where two files would have the same label.
     """
     from vae.data.decode import EXTENSIONS
     from vae.data.sources import folder_files
@@ -117,17 +132,24 @@ def image_files(given: Sequence[Path], suffixes: Sequence[str] = ()) -> dict[str
         names = folder_files(path, suffixes or EXTENSIONS, str(path)) if path.is_dir() else [path.name]
         for name in names:
             stem, dot, suffix = name.rpartition(".")
+
+            # Images keep their suffix in the label, since a.png and a.jpg may both be there.
             label = stem if suffixes else f"{stem}_{suffix}" if dot else name
             require(label not in found, f"two files are called {name}", "different names; give them in separate calls")
             found[label] = path / name if path.is_dir() else path
+
     return found
 
 
 def opened(files: "dict[str, Path]", channels: int) -> "Iterator[tuple[str, Path, torch.Tensor]]":
-    """(name, file, pixels) of each; those that cannot be read are left out with a warning."""
+    """Yield (label, file, uint8 pixels (C, H, W)) of each image. Images that cannot be read are skipped with a warning.
+
+    Raises ImageError if the only file cannot be read, and InputError if none of several can.
+    """
     from vae.data.decode import ImageError, open_image
 
     read, first = 0, None
+
     for name, path in files.items():
         try:
             pixels = open_image(path, channels)
@@ -137,13 +159,19 @@ def opened(files: "dict[str, Path]", channels: int) -> "Iterator[tuple[str, Path
                 raise
             warn(f"left out: {error}")
             continue
+
         read += 1
         yield name, path, pixels
+
     require(read > 0, f"none of {len(files)} images can be read ({first})", "one or more")
 
 
 def audit_images(source: Path, config: "AutoencoderConfig", resolution: int) -> "list[torch.Tensor]":
-    """A few central squares (1, C, H, W) in [-1, 1] of a file, a folder, or of the embedded photographs."""
+    """Return a few central squares (1, C, H, W) in [-1, 1] for an audit.
+
+    `source` is an image, a folder of images, or "photos" for the photographs embedded in the installation. At most
+    `AUDITED` images are chosen, by the hash of their names.
+    """
     from vae.data.decode import open_image
     from vae.data.sources import TRAINING_PHOTOS, Names, Photos, fewest_by_hash
     from vae.data.transforms import center_crop, to_model_range
@@ -153,6 +181,8 @@ def audit_images(source: Path, config: "AutoencoderConfig", resolution: int) -> 
         files = {name: embedded.root / name for name in embedded.names}
     else:
         files = image_files([source])
+
+    # The choice depends on names alone, so that the same folder gives the same audit everywhere.
     paths = list(files.values())
     pictures = [open_image(paths[i], config.in_channels) for i in fewest_by_hash(Names(files), AUDITED)]
     return [to_model_range(center_crop(picture, resolution))[None] for picture in pictures]
@@ -164,7 +194,7 @@ Made = TypeVar("Made")
 
 @contextmanager
 def about(path: Path) -> Iterator[None]:
-    """Errors within the block are about this file."""
+    """Put the file's path before the message of every InputError raised within the block."""
     try:
         yield
     except InputError as error:
@@ -172,16 +202,21 @@ def about(path: Path) -> Iterator[None]:
 
 
 def place_of(autoencoder: "Autoencoder") -> "torch.device":
+    """Return the device of the autoencoder's weights."""
     return next(autoencoder.parameters()).device
 
 
 def raw_latents(path: Path, config: "AutoencoderConfig", family: str | None) -> "Tensor":
-    """Those in a file (B, C, h, w), as the autoencoder of `config` takes them.
+    """Read the latents (B, C, h, w) of a file, and return them as the autoencoder of `config` takes them.
 
-    Scaled ones were scaled by the factors that their file states, whatever those of the reader are; what the other
-    architecture made is unscaled by the reader's own, for both are those that a diffusion model sees. A tiny one takes
-    scaled latents: raw ones, which are a KL autoencoder's, are scaled by the factors of the `family` that is named,
-    else by those that their file states.
+    A KL autoencoder takes raw latents, a tiny one takes scaled latents.
+
+    Scaled latents are unscaled with the factors that their file states, whatever the reader's own factors are. If an
+    autoencoder of the other architecture made them, the reader's own factors are used instead: what both architectures
+    share is the scaled latents that a diffusion model sees. Raw latents come from a KL autoencoder. For a tiny reader
+    they are scaled with the factors of `family` if it is given, else with those that their file states.
+
+    Raises InputError where the scale is needed and neither the file nor `family` tells it.
     """
     from vae.config.model import AutoencoderConfig
     from vae.latents import latents_for, unscale_latents
@@ -195,12 +230,15 @@ def raw_latents(path: Path, config: "AutoencoderConfig", family: str | None) -> 
         unknown = f"{path}: scaled latents, and a model that does not tell its scale"
         require(scale.scale_is_known, unknown, "--family with them: sd, sdxl, sd3 or flux")
         return unscale_latents(latents, scale)
+
+    # Raw latents are what a KL autoencoder takes. A tiny one needs the scale of the model that made them.
     if config.architecture == "kl":
         return latents
     if family is not None:
         scaling, shift = FAMILIES[family]
         maker = AutoencoderConfig(latent_channels=config.latent_channels, scaling_factor=scaling, shift_factor=shift)
         return latents_for(config, latents, maker)
+
     maker = scale_in(path, config.latent_channels)
     remedy = "--family with it: sd, sdxl, sd3 or flux"
     require(maker is not None, f"{path}: raw latents that do not tell their scale", remedy)
@@ -209,7 +247,11 @@ def raw_latents(path: Path, config: "AutoencoderConfig", family: str | None) -> 
 
 
 def encoded(autoencoder: "Autoencoder", images: "Tensor", memory: int | None, advance: Advance) -> "DiagonalGaussian":
-    """Posterior of images (1, C, H, W), within `memory` bytes if any are given; `advance` by 1 in all."""
+    """Encode images (1, C, H, W) in [-1, 1], and return their posterior.
+
+    With `memory` in bytes the work is done in strips within that bound. `advance` is called with amounts that add up to
+    1.
+    """
     from vae.models.strips import encode_in_strips
 
     if memory is not None:
@@ -218,7 +260,7 @@ def encoded(autoencoder: "Autoencoder", images: "Tensor", memory: int | None, ad
 
 
 def decoded(autoencoder: "Autoencoder", latents: "Tensor", memory: int | None, advance: Advance) -> "Tensor":
-    """Images of raw latents (B, C, h, w), as `encoded`."""
+    """Decode raw latents (B, C, h, w) to images (B, C, H, W), with `memory` and `advance` as in `encoded`."""
     from vae.models.strips import decode_in_strips
 
     if memory is not None:
@@ -227,6 +269,7 @@ def decoded(autoencoder: "Autoencoder", latents: "Tensor", memory: int | None, a
 
 
 def _whole(half: "Callable[[Tensor], Made]", autoencoder: "Autoencoder", given: "Tensor", advance: Advance) -> "Made":
+    """Apply the encoder or decoder to the whole input on the model's device, and advance by 1."""
     made = half(given.to(place_of(autoencoder)))
     advance(1)
     return made
@@ -238,12 +281,14 @@ WIDEST = 8  # pictures to a row
 
 
 def load(model: Path, device: str, family: str | None = None) -> "Autoencoder":
+    """Load the autoencoder that `model` points at onto `device`, which is auto, cpu, cuda or cuda:N."""
     from vae.evaluation.measure import find_device
 
     return read(model, family=family).build().to(find_device(device))
 
 
 def save(picture: "Image.Image", target: Path) -> None:
+    """Write a picture as PNG. The file appears under its name only when it is complete."""
     from vae.files import replacing
 
     with replacing(target) as partial:
@@ -251,7 +296,10 @@ def save(picture: "Image.Image", target: Path) -> None:
 
 
 def squares(files: dict[str, Path], autoencoder: "Autoencoder", resolution: int) -> "Iterator[tuple[str, Tensor]]":
-    """(name, central square (C, resolution, resolution) in [-1, 1] on the model's device) of each file."""
+    """Yield (label, central square) of each readable file.
+
+    A square is (C, resolution, resolution) in [-1, 1] on the model's device.
+    """
     from vae.data.transforms import center_crop, to_model_range
 
     for name, _, pixels in opened(files, autoencoder.config.in_channels):
@@ -259,14 +307,17 @@ def squares(files: dict[str, Path], autoencoder: "Autoencoder", resolution: int)
 
 
 def shown(images: "Tensor") -> "Tensor":
-    """Images about [-1, 1], anywhere -> uint8 on the CPU, as sheets have them."""
+    """Convert images in about [-1, 1] on any device to uint8 on the CPU, as contact sheets take them."""
     from vae.data.transforms import to_uint8
 
     return to_uint8(images).cpu()
 
 
 def generator_of(seed: int, name: str) -> "torch.Generator":
-    """Of its own for each image, so that none depends on which others there are."""
+    """Return a random generator for one image, seeded by `seed` and the image's label.
+
+    Each image has its own, so that its noise does not depend on which other images are there.
+    """
     import torch
 
     from vae.data.sampler import seed_for
@@ -275,11 +326,12 @@ def generator_of(seed: int, name: str) -> "torch.Generator":
 
 
 def rows_of(count: int) -> list[slice]:
-    """`count` pictures in rows."""
+    """Divide `count` pictures into rows of at most `WIDEST`, as slices."""
     return [slice(start, min(start + WIDEST, count)) for start in range(0, count, WIDEST)]
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table of text cells to stdout."""
     table = Table(*columns)
     for row in rows:
         table.add_row(*row)

@@ -1,4 +1,4 @@
-"""`vae compare`: two evaluations of the same images, and a status that says whether something got worse."""
+"""`vae compare`: compare two evaluations of the same images. The exit status says whether something got worse."""
 
 from itertools import product
 from pathlib import Path
@@ -24,9 +24,10 @@ Margins = Annotated[
 def compare(old: Place, new: Place, metric: Chosen = None, margin: Margins = None) -> None:
     """Say what got better and worse between two evaluations of the same images, with intervals; status 4 for a loss.
 
-    A loss is shown where the whole 95 % interval of the paired difference is below minus the margin (0 unless given),
-    and the difference is shown after Holm's correction for all metrics and models of the dataset. It is a loss too if
-    more images stopped being identical with their reconstruction than became so, or if images have no number any more.
+    A loss is shown if the whole 95 % interval of the paired difference lies below minus the margin (0 unless given),
+    and if the difference is still significant after Holm's correction for all metrics and models of the dataset. Two
+    more things count as a loss: more images stopped being identical with their reconstruction than became identical, or
+    images that had a number have none any more.
 
     Example: vae compare evaluations/before evaluations/after --metric psnr --metric lpips_vgg --margin psnr=0.1
     """
@@ -34,15 +35,19 @@ def compare(old: Place, new: Place, metric: Chosen = None, margin: Margins = Non
 
     before, after = read_evaluation(old), read_evaluation(new)
     pairs = pairs_of(before, after)
+
     protocol = after.document["protocol"]
     say(f"protocol {protocol['name']}, sha256 {protocol['sha256']}, at {after.document['resolution']} px")
+
     for line in only_in_one(before, after):
         warn(f"{line}, and not compared")
     for line in paired_by_name(before, after):
         warn(line)
+
     metrics = _chosen(metric, pairs)
     margins = _margins(margin or [], metrics)
     losses = [loss for dataset in before.document["datasets"] for loss in _compared(dataset, pairs, metrics, margins)]
+
     _print_sets(before, after)
     for line in losses:
         say(f"loss: {line}")
@@ -52,17 +57,23 @@ def compare(old: Place, new: Place, metric: Chosen = None, margin: Margins = Non
 
 
 def _compared(dataset: str, pairs: "list[Pair]", metrics: list[str], margins: dict[str, float]) -> list[str]:
-    """Prints the table of a dataset; returns its losses in words."""
+    """Print the tables of a dataset, and return its losses, each as a sentence."""
     from vae.evaluation import statistics
 
     asked = [(pair, name) for pair in pairs if pair.dataset == dataset for name in metrics if name in pair.metrics]
     compared = [statistics.compare(name, ("old", pair.old[name]), ("new", pair.new[name])) for pair, name in asked]
+
+    # Holm's correction takes all metrics and models of the dataset together.
     compared = statistics.corrected(compared)
     _print_table(dataset, asked, compared, margins)
+
     both = list(zip(asked, compared, strict=True))
     losses = [f"{dataset}, {pair.model}: {one.verdict}" for (pair, _), one in both if is_loss(one, margins)]
+
+    # Intervals cover images with finite values only, so images that are no longer identical are counted apart.
     fewer = [(pair, one) for (pair, _), one in both if one.lost > one.gained]
     losses += [f"{dataset}, {pair.model}: {_no_longer_identical(one)}" for pair, one in fewer]
+
     for pair in (pair for pair in pairs if pair.dataset == dataset):
         if pair.apart:
             warn(f"{dataset}, {pair.model}: {pair.apart} images are in one evaluation only, and left out")
@@ -72,11 +83,13 @@ def _compared(dataset: str, pairs: "list[Pair]", metrics: list[str], margins: di
 
 
 def is_loss(comparison: "Comparison", margins: dict[str, float]) -> bool:
+    """Return whether a metric got worse by more than its margin, with the whole interval beyond it."""
     allowed = margins.get(comparison.metric, 0.0)
     return comparison.is_shown and comparison.high is not None and comparison.high < -allowed
 
 
 def _no_longer_identical(one: "Comparison") -> str:
+    """Say how many images stopped being identical with their reconstruction, and how many became so."""
     others = f", and {one.gained} others are" if one.gained else ""
     return f"{one.lost} of {one.known} images were identical and are not any more{others}"
 
@@ -84,7 +97,7 @@ def _no_longer_identical(one: "Comparison") -> str:
 def _print_table(
     dataset: str, asked: "list[tuple[Pair, str]]", compared: "list[Comparison]", margins: dict[str, float]
 ) -> None:
-    """One for each model."""
+    """Print one table for each model, with a line for each metric."""
     from rich.console import Console
     from rich.table import Table
 
@@ -104,7 +117,7 @@ def _print_table(
 
 
 def _judged(one: "Comparison", margins: dict[str, float]) -> tuple[str, str]:
-    """The last cell of a line, and its colour."""
+    """Return the verdict in a line's last cell, and the colour of the line."""
     if is_loss(one, margins) or one.lost > one.gained:
         return "worse", "red"
     if one.sign > 0:
@@ -113,7 +126,10 @@ def _judged(one: "Comparison", margins: dict[str, float]) -> tuple[str, str]:
 
 
 def _print_sets(old: "Evaluation", new: "Evaluation") -> None:
-    """Metrics of whole sets have one value and none for each image: they are shown and not judged."""
+    """Print metrics of whole sets, such as rFID, without judging them.
+
+    They have one value for the set and none for each image, so no paired test applies.
+    """
     from vae.evaluation.compare import models_of
     from vae.metrics.registry import OF_SETS
 
@@ -126,7 +142,10 @@ def _print_sets(old: "Evaluation", new: "Evaluation") -> None:
 
 
 def _chosen(given: list[str] | None, pairs: "list[Pair]") -> list[str]:
-    """The metrics to compare, in the order of the registry."""
+    """Return the metrics to compare, in the order of the registry.
+
+    Raises InputError for one that is not measured in both evaluations, and where none is.
+    """
     from vae.metrics.registry import PAIRED
 
     both = [name for name in PAIRED if any(name in pair.metrics for pair in pairs)]
@@ -137,6 +156,10 @@ def _chosen(given: list[str] | None, pairs: "list[Pair]") -> list[str]:
 
 
 def _margins(given: list[str], metrics: list[str]) -> dict[str, float]:
+    """Return {metric: tolerated loss} from words such as "psnr=0.1".
+
+    Raises InputError for a metric that is not compared, and for a margin that is not a finite number of 0 or more.
+    """
     found: dict[str, float] = {}
     for one in given:
         name, _, text = one.partition("=")
@@ -144,6 +167,7 @@ def _margins(given: list[str], metrics: list[str]) -> dict[str, float]:
         try:
             found[name] = float(text)
         except ValueError:
+            # refused below with the others
             found[name] = -1.0
         require(0 <= found[name] < float("inf"), f"--margin {one}", f"a loss of 0 or more, e.g. {name}=0.1")
     return found

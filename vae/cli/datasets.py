@@ -1,4 +1,4 @@
-"""Subcommands that make shards once, before training: of images, and of latents."""
+"""Subcommands that make shards once, before training: `vae prepare` of images, `vae cache-latents` of latents."""
 
 import os
 import shlex
@@ -30,7 +30,7 @@ ShardImages = Annotated[int, typer.Option(min=1, help="images of SRC to a shard"
 MaxCorrupt = Annotated[float, typer.Option(help="share of a shard's images that may be unreadable")]
 
 DROPPED = "dropped.jsonl"
-FEW_SHARDS = 25  # below this a single one is more than twice the share that training holds out
+FEW_SHARDS = 25  # with fewer, one shard is more than twice the share that training holds out
 
 
 def prepare(
@@ -52,7 +52,7 @@ def prepare(
 ) -> None:
     """Filter, shrink and re-encode images once, into tar shards to train on.
 
-    The same command goes on where an interrupted one stopped, and under torchrun or srun shares the work.
+    Run the same command again to continue after an interruption. Under torchrun or srun the processes share the work.
 
     Example: vae prepare photos/ shards/ --resolution 512 --min-side 256
     """
@@ -64,6 +64,7 @@ def prepare(
     source_folder, target = Path(src).expanduser().resolve(), dst.expanduser().resolve()
     if source_folder.is_dir() and (target == source_folder or source_folder in target.parents):
         raise InputError(f"DST={str(dst)!r}: within SRC, so that the shards would lie among the images; name another")
+
     treatment = Treatment(resolution, min_side, max_aspect, format, quality, keep)
     images = open_whole(Named(src, warn, source, split, column, streaming))
     job = Job(dst.expanduser(), SUFFIX, images, treatment.described, shard_images, max_corrupt)
@@ -99,7 +100,7 @@ def cache_latents(
 ) -> None:
     """Encode images once, into safetensors shards that vae.LatentShards reads to train a diffusion model.
 
-    The same command goes on where an interrupted one stopped, and under torchrun or srun shares the work.
+    Run the same command again to continue after an interruption. Under torchrun or srun the processes share the work.
 
     Example: vae cache-latents runs/first photos/ latents/ --resolution 256 --flip
     """
@@ -112,10 +113,13 @@ def cache_latents(
     found = read(model, family=family)
     if not found.scale_is_known and not scaled:
         warn(f"{found.file} does not tell its scaling factor: none is written beside the latents; --family says it")
+
     autoencoder = found.build()
     options = encoding.described(autoencoder)
+
     images = open_whole(Named(src, warn, source, split, column, streaming))
     job = Job(dst.expanduser(), cache_latents.SUFFIX, images, options, shard_images, max_corrupt)
+
     autoencoder.to(_own_device(device))
 
     def work(shards: Sequence[int], advance: "Advance") -> None:
@@ -132,17 +136,24 @@ def cache_latents(
 
 
 def _run(job: "Job", label: str, work: "Callable[[Sequence[int], Advance], None]") -> "Json | None":
-    """This process's part of a job; the index where that was the last."""
+    """Do this process's part of a job, and say what it did.
+
+    Returns the index of all shards if this process found them complete, else None: other processes still have shards to
+    make. Raises InputError where no image was usable.
+    """
     from vae.datasets.jobs import begin, conclude, unfinished
     from vae.distributed import place
 
     begin(job)
+
     here = place()
     todo, mine = unfinished(job, here), len(range(here.rank, job.shards, here.world))
     if len(todo) < mine:
         say(f"{mine - len(todo)} of {mine} shards are there already")
+
     with progress(label, sum(len(job.numbers(shard)) for shard in todo)) as advance:
         work(todo, advance)
+
     index = conclude(job)
     if index is None:
         said = f"process {here.rank} of {here.world} ({here.said_by}) has made its {mine} of {job.shards} shards"
@@ -153,25 +164,34 @@ def _run(job: "Job", label: str, work: "Callable[[Sequence[int], Advance], None]
 
 
 def _print_made(job: "Job", index: "Json") -> None:
+    """Print how many images are in the shards, how large they are, and why images were skipped."""
     kept, of = index["images"], len(job.source)
     shards = f"{job.shards} shards" if job.shards > 1 else "one shard"
     say(f"{kept:,} of {of:,} images in {shards}, {index['bytes'] / 1e6:,.1f} MB: {job.folder}")
+
     for what, images in index["counts"].items():
         if images:
             say(f"{images:>10,}  {what}")
     for why, images in index["dropped"].items():
         say(f"{images:>10,}  left out: {why}")
+
     if kept < of:
         say(f"each that is left out stands in {job.folder / DROPPED}")
 
 
 def _print_training(job: "Job", index: "Json") -> None:
-    """What reads the shards, and how fine they can be divided into training and validation."""
+    """Print the command that trains on the shards.
+
+    Training holds out whole shards for validation. With few shards that is a large share of the images, so the remedies
+    are printed too.
+    """
     last = job.shards - 1
     pattern = job.folder / (f"{{000000..{last:06d}}}.tar" if last else "000000.tar")
+
     filled = sum(shard["images"] > 0 for shard in index["shards"])
     alone = " data.validation_root=..." if filled == 1 else ""
     say(f"python train.py data=webdataset data.root={shlex.quote(str(pattern))}{alone}")
+
     if filled < FEW_SHARDS:
         share = f"training holds out whole shards, at least 1 of these {filled} ({1 / filled:.0%} of the images)"
         held_out = "a single shard cannot be divided into training and validation" if filled == 1 else share
@@ -181,7 +201,7 @@ def _print_training(job: "Job", index: "Json") -> None:
 
 
 def _own_device(name: str) -> "torch.device":
-    """Each process of a machine takes the next GPU."""
+    """Return the device that `name` means. With auto each process of a machine takes the next GPU."""
     import torch
 
     from vae.evaluation.measure import find_device

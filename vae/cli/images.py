@@ -1,6 +1,7 @@
-"""The parts of `vae measure`: the table, and the factors put into a model's files.
+"""Subcommands that run a model on images and latents: `encode`, `decode`, `reconstruct` and `measure`.
 
-Subcommands that run a model on images and latents."""
+The first half is `vae measure`'s table, and how the measured factors get into the files of a model.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -36,6 +37,7 @@ from vae.cli.common import (
     warn,
 )
 from vae.errors import InputError, require
+from vae.run_dir import FILE_ENDING, RunDir
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 
 
 def print_statistics(statistics: "LatentStatistics", images: int, resolution: int) -> None:
+    """Print the mean and standard deviation of each latent channel, and the factors that follow from them."""
     table = Table("channel", "mean", "std")
     for channel, (mean, std) in enumerate(zip(statistics.channel_mean, statistics.channel_std, strict=True)):
         table.add_row(str(channel), f"{mean:.5f}", f"{std:.5f}")
@@ -55,9 +58,10 @@ def print_statistics(statistics: "LatentStatistics", images: int, resolution: in
 
 
 def write_factors(model: Path, statistics: "LatentStatistics", images: int, *, per_channel: bool) -> None:
-    """Into every file of the export that `model` means: one factor for all channels, or a mean and std for each.
+    """Write measured factors into every file of the export that `model` points at.
 
-    Never both: diffusers' SDXL pipelines divide by latents_std whenever it is there, on top of scaling_factor.
+    With `per_channel` they are a mean and a standard deviation for each channel, else one factor for all. Never both:
+    diffusers' SDXL pipelines divide by latents_std whenever it is there, on top of scaling_factor.
     """
     from vae.files import write_text
     from vae.weights import read_autoencoder, save_found
@@ -74,17 +78,18 @@ def write_factors(model: Path, statistics: "LatentStatistics", images: int, *, p
         save_found(replace(found, config=config, notes=notes), target)
         say(f"written  {target}")
 
-        # A folder's card is written with it; where an export is one file, its card lies beside that.
+        # A folder's card is written with the folder. A single file's card lies beside the file.
         card = target.parent / CARD_FILE
         if target.is_file() and target.parent.parent.name == "exports" and card.is_file() and may_be_written(card):
             write_text(card, model_card(config, notes, sum(tensor.numel() for tensor in found.state.values())))
         warnings = warnings_about(config)
+
     for line in warnings:
         warn(line)
 
 
 def check_writable(model: Path) -> None:
-    """Refuse, before anything is measured, files that factors cannot be written into."""
+    """Refuse, before anything is measured, files that factors cannot be written into. Raises InputError."""
     from vae.weights import read_autoencoder
 
     for path in _files(model):
@@ -95,11 +100,16 @@ def check_writable(model: Path) -> None:
 
 
 def _per_channel(config: "AutoencoderConfig", statistics: "LatentStatistics") -> "AutoencoderConfig":
+    """Return `config` with the mean and standard deviation of each channel, and a scaling factor of 1."""
     mean, std = statistics.channel_mean.tolist(), statistics.channel_std.tolist()
     return config.with_scale(1.0, latents_mean=mean, latents_std=std)
 
 
 def _global(config: "AutoencoderConfig", statistics: "LatentStatistics") -> "AutoencoderConfig":
+    """Return `config` with one scaling factor for all channels.
+
+    A shift is written only where the model has one already, or has the number of latent channels of Flux.
+    """
     from vae.weights.families import LATENT_CHANNELS
 
     has_shift = config.shift_factor is not None or config.latent_channels == LATENT_CHANNELS["flux"]
@@ -108,12 +118,12 @@ def _global(config: "AutoencoderConfig", statistics: "LatentStatistics") -> "Aut
 
 
 def _files(model: Path) -> list[Path]:
-    """The weights that `model` means, and in an export the single file beside the folder."""
+    """Return the weights that `model` points at, and in an export the single files beside the folder too."""
     from vae.weights.load import find_export
 
     path = find_export(model)
-    is_export = path.name == "diffusers" and path.parent.parent.name == "exports"
-    return [path, *(sorted(path.parent.glob("*.vae.safetensors")) if is_export else [])]
+    is_export = path.name == "diffusers" and RunDir.of_export(path.parent) is not None
+    return [path, *(sorted(path.parent.glob(f"*{FILE_ENDING}")) if is_export else [])]
 
 
 Whole = Annotated[int | None, typer.Option("--resolution", min=1, help="cut this square from each, not the whole")]
@@ -131,7 +141,7 @@ def encode(
     memory: Memory = None,
     device: Device = "auto",
 ) -> None:
-    """Encode images to .latent files (safetensors); raw ones open in ComfyUI's LoadLatent too.
+    """Encode images to .latent files (safetensors). Raw ones open in ComfyUI's LoadLatent too.
 
     Example: vae encode runs/first photos/ --output latents
     """
@@ -144,11 +154,13 @@ def encode(
 
     precision, allowed, autoencoder = dtype_named(dtype), bytes_named(memory), load(model, device, family)
     config = autoencoder.config
-    scaled = scaled or config.architecture == "tiny"  # there are no others
+    scaled = scaled or config.architecture == "tiny"  # a tiny autoencoder has no raw latents
+
     unknown = f"--scaled, and {model} does not tell its scaling factor"
     require(config.scale_is_known or not scaled, unknown, "--family with it, or raw latents")
     if not config.scale_is_known:
         warn(f"{model} does not tell its scaling factor: none is written beside the latents; --family says it")
+
     drawn = "mean" if sample is None else f"sample, seed {sample}"
     files, made = image_files(images), 0
     with progress("Encoding", len(files)) as advance, torch.no_grad():
@@ -157,13 +169,17 @@ def encode(
             pixels = center_crop(image, resolution) if resolution else crop_to_multiple(image, factor, path)
             with about(path):
                 posterior = encoded(autoencoder, to_model_range(pixels)[None], allowed, advance)
+
+            # Each image has its own seed, so that its draw does not depend on which other images are there.
             generator = torch.Generator(place_of(autoencoder))
             generator.manual_seed(seed_for(sample or 0, crc32(name.encode())))
             latents = posterior.mode() if sample is None else posterior.sample(generator)
             latents = scale_latents(latents, config) if scaled else latents
+
             target = output / f"{name}{SUFFIX}"
             made += 1
             write_latents(target, latents.to(precision), config, scaled=scaled, drawn=drawn)
+
     say(f"{made} latents in {output}, {'scaled' if scaled else 'raw'}, {drawn}")
 
 
@@ -177,7 +193,8 @@ def decode(
 ) -> None:
     """Decode .latent files, of `vae encode` or of ComfyUI, to PNG images.
 
-    A tiny model decodes those of a KL one too, for a look at them: by the scale that they state, or of --family.
+    A tiny model decodes the latents of a KL model too, for a quick look at them. It uses the scale that the file
+    states, or that of --family.
 
     Example: vae decode runs/first latents/ --output decoded
     """
@@ -189,6 +206,7 @@ def decode(
 
     allowed, autoencoder = bytes_named(memory), load(model, device, family)
     files = image_files(latents, [SUFFIX])
+
     with progress("Decoding", len(files)) as advance, torch.no_grad():
         for name, path in files.items():
             raw = raw_latents(path, autoencoder.config, family)
@@ -207,7 +225,7 @@ def reconstruct(
     memory: Memory = None,
     device: Device = "auto",
 ) -> None:
-    """Encode and decode images; write each beside its reconstruction and error as one PNG.
+    """Encode and decode images. Write each beside its reconstruction and error as one PNG.
 
     Example: vae reconstruct runs/first photos/ --output look
     """
@@ -223,8 +241,10 @@ def reconstruct(
             image = center_crop(pixels, resolution)[None]
             posterior = encoded(autoencoder, to_model_range(image), allowed, advance)
             reconstruction = to_uint8(decoded(autoencoder, posterior.mode(), allowed, advance)).cpu()
+
             made += 1
             save(reconstruction_sheet(image, {"reconstruction": reconstruction}), output / f"{name}.png")
+
     say(f"{made} pictures in {output}")
 
 
@@ -238,7 +258,7 @@ def measure(
     resolution: Resolution = 256,
     device: Device = "auto",
 ) -> None:
-    """Measure mean and spread of a model's latents on images, and the scaling factor that follows.
+    """Measure the mean and spread of a model's latents on images, and the scaling factor that follows.
 
     Example: vae measure runs/first photos/ --write
     """
@@ -250,6 +270,7 @@ def measure(
         raise InputError("--per-channel says what --write writes; give both")
     if write:
         check_writable(model)
+
     autoencoder, files = load(model, device), image_files(images)
     channels, place = autoencoder.config.in_channels, place_of(autoencoder)
     measured = 0
@@ -263,6 +284,7 @@ def measure(
                 advance(1)
 
         statistics = measure_latents(autoencoder, batches())
+
     print_statistics(statistics, measured, resolution)
     if write:
         write_factors(model, statistics, measured, per_channel=per_channel)

@@ -1,19 +1,59 @@
-"""`vae plan`: what a training will need and take."""
+"""`vae train` and `vae plan`: run a training, or predict what it would need."""
 
 import dataclasses
 import json
+import sys
 from typing import Annotated
 
 import typer
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="as of train.py: model=sd data.batch_size=8")]
+from vae.config.schema import TrainConfig
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="as of vae train: model=sd data.batch_size=8")]
 Json = Annotated[bool, typer.Option("--json", help="the numbers as JSON")]
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}  # to Hydra
+
+
+def main() -> None:
+    """Run the training that the command line's overrides describe. `train.py` calls this function."""
+    from vae.config.compose import run
+
+    run("train", train_and_compare, sys.argv)
+
+
+def train_and_compare(config: TrainConfig) -> None:
+    """Train as `config` says, then compare the result with the weights that the run began from.
+
+    With `plan=true` nothing is trained: the plan is printed.
+    """
+    if config.plan:
+        from vae.training.plan.plan import plan
+        from vae.training.plan.show import show
+
+        show(plan(config))
+        return
+
+    from vae.evaluation.after_training import after_training
+    from vae.training.train import train
+
+    after_training(config, train(config))
+
+
+def train(context: typer.Context) -> None:
+    """Train an autoencoder. `vae train --help` lists every key.
+
+    Example: vae train experiment=quickstart
+    """
+    from vae.config.compose import run
+
+    run("train", train_and_compare, [sys.argv[0], *context.args])
 
 
 def plan(overrides: Overrides = None, as_json: Json = False) -> None:
-    """Say what `python train.py OVERRIDES` will need and take: parameters, operations, memory, disk, time.
+    """Say what `vae train OVERRIDES` will need: parameters, operations, memory, disk space and time.
 
-    No image is opened and nothing is written. Memory is taken for a small update, which is timed, and for `init`.
+    No image is opened and nothing is written. The command needs memory itself, for `init` and for a small update that
+    it times.
 
     Example: vae plan model=sd data=folder data.root=photos data.batch_size=12 trainer=one_gpu
     """
@@ -24,10 +64,11 @@ def plan(overrides: Overrides = None, as_json: Json = False) -> None:
     from vae.training.plan.show import show
 
     config = compose(*(overrides or []))
+
     here = config.resume in (None, AUTO)
-    require(
-        here, f"resume={config.resume}", f"python train.py resume={config.resume} plan=true, of that run's own values"
-    )
+    remedy = f"python train.py resume={config.resume} plan=true, of that run's own values"
+    require(here, f"resume={config.resume}", remedy)
+
     planned = plan(config)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(planned) | {"hours": planned.hours}, indent=2))

@@ -1,6 +1,8 @@
-"""The parts of `vae inspect` and `vae convert` that run a model: what float16 does to it, and how its latents moved.
+"""Subcommands about weight files: `inspect`, `convert`, `export`, `extract` and `bake`.
 
-Subcommands about weight files: what they are, and how they get from one place to another."""
+`inspect` says what a file is, the others bring weights from one place or format to another. The first half holds the
+parts of `inspect` and `convert` that run a model: what float16 does to it, and how far its latents have moved.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +29,7 @@ from vae.cli.common import (
     warn,
 )
 from vae.errors import InputError, require
+from vae.run_dir import RunDir
 
 if TYPE_CHECKING:
     import torch
@@ -37,27 +40,39 @@ if TYPE_CHECKING:
 
 
 def print_audit(found: "LoadedWeights", images: Path, resolution: int, device: str, layers: int) -> None:
+    """Measure on images what float16 does to the model, and print the verdict with the `layers` largest activations.
+
+    `images` is an image, a folder, or "photos" for the embedded photographs; squares of `resolution` pixels are cut
+    from them.
+    """
     from vae.precision.audit import EXTREMES
 
     pictures = _pictures(found, images, resolution, device)
     audit = _audit(found.build().to(pictures[0].device), pictures)
     say(f"{len(pictures)} images at {resolution} px, {EXTREMES} extreme ones and latents of the prior:")
     _say_audit(audit, layers)
+
     if found.config.force_upcast == audit.is_safe:
         given = found.config.force_upcast
         say(f"force_upcast is {given} and should be {not given}; vae convert --fp16-safe sets it")
 
 
 def make_float16_safe(found: "LoadedWeights", images: Path, resolution: int, device: str) -> "LoadedWeights":
-    """`found` with rescaled weights and `force_upcast` as measured; refused where that changes its images."""
+    """Return `found` with weights rescaled for float16, and with `force_upcast` as measured afterwards.
+
+    Raises InputError where rescaling would change the model's images, and for architectures without group norms, since
+    nothing in them undoes a scale.
+    """
     from vae.models.registry import as_kl
     from vae.precision.rescale import rescale_checked
 
     model = as_kl(found.build(), "--fp16-safe", "none: no norm in it undoes a scale; vae inspect --audit measures it")
     pictures = _pictures(found, images, resolution, device)
     model.to(pictures[0].device)
+
     before = _audit(model, pictures)
     say(f"before: {before.verdict}")
+
     done = rescale_checked(model, before, pictures)
     difference = f"float32 images differ by at most {done.images:.1e}, latents by {done.latents:.1e}"
     say(f"{done.layers} layers rescaled; {difference}")
@@ -65,16 +80,22 @@ def make_float16_safe(found: "LoadedWeights", images: Path, resolution: int, dev
         raise InputError(
             f"{found.file}: rescaling it changes its images; keep it in bfloat16 or float32. Nothing written"
         )
+
     after = _audit(model, pictures) if done.layers else before
     say(f"after:  {after.verdict}")
     if not after.is_safe:
         warn("rescaling was not enough; the export's force_upcast tells diffusers to compute in float32")
+
     state = {name: tensor.cpu() for name, tensor in model.state_dict().items()} if done.layers else found.state
     notes = replace(found.notes, training=found.notes.training | {"precision": after.verdict})
     return replace(found, state=state, notes=notes, config=replace(found.config, force_upcast=not after.is_safe))
 
 
 def print_drift(found: "LoadedWeights", base: Path, images: Path, resolution: int, device: str) -> None:
+    """Print how far the latents of `found` have moved from those of `base` on some images.
+
+    Raises InputError where the two do not encode the same images to latents of the same shape.
+    """
     from vae.evaluation.drop_in import latent_drift
 
     theirs = read(base)
@@ -82,19 +103,24 @@ def print_drift(found: "LoadedWeights", base: Path, images: Path, resolution: in
     if before != now:
         shapes = " and ".join(f"{channels} channels to f{f}c{latent}" for channels, f, latent in (before, now))
         raise InputError(f"{theirs.file} and {found.file}: {shapes}; they cannot be compared")
+
     pictures = _pictures(found, images, resolution, device)
     base_model, model = (each.build().to(pictures[0].device) for each in (theirs, found))
     drift = latent_drift(base_model, model, pictures)
+
+    # The number of groups cannot be read from the weights. Where a file does not state it, the verdict says so.
     assumed = ", ".join(
         f"{each.file} has groups of {each.config.norm_num_groups}"
         for each in {each.file: each for each in (theirs, found)}.values()
         if not each.groups_are_known
     )
+
     verdict = f"{drift.verdict}, if {assumed}, which is assumed" if assumed else drift.verdict
     (say if drift.is_tolerable else warn)(f"against {theirs.file}: {verdict}")
 
 
 def _pictures(found: "LoadedWeights", images: Path, resolution: int, device: str) -> "list[torch.Tensor]":
+    """Return a few central squares of `images`, on the device. See `audit_images`."""
     from vae.evaluation.measure import find_device
 
     where = find_device(device)
@@ -102,6 +128,7 @@ def _pictures(found: "LoadedWeights", images: Path, resolution: int, device: str
 
 
 def _audit(model: "Autoencoder", pictures: "list[torch.Tensor]") -> "PrecisionAudit":
+    """Audit the model's precision on pictures, with a progress bar."""
     from vae.precision.audit import audit_precision, audit_steps
 
     with progress("Auditing precision", audit_steps(pictures)) as advance:
@@ -109,6 +136,7 @@ def _audit(model: "Autoencoder", pictures: "list[torch.Tensor]") -> "PrecisionAu
 
 
 def _say_audit(audit: "PrecisionAudit", layers: int) -> None:
+    """Print an audit: the verdict, the `layers` largest activations, and the PSNR of each format."""
     say(audit.verdict)
     for layer, peak in audit.largest[:layers]:
         say(f"{peak:>24,.1f}  {layer}")
@@ -138,13 +166,16 @@ def inspect(
 
     found = read(model, config, family, ema=ema, finite=False)
     broken, values = soundness(found)
+
     say(f"{found.file}: {title_of(found)}")
     for name, value in (values | facts_of(found) | asdict(found.config) | notes_of(found)).items():
         say(f"{name:>24}  {value}")
     for line in warnings_of(found):
         warn(line)
+
     if broken:
         raise InputError(f"{found.file}: {len(broken)} tensors hold NaN or infinite values, first {broken[:3]}")
+
     if audit is not None:
         print_audit(found, audit, resolution, device, layers)
     if base is not None:
@@ -170,12 +201,15 @@ def convert(
     """
     precision = dtype_named(dtype)
     found = read(model, config, family, ema=ema)
+
     has_use = fp16_safe or base is not None
     require(has_use or images == Path(PHOTOS), f"--images {images}", "--fp16-safe or --base with it")
+
     if fp16_safe:
         found = make_float16_safe(found, images, resolution, device)
     if base is not None:
         print_drift(found.cast(target, precision), base, images, resolution, device)
+
     _write(found, target, precision)
 
 
@@ -192,18 +226,20 @@ def export(
     """
     from vae.evaluation.measure import find_device
     from vae.training.export import export_checkpoint
-    from vae.training.run_dir import checkpoints_in, newest_whole, step_name
+    from vae.training.manifest import checkpoints_in, newest_whole, step_name
     from vae.weights import lost_in_half
     from vae.weights.describe import warnings_about
 
-    folder = run.expanduser() / "checkpoints"
+    folder = RunDir(run).checkpoints
     there = [path.name for path in checkpoints_in(folder)]
     require(bool(there), f"{folder}: no checkpoint in it", "the directory of a run")
     checkpoint = newest_whole(folder)[0] if step is None else folder / f"{step_name(step)}.ckpt"
     require(checkpoint.is_file(), f"{checkpoint}: no such checkpoint", f"one of {there}")
+
     paths, config = export_checkpoint(run.expanduser().resolve(), checkpoint, find_device(device), images, live=live)
     for path in paths:
         say(f"written  {path}")
+
     lost = lost_in_half(paths[0])
     if lost is not None:
         say(lost)
@@ -212,7 +248,7 @@ def export(
 
 
 def extract(checkpoint: Model, target: Target, dtype: Dtype = None, config: Config = None) -> None:
-    """Take the autoencoder out of a full checkpoint, as it is stored unless --dtype says otherwise.
+    """Take the autoencoder out of a full checkpoint. It keeps its stored precision unless --dtype says otherwise.
 
     Example: vae extract sd15.safetensors sd15.vae.safetensors
     """
@@ -226,7 +262,7 @@ def bake(
     target: Annotated[Path, typer.Argument(help="the new full checkpoint, NAME.safetensors")],
     config: Config = None,
 ) -> None:
-    """Put an autoencoder into a full checkpoint; every other tensor stays as it is, byte for byte.
+    """Put an autoencoder into a full checkpoint. Every other tensor stays as it is, byte for byte.
 
     Example: vae bake mine.vae.safetensors sd15.safetensors sd15-mine.safetensors
     """
@@ -236,9 +272,11 @@ def bake(
     found = read(model, config)
     with progress("Baking", baking.size_after(found, checkpoint)) as advance:
         done = baking.bake(found, checkpoint, target, advance)
+
     kind = str(done.dtype or found.dtype).removeprefix("torch.")
     say(f"{done.kept} tensors copied, {done.replaced} old ones of the autoencoder removed")
     say(f"{done.written} tensors written to {target} under {done.prefix!r} as {kind}")
+
     if done.lost is not None and done.lost.words is not None:
         say(done.lost.words)
     for line in warnings_of(found, done.family):
@@ -246,24 +284,35 @@ def bake(
 
 
 def _write(found: "LoadedWeights", target: Path, dtype: "torch.dtype | None") -> None:
+    """Write weights to `target` in the layout that its name asks for, and print what was written.
+
+    Further lines say what casting lost, and what a program has to be told that loads the file.
+    """
     from vae.weights import SINGLE_FILE, save_found
     from vae.weights.describe import warnings_about, warnings_of
     from vae.weights.taesd import HALVES, PAIR_FILE, file_of_half
 
     target = target.expanduser()
     layout = save_found(found, target, dtype)
+
+    # TAESD is published as two files, one for each half.
     is_pair = found.config.architecture == "tiny" and PAIR_FILE.fullmatch(target.name) is not None
     files = [file_of_half(target, half) for half in HALVES] if is_pair else [target]
     say(f"{layout} layout written to {' and '.join(map(str, files))}, {found.kind} weights of {found.file}")
+
     for line in _lost(found, dtype, layout):
         say(line)
+
     needs_family = found.config.architecture == "kl" or (target.suffix == SINGLE_FILE and not is_pair)
     for line in warnings_of(found) if needs_family else warnings_about(found.config):
         warn(line)
 
 
 def _lost(found: "LoadedWeights", dtype: "torch.dtype | None", layout: str) -> list[str]:
-    """What the weights lost where they were cast: as asked for, and in a folder's float16 variant."""
+    """Return, in words, what the weights lost by being cast.
+
+    They are cast to the dtype asked for, and to float16 for the variant that a diffusers folder holds too.
+    """
     import torch
 
     from vae.weights.safetensors_io import beyond, narrowed

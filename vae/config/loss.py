@@ -1,30 +1,32 @@
-import math
-from dataclasses import dataclass, field, fields
+"""The objective: which terms, their weights, when each begins, and the discriminator."""
 
+from dataclasses import dataclass, fields
+
+from vae.config.fields import at_least, below, check_fields, choice, option, part, positive, some_of
 from vae.errors import require
-from vae.losses.adversarial import ADVERSARIAL_LOSSES
-from vae.losses.diff_augment import AUGMENTATIONS
-from vae.losses.reconstruction import PIXEL_LOSSES
-from vae.models.lpips import BACKBONES
+
+PIXEL_LOSSES = ("charbonnier", "l1", "l2")
+PERCEPTUAL_NETS = ("alex", "vgg")
+ADVERSARIAL_LOSSES = ("hinge", "logistic")
+AUGMENTATIONS = ("color", "cutout", "translation")
+DISCRIMINATOR_NORMS = ("batch", "group", "none")
 
 
 @dataclass
 class DiscriminatorConfig:
-    """`norm`: "group" or "none"; "batch" for parity with LDM, made synchronous across processes by the trainer.
+    """The PatchGAN discriminator."""
 
-    With "batch" real and reconstructed images are normalised apart, in the discriminator's update and in the
-    autoencoder's alike.
-    """
-
-    channels: int = 64
-    layers: int = 3
-    norm: str = "group"
+    channels: int = option(64, "Width of its first layer.", allowed=at_least(2))
+    layers: int = option(3, "Layers that halve the side. More of them see larger patches.", allowed=at_least(1))
+    norm: str = option(
+        "group",
+        "Its normalisation. batch is LDM's: real and reconstructed images are normalised apart, and "
+        "synchronised across processes.",
+        allowed=choice(*DISCRIMINATOR_NORMS),
+    )
 
     def __post_init__(self) -> None:
-        key = "loss.discriminator"
-        require(self.norm in NORMS, f"{key}.norm={self.norm!r}", f"one of {sorted(NORMS)}")
-        require(self.channels >= 2, f"{key}.channels={self.channels}", "2 or more")
-        require(self.layers >= 1, f"{key}.layers={self.layers}", "1 or more")
+        check_fields(self, "loss.discriminator.")
 
     @property
     def mixes_images(self) -> bool:
@@ -39,21 +41,23 @@ class DiscriminatorConfig:
 
 @dataclass
 class LossWeights:
-    """Zero means not computed. The defaults are LDM's; `latent` counts where there is a teacher, `activation` where
-    float16 is to be made safe.
-    """
+    """Weights of the terms. Each term is a mean per image element. A term of weight 0 is not computed."""
 
-    pixel: float = 1.0
-    perceptual: float = 1.0
-    kl: float = 1.0e-6
-    adversarial: float = 0.5
-    latent: float = 1.0
-    activation: float = 0.0
+    pixel: float = option(1.0, "Weight of the pixel term.", allowed=at_least(0))
+    perceptual: float = option(1.0, "Weight of LPIPS.", allowed=at_least(0))
+    kl: float = option(
+        1.0e-6, "Weight of the KL divergence from the standard normal distribution.", allowed=at_least(0)
+    )
+    adversarial: float = option(0.5, "Weight of the adversarial term, beside the adaptive weight.", allowed=at_least(0))
+    latent: float = option(
+        1.0, "Weight of the distance to a teacher's posterior, where there is a teacher.", allowed=at_least(0)
+    )
+    activation: float = option(
+        0.0, "Weight of the penalty on activations that float16 cannot hold.", allowed=at_least(0)
+    )
 
     def __post_init__(self) -> None:
-        for term in fields(self):
-            value = getattr(self, term.name)
-            require(0 <= value < math.inf, f"loss.weights.{term.name}={value}", "0 or more")
+        check_fields(self, "loss.weights.")
         require(
             bool(self.pixel or self.perceptual),
             "loss.weights.pixel=0 and loss.weights.perceptual=0",
@@ -63,88 +67,146 @@ class LossWeights:
 
 @dataclass
 class LossConfig:
-    """`adaptive_bound` is the most that the adaptive weight may be, of terms that are means per image element: the same
-    at every size of image. `adaptive_maximum` is the older bound, in LDM's units of losses summed over an image (at
-    256 px 196,608 times as much); where it is a number it counts in place of the other. `adaptive_smoothing` is the
-    decay of the weight's running mean (0: each update's own, as LDM).
+    """The objective. Its clock is `updates`, the optimiser steps of the autoencoder."""
 
-    `discriminator_start` and `adversarial_start` count `updates`: the discriminator learns from the first on, the
-    autoencoder feels it from the second on, at full weight after `adversarial_ramp` more. Before `autoencoder_start`
-    the autoencoder stays as it is: a discriminator that begins from nothing learns against it first. The KL term is at
-    full weight after `kl_warmup` updates. Activations are held below `activation_limit`, an eighth of float16's range:
-    a safe model has a quarter, on other images too. `r1` (its gamma, of one logit), `lecam` (its lambda) and `augment`
-    (of DiffAugment) restrain the discriminator; 0 and [] are off.
-    `perceptual_channels` are the three that LPIPS sees; null: grey repeated, RGBA composited on white, of more than
-    four the first three.
-    """
-
-    pixel: str = "l1"
-    perceptual_net: str = "vgg"
-    perceptual_weights: str | None = None
-    perceptual_channels: list[int] | None = None
-    adversarial: str = "hinge"
-    adaptive: bool = True
-    adaptive_bound: float = 10.0
-    adaptive_maximum: float | None = None
-    adaptive_smoothing: float = 0.9
-    autoencoder_start: int = 0
-    discriminator_start: int = 45_000
-    adversarial_start: int = 50_000
-    adversarial_ramp: int = 1_000
-    kl_warmup: int = 0
-    activation_limit: float = 8_188.0
-    r1: float = 0.0
-    lecam: float = 0.0
-    augment: list[str] = field(default_factory=list)
-    weights: LossWeights = field(default_factory=LossWeights)
-    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    pixel: str = option("l1", "The pixel term.", allowed=choice(*PIXEL_LOSSES), term="pixel")
+    perceptual_net: str = option(
+        "vgg", "The network whose features LPIPS compares.", allowed=choice(*PERCEPTUAL_NETS), term="perceptual"
+    )
+    perceptual_weights: str | None = option(
+        None, "File with that network's weights. null finds them among the installed packages.", term="perceptual"
+    )
+    perceptual_channels: list[int] | None = option(
+        None,
+        "The three channels that LPIPS sees. null repeats grey, composites RGBA on white, and takes the "
+        "first three of more.",
+        term="perceptual",
+    )
+    adversarial: str = option(
+        "hinge", "The adversarial pair of losses.", allowed=choice(*ADVERSARIAL_LOSSES), term="adversarial"
+    )
+    adaptive: bool = option(
+        True,
+        "Whether the adversarial term is scaled so that its gradient at the decoder's last layer is as "
+        "large as the reconstruction's.",
+        term="adversarial",
+    )
+    adaptive_bound: float = option(
+        10.0,
+        "The most that the adaptive weight may be. It means the same at every size of image.",
+        allowed=positive(),
+        term="adversarial",
+    )
+    adaptive_maximum: float | None = option(
+        None,
+        "The older bound, in LDM's units of losses summed over an image (196,608 times as much at 256 px). A number "
+        "counts in place of adaptive_bound.",
+        allowed=positive().or_null(),
+        term="adversarial",
+    )
+    adaptive_smoothing: float = option(
+        0.9,
+        "Decay of the adaptive weight's running mean. 0 takes each update's own, as LDM does.",
+        allowed=below(1, "from 0 (none) to below 1"),
+        term="adversarial",
+    )
+    autoencoder_start: int = option(
+        0,
+        "Before this update only the discriminator learns. A discriminator that begins from nothing needs it.",
+        unit="updates",
+        term="adversarial",
+    )
+    discriminator_start: int = option(
+        45_000, "The discriminator starts training at this update.", unit="updates", term="adversarial"
+    )
+    adversarial_start: int = option(
+        50_000,
+        "The adversarial term is added to the autoencoder's loss at this update.",
+        unit="updates",
+        term="adversarial",
+    )
+    adversarial_ramp: int = option(
+        1_000,
+        "The adversarial term rises linearly to its full weight over this many updates.",
+        unit="updates",
+        allowed=at_least(0),
+        term="adversarial",
+    )
+    kl_warmup: int = option(
+        0,
+        "The KL term rises linearly to its full weight over this many updates.",
+        unit="updates",
+        allowed=at_least(0),
+        term="kl",
+    )
+    activation_limit: float = option(
+        8_188.0,
+        "Activations above this are penalised. The default is an eighth of float16's range; a safe model "
+        "keeps to a quarter on other images too.",
+        allowed=positive(),
+        term="activation",
+    )
+    r1: float = option(
+        0.0,
+        "Gamma of the R1 penalty on the discriminator. 0 turns it off.",
+        allowed=at_least(0, "off"),
+        term="adversarial",
+    )
+    lecam: float = option(
+        0.0,
+        "Lambda of the LeCam penalty on the discriminator. 0 turns it off.",
+        allowed=at_least(0, "off"),
+        term="adversarial",
+    )
+    augment: list[str] = option(
+        [],
+        "DiffAugment's augmentations of what the discriminator sees.",
+        allowed=some_of(*AUGMENTATIONS),
+        term="adversarial",
+    )
+    weights: LossWeights = part(LossWeights, "Weights of the terms.")
+    discriminator: DiscriminatorConfig = part(DiscriminatorConfig, "The discriminator.")
 
     def __post_init__(self) -> None:
-        for key, choices in {
-            "pixel": PIXEL_LOSSES,
-            "perceptual_net": BACKBONES,
-            "adversarial": ADVERSARIAL_LOSSES,
-        }.items():
-            require(getattr(self, key) in choices, f"loss.{key}={getattr(self, key)!r}", f"one of {sorted(choices)}")
+        check_fields(self, "loss.")
+        self._check_starts()
+        mixes = self.r1 > 0 and self.discriminator.mixes_images
+        require(not mixes, f"loss.r1={self.r1} with loss.discriminator.norm='batch'", "'group': R1 is of single images")
+
+    @property
+    def starts(self) -> tuple[int, int]:
+        """The updates at which the autoencoder and the discriminator begin to learn."""
+        return self.autoencoder_start, self.discriminator_start
+
+    def bound_of(self, elements: int) -> float:
+        """Return the largest adaptive weight, for terms that are means over an image of so many `elements`.
+
+        `adaptive_maximum` is in LDM's units, of losses summed over an image, so it is divided by the number of
+        elements.
+        """
+        return self.adaptive_bound if self.adaptive_maximum is None else self.adaptive_maximum / elements
+
+    def _check_starts(self) -> None:
+        """Refuse starts in an order in which the discriminator counts before it learns, or nothing learns at first."""
         require(
             0 <= self.discriminator_start <= self.adversarial_start,
             f"loss.discriminator_start={self.discriminator_start}",
             f"from 0 to loss.adversarial_start={self.adversarial_start}: the discriminator learns before it counts",
         )
-        require(self.adversarial_ramp >= 0, f"loss.adversarial_ramp={self.adversarial_ramp}", "0 or more updates")
-        bound, older = self.adaptive_bound, self.adaptive_maximum
-        require(0 < bound < math.inf, f"loss.adaptive_bound={bound}", "a positive number")
-        require(older is None or older > 0, f"loss.adaptive_maximum={older}", "a positive number, or null")
-        smoothing = self.adaptive_smoothing
-        require(0 <= smoothing < 1, f"loss.adaptive_smoothing={smoothing}", "from 0 (none) to below 1")
-        require(self.kl_warmup >= 0, f"loss.kl_warmup={self.kl_warmup}", "0 or more updates")
-        self._check_warm_up()
-        self._check_restraints()
 
-    @property
-    def starts(self) -> tuple[int, int]:
-        """The update at which the autoencoder begins to learn, and the discriminator."""
-        return self.autoencoder_start, self.discriminator_start
-
-    def bound_of(self, elements: int) -> float:
-        """The most that the adaptive weight may be, of terms that are means over an image of so many `elements`."""
-        return self.adaptive_bound if self.adaptive_maximum is None else self.adaptive_maximum / elements
-
-    def _check_warm_up(self) -> None:
-        start, adversarial = self.autoencoder_start, bool(self.weights.adversarial)
+        start = self.autoencoder_start
         given = f"loss.autoencoder_start={start}"
-        alone = "loss.autoencoder_start=0 with loss.weights.adversarial=0: nothing would learn before it"
-        require(start == 0 or adversarial, given, alone)
-        first = f"0 with loss.discriminator_start={self.discriminator_start}: nothing would learn at first"
-        require(start == 0 or self.discriminator_start == 0, given, first)
         require(0 <= start <= self.adversarial_start, given, f"at most loss.adversarial_start={self.adversarial_start}")
-        limit = self.activation_limit
-        require(0 < limit < math.inf, f"loss.activation_limit={limit}", "a positive number")
+        if start == 0:
+            return
 
-    def _check_restraints(self) -> None:
-        for key in ("r1", "lecam"):
-            require(0 <= getattr(self, key) < math.inf, f"loss.{key}={getattr(self, key)}", "0 (off) or more")
-        known = set(self.augment) <= set(AUGMENTATIONS)
-        require(known, f"loss.augment={self.augment}", f"some of {sorted(AUGMENTATIONS)}")
-        mixes = self.r1 > 0 and self.discriminator.mixes_images
-        require(not mixes, f"loss.r1={self.r1} with loss.discriminator.norm='batch'", "'group': R1 is of single images")
+        alone = "loss.autoencoder_start=0 with loss.weights.adversarial=0: nothing would learn before it"
+        require(bool(self.weights.adversarial), given, alone)
+
+        first = f"0 with loss.discriminator_start={self.discriminator_start}: nothing would learn at first"
+        require(self.discriminator_start == 0, given, first)
+
+
+def term_of(key: str) -> str:
+    """Return the loss term without which `key` of LossConfig means nothing, or "" where the key always counts."""
+    return next((one.metadata.get("term", "") for one in fields(LossConfig) if one.name == key), "")

@@ -1,55 +1,59 @@
-import math
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+"""The optimiser, learning rates and EMA, and what happens to an update that is not finite."""
 
-from vae.errors import require
+from dataclasses import dataclass
 
-if TYPE_CHECKING:
-    pass
+from vae.config.fields import Allowed, at_least, below, check_fields, choice, option, positive
 
+OPTIMISERS = ("adam", "adamw")
+SCHEDULES = ("constant", "cosine")
+POLICIES = ("stop", "skip", "rollback")
 
-@dataclass
-class GuardConfig:
-    """What becomes of an update of which a loss or a gradient is not finite.
-
-    `on_non_finite`: "stop" the run; "skip" the update; "rollback" to the weights and the optimiser of the last
-    checkpoint, and go on with the next images. The latter two at most `limit` times in a run, then it stops.
-    """
-
-    on_non_finite: str = "stop"
-    limit: int = 3
-
-    def __post_init__(self) -> None:
-        known = self.on_non_finite in POLICIES
-        require(known, f"guard.on_non_finite={self.on_non_finite!r}", f"one of {list(POLICIES)}")
-        require(self.limit >= 1, f"guard.limit={self.limit}", "1 or more")
+BETAS = Allowed("two numbers from 0 to below 1", lambda betas: len(betas) == 2 and all(0 <= one < 1 for one in betas))
 
 
 @dataclass
 class OptimConfig:
-    """Learning rates are literal: never scaled by batch size or processes. Betas are LDM's.
+    """One optimiser for both networks. Learning rates are literal: batch size and processes never scale them."""
 
-    `gradient_clip` is the largest norm of each network's gradient (0: no clipping); `warmup_updates` count for either
-    network from its own start.
-    """
-
-    name: str = "adam"
-    learning_rate: float = 1.0e-4
-    discriminator_learning_rate: float = 1.0e-4
-    betas: list[float] = field(default_factory=lambda: [0.5, 0.9])
-    weight_decay: float = 0.0
-    schedule: str = "constant"
-    warmup_updates: int = 0
-    gradient_clip: float = 1.0
-    ema_decay: float = 0.999
+    name: str = option("adam", "The optimiser.", allowed=choice(*OPTIMISERS))
+    learning_rate: float = option(1.0e-4, "Learning rate of the autoencoder.", allowed=positive())
+    discriminator_learning_rate: float = option(1.0e-4, "Learning rate of the discriminator.", allowed=positive())
+    betas: list[float] = option([0.5, 0.9], "Adam's decay rates. The default is LDM's.", allowed=BETAS)
+    weight_decay: float = option(0.0, "Weight decay of both networks.", allowed=at_least(0))
+    schedule: str = option("constant", "How the learning rate goes on after the warm-up.", allowed=choice(*SCHEDULES))
+    warmup_updates: int = option(
+        0,
+        "The learning rate rises linearly during these updates, from each network's own start.",
+        unit="updates",
+        allowed=at_least(0),
+    )
+    gradient_clip: float = option(
+        1.0, "Largest norm of each network's gradient. 0 turns clipping off.", allowed=at_least(0)
+    )
+    ema_decay: float = option(
+        0.999,
+        "Decay of the exponential moving average (EMA) of the autoencoder's weights. 0 keeps the weights as they are.",
+        allowed=below(1, "from 0 (no averaging) to below 1"),
+    )
 
     def __post_init__(self) -> None:
-        for key, choices in {"name": OPTIMISERS, "schedule": SCHEDULES}.items():
-            require(getattr(self, key) in choices, f"optim.{key}={getattr(self, key)!r}", f"one of {sorted(choices)}")
-        for key in ("learning_rate", "discriminator_learning_rate"):
-            require(0 < getattr(self, key) < math.inf, f"optim.{key}={getattr(self, key)}", "a positive number")
-        for key in ("weight_decay", "warmup_updates", "gradient_clip"):
-            require(0 <= getattr(self, key) < math.inf, f"optim.{key}={getattr(self, key)}", "0 or more")
-        betas = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
-        require(betas, f"optim.betas={self.betas}", "two numbers from 0 to below 1")
-        require(0 <= self.ema_decay < 1, f"optim.ema_decay={self.ema_decay}", "from 0 (no averaging) to below 1")
+        check_fields(self, "optim.")
+
+
+@dataclass
+class GuardConfig:
+    """What happens when a loss or a gradient of an update is not finite."""
+
+    on_non_finite: str = option(
+        "stop",
+        "stop ends the run. skip leaves the update out. rollback restores weights and optimiser from the "
+        "last checkpoint and continues with the next images.",
+        allowed=choice(*POLICIES),
+        may_change=True,
+    )
+    limit: int = option(
+        3, "How often skip or rollback may happen in a run before it stops.", allowed=at_least(1), may_change=True
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self, "guard.")

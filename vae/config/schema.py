@@ -1,297 +1,356 @@
-"""The shape of `configs/train.yaml` and `configs/evaluate.yaml`, assembled from what each part configures.
+"""The configs of a training run and an evaluation. Every key of a command line is a field here or in a part of it."""
 
-Do the parts of a training configuration fit each other?"""
-
-import math
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass
 from typing import Any
 
 from vae.config.data import DataConfig, bucket_shapes
+from vae.config.fields import Allowed, at_least, check_fields, choice, option, part, positive, some_of, within
 from vae.config.loss import LossConfig, LossWeights
 from vae.config.model import AutoencoderConfig
 from vae.config.optim import GuardConfig, OptimConfig
 from vae.errors import require
-from vae.evaluation.protocols import DEFAULT_V1, PROTOCOLS
-from vae.metrics.registry import METRICS
-from vae.training.step import LATENTS
-from vae.weights.model_card import LICENSE, LONGEST
 
 AUTO = "auto"
-CONFIG_FILE = "config.json"  # of a run, in its directory
+ASKED = "MODEL"  # stands in recipes in place of a path that the user has to give
 LOGGERS = ("csv", "wandb", "tensorboard")
-VALIDATED_SETS = ("rfid", "kid")  # of RGB images, where Inception's weights are
+LATENTS = ("sampled", "mean")
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")  # an identifier of the hub's list: apache-2.0, openrail++, other
+LONGEST_ABOUT = 1_000  # characters
+SMALLEST_PERCEPTUAL_IMAGE = 32  # pixels a side; below it AlexNet's last feature map is empty
+
+PAIRED_METRICS = (  # of one image and its reconstruction
+    "psnr",
+    "ssim",
+    "ms_ssim",
+    "lpips_alex",
+    "lpips_vgg",
+    "l1",
+    "colour_shift",
+    "contrast",
+    "saturation",
+    "sharpness",
+    "high_frequency",
+)
+SET_METRICS = ("rfid", "rfid_clean", "kid", "kid_clean")  # of all images and all reconstructions
+METRICS = (*PAIRED_METRICS, *SET_METRICS)
+VALIDATED_SETS = ("rfid", "kid")  # measured in validations of RGB images, if Inception's weights are there
+PROTOCOLS = ("default-v1", "lavinal712-v1", "lightningdit-v1", "dc-ae-v1", "seed-voken-v1", "ldm-v1")
+
+FOLDER_NAME = Allowed(
+    "a plain folder name; output= says where that folder lies",
+    lambda name: bool(name) and "/" not in name and not name.startswith("."),
+)
+SEED = within(0, 2**32 - 1, "from 0 to 2**32 - 1")
+MINUTES = positive("a positive number of minutes")
+IDENTIFIER = Allowed(
+    "an identifier of the hub, as apache-2.0 or other, or null",
+    lambda license: license is None or LICENSE.fullmatch(license) is not None,
+)
 
 
 @dataclass
 class TrainConfig:
-    """A training run. Everything is counted in `updates`: optimiser steps of the autoencoder.
+    """A training run. Its clock is `updates`, the optimiser steps of the autoencoder."""
 
-    With `plan` nothing is trained: what the run would need and take is said.
-
-    `init` names weights to begin from, whose architecture `model` is then: a file, an export or a run. With
-    `latent_channels` they are inflated or sliced to so many; with `fp16_safe` they are rescaled before, the function
-    being the same, until float16 can hold their activations. `frozen` are the parts that do not learn, by the names of
-    their modules, or `trained` are the only ones that do; where encoder and `quant_conv` do not, posteriors have no
-    gradient, the KL term is not computed, and the scaling factor stays. `latents` that are decoded in training are
-    "sampled" from the posteriors, or their "mean". `teacher` names an autoencoder whose latents are learned: the
-    decoder decodes its latents, and the encoder learns to make them. With `compare_with_init` a run of `train.py` that
-    began from `init` ends with an evaluation of both: is what it made harmless where that was in use?
-
-    `name` may hold `{time}`, when the run begins. `resume` names the directory of a run to go on with, or is "auto":
-    the newest run of that name and this configuration, a new one where there is none. A checkpoint is written at every
-    validation and every `checkpoint_minutes`; after `max_minutes` the run saves and ends. `timeout_minutes` is how long
-    processes wait for one of them. `keep_best` is the validation's metric by which `exports/best` is chosen, null for
-    none; auto is LPIPS where the perceptual loss brings it, else PSNR. `inception` names the weights of rFID and KID;
-    null looks for them in torch hub's folder. `trainer` holds further keyword arguments of lightning.Trainer.
-
-    `license` and `about` go into the model cards of its exports: an identifier of the hub (apache-2.0; null: not
-    stated), and a sentence on the data and the purpose.
-    """
-
-    name: str = "{time}"
-    output: str = "runs"
-    seed: int = 0
-    plan: bool = False
-    init: str | None = None
-    latent_channels: int | None = None
-    fp16_safe: bool = False
-    teacher: str | None = None
-    frozen: list[str] = field(default_factory=list)
-    trained: list[str] = field(default_factory=list)
-    compare_with_init: bool = True
-    latents: str = "sampled"
-    updates: int = 100_000
-    validate_every: int = 5_000
-    keep_best: str | None = AUTO
-    inception: str | None = None
-    license: str | None = None
-    about: str = ""
-    logger: str = "csv"
-    resume: str | None = None
-    checkpoint_minutes: float = 30.0
-    max_minutes: float | None = None
-    timeout_minutes: float = 10.0
-    channels_last: bool = False
-    compile: bool = False
-    gradient_checkpointing: bool = False
-    model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    data: DataConfig = field(default_factory=lambda: DataConfig(source="photos"))
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    guard: GuardConfig = field(default_factory=GuardConfig)
-    trainer: dict[str, Any] = field(default_factory=dict)
+    name: str = option(
+        "{time}",
+        "Name of the run's folder. {time} is when it begins.",
+        allowed=FOLDER_NAME,
+        may_change=True,
+        quiet=True,
+    )
+    output: str = option("runs", "Folder that holds the runs.", may_change=True, quiet=True)
+    seed: int = option(0, "Seed of order, augmentation, noise and initial weights.", allowed=SEED)
+    plan: bool = option(False, "Train nothing; say what the run would need and take.", may_change=True, quiet=True)
+    init: str | None = option(
+        None, "Weights to begin from: a file, an export or a run. `model` is then their architecture."
+    )
+    latent_channels: int | None = option(None, "Begin from `init` with this many latent channels, inflated or sliced.")
+    fp16_safe: bool = option(
+        False, "Rescale `init` first, without changing its function, until float16 can hold its activations."
+    )
+    teacher: str | None = option(
+        None,
+        "An autoencoder whose latents are learned. The decoder decodes them, and the encoder learns to make them.",
+        may_change=True,
+    )
+    frozen: list[str] = option([], "Parts that do not learn, by the names of their modules, e.g. [encoder].")
+    trained: list[str] = option([], "The only parts that learn, by the names of their modules.")
+    compare_with_init: bool = option(
+        True, "At the end, compare what was trained with `init` on held-out images.", may_change=True
+    )
+    latents: str = option(
+        "sampled",
+        "The latents that are decoded in training: sampled from the posterior, or its mean.",
+        allowed=choice(*LATENTS),
+    )
+    updates: int = option(100_000, "Length of the run.", unit="updates", allowed=at_least(1), may_change=True)
+    validate_every: int = option(
+        5_000, "Validate, and write a checkpoint, this often.", unit="updates", allowed=at_least(1), may_change=True
+    )
+    keep_best: str | None = option(
+        AUTO,
+        "The validation metric by which exports/best is chosen. null keeps none; auto is LPIPS where the "
+        "loss has it, else PSNR.",
+        may_change=True,
+    )
+    inception: str | None = option(
+        None, "File with Inception's weights, for rFID and KID. null looks in torch hub's folder.", may_change=True
+    )
+    license: str | None = option(
+        None, "License of the exports' model cards, as the hub names it.", allowed=IDENTIFIER, may_change=True
+    )
+    about: str = option("", "A sentence for the model cards: the data, and the purpose.", may_change=True)
+    logger: str = option(
+        "csv", "Where terms are logged besides metrics.csv.", allowed=choice(*LOGGERS), may_change=True
+    )
+    resume: str | None = option(
+        None,
+        "Continue the run in this directory. auto continues the newest run of this name and "
+        "configuration, or begins one.",
+        may_change=True,
+        quiet=True,
+    )
+    checkpoint_minutes: float = option(
+        30.0, "Write a checkpoint this often.", unit="minutes", allowed=MINUTES, may_change=True
+    )
+    max_minutes: float | None = option(
+        None, "Save and stop after this time.", unit="minutes", allowed=MINUTES.or_null("no limit"), may_change=True
+    )
+    timeout_minutes: float = option(
+        10.0, "How long processes wait for one of them.", unit="minutes", allowed=MINUTES, may_change=True
+    )
+    channels_last: bool = option(False, "Store activations with channels last.", may_change=True)
+    compile: bool = option(False, "Compile the networks with torch.compile.", may_change=True)
+    gradient_checkpointing: bool = option(
+        False, "Compute activations again in backward: less memory, more time.", may_change=True
+    )
+    model: AutoencoderConfig = part(AutoencoderConfig, "The autoencoder.")
+    loss: LossConfig = part(LossConfig, "The objective.")
+    data: DataConfig = part(DataConfig, "The images.", make=lambda: DataConfig(source="photos"))
+    optim: OptimConfig = part(OptimConfig, "Optimiser and moving average.")
+    guard: GuardConfig = part(GuardConfig, "What happens when something is not finite.")
+    trainer: dict[str, Any] = option({}, "Further keyword arguments of lightning.Trainer.", may_change=True)
 
     def __post_init__(self) -> None:
-        require(self.logger in LOGGERS, f"logger={self.logger!r}", f"one of {list(LOGGERS)}")
-        require(self.updates >= 1, f"updates={self.updates}", "1 or more")
-        require(self.validate_every >= 1, f"validate_every={self.validate_every}", "1 or more")
-        require(0 <= self.seed < 2**32, f"seed={self.seed}", "from 0 to 2**32 - 1")
-        plain = bool(self.name) and "/" not in self.name and not self.name.startswith(".")
-        require(plain, f"name={self.name!r}", "a plain folder name; output= says where that folder lies")
-        for key in ("checkpoint_minutes", "max_minutes", "timeout_minutes"):
-            minutes = getattr(self, key)
-            require(minutes is None or 0 < minutes < math.inf, f"{key}={minutes}", "a positive number of minutes")
-        identifier = self.license is None or LICENSE.fullmatch(self.license) is not None
-        require(identifier, f"license={self.license!r}", "an identifier of the hub, as apache-2.0 or other, or null")
-        require(len(self.about) <= LONGEST, f"about, {len(self.about)} characters", f"{LONGEST} at most")
-        check_start(self)
+        check_fields(self)
+        given = f"about, {len(self.about)} characters"
+        require(len(self.about) <= LONGEST_ABOUT, given, f"{LONGEST_ABOUT} at most")
+        self._check_beginning()
+        self._check_teacher()
+        self._check_activation()
         if self.init is None:
             self.check_model()
 
     @property
     def paired_metrics(self) -> tuple[str, ...]:
-        """That a validation measures of every image, the most telling last.
+        """The metrics that a validation measures of every image, the most telling one last.
 
-        While an adversary sharpens textures PSNR falls and LPIPS goes on improving, so PSNR would keep the weights that
-        it had just before.
+        While an adversary sharpens textures, PSNR falls and LPIPS goes on improving. So PSNR would keep the weights
+        from just before the adversarial term began.
         """
         lpips = (f"lpips_{self.loss.perceptual_net}",) if self.loss.weights.perceptual else ()
         return ("ssim", "psnr", *lpips)
 
     @property
     def best_metric(self) -> str | None:
-        """What `keep_best` means."""
+        """The metric that `keep_best` selects, or None."""
         return self.paired_metrics[-1] if self.keep_best == AUTO else self.keep_best
 
     def check_model(self) -> None:
-        """With `init` it is known only when that is read."""
+        """Refuse images or losses that do not fit the autoencoder. Raises InputError.
+
+        With `init` the autoencoder's architecture is known only when that file has been read, so this is called then.
+        """
         self._check_validation()
-        check_model(self)
+        self._check_resolution()
+        self._check_tiny()
+        self._check_channels()
+
+    def _check_beginning(self) -> None:
+        """Refuse settings that contradict what the run begins from."""
+        for key in ("init", "teacher"):
+            require(getattr(self, key) != ASKED, f"{key}={ASKED}", "a weights file, an export or a run in its place")
+
+        start = self.loss.autoencoder_start
+        more = f"more than loss.autoencoder_start={start}, before which the autoencoder stays as it is; lower that"
+        require(start == 0 or self.updates > start, f"updates={self.updates}", more)
+
+        known = self.data.latents is None or self.init is not None
+        require(known, f"data.latents={self.data.latents!r}", "init=MODEL besides: the one that made them")
+        one = not (self.frozen and self.trained)
+        require(one, f"frozen={self.frozen} and trained={self.trained}", "one of them")
+
+        begun = self.latent_channels is None or self.init is not None
+        remedy = "init=MODEL besides, or model.latent_channels instead"
+        require(begun, f"latent_channels={self.latent_channels}", remedy)
+        require(self.init is not None or not self.fp16_safe, "fp16_safe=true", "init=MODEL besides: what is rescaled")
+        given = f"fp16_safe=true with data.latents={self.data.latents!r}"
+        remedy = "one of them: rescale first (vae convert --fp16-safe), then cache latents and begin from that"
+        require(not self.fp16_safe or self.data.latents is None, given, remedy)
+
+    def _check_teacher(self) -> None:
+        """Refuse a teacher that cannot take effect, or that competes with cached latents."""
+        if self.teacher is None:
+            return
+        given = f"teacher={self.teacher!r}"
+        latents = self.data.latents
+        require(latents is None, f"{given} with data.latents={latents!r}", "one of them: both are latents to decode")
+        require(self.loss.weights.latent > 0, f"{given} with loss.weights.latent=0", "a weight above 0, or no teacher")
+
+    def _check_activation(self) -> None:
+        """Refuse what hides single layers from the penalty on activations, which sees each layer's output.
+
+        With 16-mixed they would overflow before they could be penalised.
+        """
+        weight = self.loss.weights.activation
+        for key in ("compile", "gradient_checkpointing"):
+            both = weight > 0 and getattr(self, key)
+            require(not both, f"{key}=true with loss.weights.activation={weight}", "one of them")
+
+        half = weight > 0 and self.trainer.get("precision") == "16-mixed"
+        given = "trainer.precision=16-mixed with loss.weights.activation"
+        require(not half, given, "bf16-mixed: they overflow to be seen")
 
     def _check_validation(self) -> None:
+        """Refuse metrics that a validation does not measure, and Inception where images are not RGB."""
         is_rgb = self.model.out_channels == 3
         known = (*self.paired_metrics, *(VALIDATED_SETS if is_rgb else ()))
         of_these = f"auto, null or one of {list(known)}"
         require(self.keep_best in {None, AUTO, *known}, f"keep_best={self.keep_best!r}", of_these)
+
         given = f"inception={self.inception!r} with model.out_channels={self.model.out_channels}"
         require(is_rgb or self.inception is None, given, "null: Inception sees RGB")
+
+    def _check_resolution(self) -> None:
+        """Refuse image sizes that the autoencoder, LPIPS or the discriminator cannot take."""
+        resolution = self.data.resolution
+        factor = self.model.downsample_factor
+        given = f"data.resolution={resolution}"
+        nearest = max(1, round(resolution / factor)) * factor
+        remedy = f"a multiple of the model's downsampling factor {factor}, e.g. {nearest}"
+        require(resolution % factor == 0, given, remedy)
+
+        buckets = self.data.bucket_resolutions
+        both = "compile=true with data.bucket_resolutions"
+        require(not (self.compile and buckets), both, "one of them: each shape would be compiled")
+
+        # With buckets it is the shortest side of any of them that has to be large enough.
+        shapes = [shape for side in buckets for shape in bucket_shapes(side, self.data.bucket_loss, factor)]
+        if shapes:
+            given = f"data.bucket_resolutions={buckets}"
+            resolution = min(side for shape in shapes for side in shape)
+
+        discriminator = self.loss.discriminator
+        smallest = discriminator.smallest_image
+        remedy = f"at least {smallest} for loss.discriminator.layers={discriminator.layers}; lower the layers"
+        require(not self.loss.weights.adversarial or resolution >= smallest, given, remedy)
+
+        smallest = SMALLEST_PERCEPTUAL_IMAGE
+        remedy = f"at least {smallest} for the perceptual loss; or set loss.weights.perceptual=0"
+        require(not self.loss.weights.perceptual or resolution >= smallest, given, remedy)
+
+    def _check_tiny(self) -> None:
+        """Refuse a KL term with a tiny autoencoder, whose posteriors have no width.
+
+        The default weight is allowed, and counts as none.
+        """
+        weight = self.loss.weights.kl
+        warmup = self.loss.kl_warmup
+        is_kl = self.model.architecture == "kl"
+        given = "with model.architecture=tiny"
+
+        allowed = is_kl or weight in (0, LossWeights.kl)
+        require(allowed, f"loss.weights.kl={weight} {given}", "0: its posteriors have no width")
+        require(is_kl or warmup == 0, f"loss.kl_warmup={warmup} {given}", "0: it has no KL term")
+
+    def _check_channels(self) -> None:
+        """Refuse channels that cannot be reconstructed, that LPIPS cannot see, or that have no colour to change."""
+        channels = self.model.in_channels
+        seen = self.loss.perceptual_channels
+        given = f"model.in_channels={channels} and model.out_channels={self.model.out_channels}"
+        require(channels == self.model.out_channels, given, "the same number, to reconstruct")
+
+        given = f"loss.perceptual_channels={seen}"
+        fitting = f"three of the {channels} channels, counted from 0"
+        require(seen is None or (len(seen) == 3 and all(0 <= one < channels for one in seen)), given, fitting)
+        needs_choice = channels == 2 and bool(self.loss.weights.perceptual) and seen is None
+        require(not needs_choice, given, fitting)
+
+        colour = self.data.colour
+        require(not colour or channels in (1, 3), f"data.colour={colour}", "0: not 1 or 3 channels")
 
 
 @dataclass
 class EvaluateConfig:
-    """`model`: one autoencoder or a list of several, each an export, a weights file or a run's directory. `base` is
-    one more, that these are held against: are their latents its latents, and is anything worse? `family` is that of
-    models whose files do not tell their scaling factor: sd, sdxl, sd3 or flux.
+    """An evaluation of one or several autoencoders."""
 
-    `datasets` are values of `data.root` in place of the one, `cross` measures each encoder with the decoders of the
-    others too. With another number of the CPU's `threads` sums end in other bits. The first `probe_images` images are
-    for the tests of robustness and precision. `gates` fail with status 4: {psnr: 28, lpips_alex: 0.1}. Images that
-    cannot be read or reconstructed are left out and listed, and the status is 3 unless `allow_left_out`; what cannot be
-    reconstructed fails the gates. `inception` names the weights of rFID and KID; `download` may fetch what is missing.
-    """
-
-    model: Any = None  # str | list[str]; OmegaConf has no such union
-    base: str | None = None
-    family: str | None = None
-    name: str = "evaluation"
-    output: str = "evaluations"
-    device: str = "auto"
-    seed: int = 0
-    threads: int = 1
-    protocol: str = DEFAULT_V1.name
-    metrics: list[str] = field(default_factory=lambda: list(METRICS))
-    datasets: list[str] = field(default_factory=list)
-    cross: bool = False
-    probe_images: int = 2
-    gates: Any = None  # dict[str, float]; into an empty one the command line could put no key
-    allow_left_out: bool = False
-    inception: str | None = None
-    download: bool = False
-    data: DataConfig = field(default_factory=lambda: DataConfig(source="photos"))
+    model: Any = option(  # str | list[str]; OmegaConf has no such union
+        None, "One autoencoder, or a list of several. Each is an export, a weights file or a run's directory."
+    )
+    base: str | None = option(None, "One more, that the others are compared with: their latents, and every metric.")
+    family: str | None = option(
+        None, "Family of models whose files do not tell their scaling factor: sd, sdxl, sd3 or flux."
+    )
+    name: str = option("evaluation", "Name of the evaluation's folder.", allowed=FOLDER_NAME)
+    output: str = option("evaluations", "Folder that holds the evaluations.")
+    device: str = option("auto", "Where models run: auto, cpu, cuda, or one GPU as cuda:1.")
+    seed: int = option(0, "Seed of whatever noise the tests of robustness use.", allowed=SEED)
+    threads: int = option(1, "Threads of a CPU. Another number changes the last bits of sums.", allowed=at_least(1))
+    protocol: str = option("default-v1", "How images are cut and measured.", allowed=choice(*PROTOCOLS))
+    metrics: list[str] = option(
+        list(METRICS),
+        "What is measured.",
+        allowed=Allowed(some_of(*METRICS).words, lambda metrics: bool(metrics) and set(metrics) <= set(METRICS)),
+    )
+    datasets: list[str] = option([], "Several values of data.root, in place of the one.")
+    cross: bool = option(False, "Measure each encoder with the decoders of the others too.")
+    probe_images: int = option(
+        2, "The first so many images are for the tests of robustness and precision.", allowed=at_least(0, "none")
+    )
+    gates: Any = option(  # dict[str, float]; the command line could not add a key to an empty one
+        None,
+        "Limits, e.g. {psnr: 28, lpips_alex: 0.1}. An evaluation that misses one ends with status 4. So does one "
+        "with a reconstruction that is not finite.",
+    )
+    allow_left_out: bool = option(False, "End with status 0, not 3, where images could not be read or reconstructed.")
+    inception: str | None = option(None, "File with Inception's weights, for rFID and KID.")
+    download: bool = option(False, "Allow to fetch weights that are missing.")
+    data: DataConfig = part(DataConfig, "The images.", make=lambda: DataConfig(source="photos"))
 
     def __post_init__(self) -> None:
         named = bool(self.model) and all(isinstance(model, str) for model in self.models)
         require(named, f"model={self.model!r}", "a path or a list of paths, e.g. model=runs/first")
-        whole = not self.data.bucket_resolutions
-        require(whole, f"data.bucket_resolutions={self.data.bucket_resolutions}", "none: squares are measured")
-        require(self.data.latents is None, f"data.latents={self.data.latents!r}", "null: images are encoded")
-        known = bool(self.metrics) and set(self.metrics) <= set(METRICS)
-        require(known, f"metrics={self.metrics}", f"some of {list(METRICS)}")
-        require(self.protocol in PROTOCOLS, f"protocol={self.protocol!r}", f"one of {list(PROTOCOLS)}")
-        require(self.probe_images >= 0, f"probe_images={self.probe_images}", "0 (none) or more")
-        require(0 <= self.seed < 2**32, f"seed={self.seed}", "from 0 to 2**32 - 1")
-        require(self.threads >= 1, f"threads={self.threads}", "1 or more")
+        check_fields(self)
+        self._check_data()
         limits = isinstance(self.limits, dict) and set(self.limits) <= set(self.metrics)
         require(limits, f"gates={self.gates}", f"{{METRIC: NUMBER}} of those that are measured: {self.metrics}")
-        plain = bool(self.name) and "/" not in self.name and not self.name.startswith(".")
-        require(plain, f"name={self.name!r}", "a plain folder name; output= says where that folder lies")
-        self._check_datasets()
-        one = not self.cross or len(self.models) > 1
-        require(one, "cross=true with one model", "two or more: model=[runs/base,runs/tuned]")
-
-    def _check_datasets(self) -> None:
-        data, given = self.data, f"datasets={self.datasets}"
-        require(data.source != "photos" or not self.datasets, f"{given} with data=photos", "data=folder or another")
-        one = not self.datasets or data.root == self.datasets[0]
-        require(
-            one, f"data.root={data.root!r} and {given}", "one of them; from Python data.root is the first of datasets"
-        )
-        alone = data.validation_root is None and data.validation_split is None
-        require(alone or not self.datasets, f"data.validation_root or data.validation_split and {given}", "one of them")
+        several = not self.cross or len(self.models) > 1
+        require(several, "cross=true with one model", "two or more: model=[runs/base,runs/tuned]")
 
     @property
     def limits(self) -> Any:
+        """The limits in `gates`, empty if there are none."""
         return {} if self.gates is None else self.gates
 
     @property
     def models(self) -> list[str]:
-        """All that are measured, `base` first."""
+        """All models that are measured, `base` first."""
         given = self.model if isinstance(self.model, list) else [self.model]
         return given if self.base is None else [self.base, *given]
 
+    def _check_data(self) -> None:
+        """Refuse data settings that an evaluation does not have, and two ways to name its images."""
+        data = self.data
+        whole = not data.bucket_resolutions
+        require(whole, f"data.bucket_resolutions={data.bucket_resolutions}", "none: squares are measured")
+        require(data.latents is None, f"data.latents={data.latents!r}", "null: images are encoded")
 
-ASKED = "MODEL"  # in the place of a path: the recipe asks for one
-SMALLEST_PERCEPTUAL_IMAGE = 32  # AlexNet's last feature map vanishes below
-
-
-def check_start(config: "TrainConfig") -> None:
-    """What is trained on which latents."""
-    for key in ("init", "teacher"):
-        require(getattr(config, key) != ASKED, f"{key}={ASKED}", "a weights file, an export or a run in its place")
-    start = config.loss.autoencoder_start
-    more = f"more than loss.autoencoder_start={start}, before which the autoencoder stays as it is; lower that"
-    require(start == 0 or config.updates > start, f"updates={config.updates}", more)
-    require(config.latents in LATENTS, f"latents={config.latents!r}", f"one of {list(LATENTS)}")
-    known = config.data.latents is None or config.init is not None
-    require(known, f"data.latents={config.data.latents!r}", "init=MODEL besides: the one that made them")
-    one = not (config.frozen and config.trained)
-    require(one, f"frozen={config.frozen} and trained={config.trained}", "one of them")
-    given = f"latent_channels={config.latent_channels}"
-    require(
-        config.latent_channels is None or config.init is not None,
-        given,
-        "init=MODEL besides, or model.latent_channels instead",
-    )
-    require(config.init is not None or not config.fp16_safe, "fp16_safe=true", "init=MODEL besides: what is rescaled")
-    given = f"fp16_safe=true with data.latents={config.data.latents!r}"
-    remedy = "one of them: rescale first (vae convert --fp16-safe), then cache latents and begin from that"
-    require(not config.fp16_safe or config.data.latents is None, given, remedy)
-    _check_teacher(config)
-    _check_activation(config)
-
-
-def _check_teacher(config: "TrainConfig") -> None:
-    if config.teacher is None:
-        return
-    given, latents = f"teacher={config.teacher!r}", config.data.latents
-    require(latents is None, f"{given} with data.latents={latents!r}", "one of them: both are latents to decode")
-    require(config.loss.weights.latent > 0, f"{given} with loss.weights.latent=0", "a weight above 0, or no teacher")
-
-
-def _check_activation(config: "TrainConfig") -> None:
-    """Layers are looked into one by one."""
-    for key in ("compile", "gradient_checkpointing"):
-        both = config.loss.weights.activation > 0 and getattr(config, key)
-        require(not both, f"{key}=true with loss.weights.activation={config.loss.weights.activation}", "one of them")
-    half = config.loss.weights.activation > 0 and config.trainer.get("precision") == "16-mixed"
-    require(not half, "trainer.precision=16-mixed with loss.weights.activation", "bf16-mixed: they overflow to be seen")
-
-
-def check_model(config: "TrainConfig") -> None:
-    """Images, loss and autoencoder."""
-    resolution, factor = config.data.resolution, config.model.downsample_factor
-    given, weights = f"data.resolution={resolution}", config.loss.weights
-    nearest = max(1, round(resolution / factor)) * factor
-    require(resolution % factor == 0, given, f"a multiple of the model's downsampling factor {factor}, e.g. {nearest}")
-    _check_tiny(config)
-    _check_channels(config)
-    sides = [side for one in _shapes(config) for side in one]
-    given = f"data.bucket_resolutions={config.data.bucket_resolutions}" if config.data.bucket_resolutions else given
-    resolution = min(sides, default=resolution)
-    smallest, layers = config.loss.discriminator.smallest_image, config.loss.discriminator.layers
-    enough = f"at least {smallest} for loss.discriminator.layers={layers}; lower the layers"
-    require(not weights.adversarial or resolution >= smallest, given, enough)
-    enough = f"at least {SMALLEST_PERCEPTUAL_IMAGE} for the perceptual loss; or set loss.weights.perceptual=0"
-    require(not weights.perceptual or resolution >= SMALLEST_PERCEPTUAL_IMAGE, given, enough)
-
-
-def _check_tiny(config: "TrainConfig") -> None:
-    """Its posteriors have no width, so that there is no KL term: the default weight counts as none."""
-    weight, warmup = config.loss.weights.kl, config.loss.kl_warmup
-    is_kl, given = config.model.architecture == "kl", "with model.architecture=tiny"
-    allowed = is_kl or weight in (0, LossWeights.kl)
-    require(allowed, f"loss.weights.kl={weight} {given}", "0: its posteriors have no width")
-    require(is_kl or warmup == 0, f"loss.kl_warmup={warmup} {given}", "0: it has no KL term")
-
-
-def _shapes(config: "TrainConfig") -> list[tuple[int, int]]:
-    """Of all buckets."""
-    data, factor = config.data, config.model.downsample_factor
-    require(
-        not (config.compile and data.bucket_resolutions),
-        "compile=true with data.bucket_resolutions",
-        "one of them: each shape would be compiled",
-    )
-    return [shape for side in data.bucket_resolutions for shape in bucket_shapes(side, data.bucket_loss, factor)]
-
-
-def _check_channels(config: "TrainConfig") -> None:
-    channels, seen = config.model.in_channels, config.loss.perceptual_channels
-    given = f"model.in_channels={channels} and model.out_channels={config.model.out_channels}"
-    require(channels == config.model.out_channels, given, "the same number, to reconstruct")
-    given, fitting = f"loss.perceptual_channels={seen}", f"three of the {channels} channels, counted from 0"
-    require(seen is None or (len(seen) == 3 and all(0 <= one < channels for one in seen)), given, fitting)
-    needs_choice = channels == 2 and bool(config.loss.weights.perceptual) and seen is None
-    require(not needs_choice, given, fitting)
-    colour = config.data.colour
-    require(not colour or channels in (1, 3), f"data.colour={colour}", "0: not 1 or 3 channels")
+        given = f"datasets={self.datasets}"
+        require(data.source != "photos" or not self.datasets, f"{given} with data=photos", "data=folder or another")
+        first = not self.datasets or data.root == self.datasets[0]
+        remedy = "one of them; from Python data.root is the first of datasets"
+        require(first, f"data.root={data.root!r} and {given}", remedy)
+        alone = data.validation_root is None and data.validation_split is None
+        require(alone or not self.datasets, f"data.validation_root or data.validation_split and {given}", "one of them")

@@ -1,0 +1,31 @@
+from .config.compose import compose as compose
+from .config.data import DataConfig as DataConfig
+from .config.model import AutoencoderConfig as AutoencoderConfig
+from .config.schema import EvaluateConfig as EvaluateConfig
+from .config.schema import TrainConfig as TrainConfig
+from .data.decode import open_image as open_image
+from .data.sources import Source as Source
+from .datasets.cache_latents import LatentShards as LatentShards
+from .evaluation.after_training import compare_with_init as compare_with_init
+from .evaluation.evaluate import evaluate as evaluate
+from .explore import ablate_channels as ablate_channels
+from .explore import add_noise as add_noise
+from .explore import interpolate as interpolate
+from .explore import mask_blocks as mask_blocks
+from .explore import restore as restore
+from .explore import sample_prior as sample_prior
+from .explore import vary as vary
+from .latents import LatentStatistics as LatentStatistics
+from .latents import scale_latents as scale_latents
+from .latents import unscale_latents as unscale_latents
+from .models.autoencoder_kl import AutoencoderKL as AutoencoderKL
+from .models.autoencoder_tiny import AutoencoderTiny as AutoencoderTiny
+from .models.lpips import LPIPS as LPIPS
+from .models.posterior import DiagonalGaussian as DiagonalGaussian
+from .models.strips import decode_in_strips as decode_in_strips
+from .models.strips import encode_in_strips as encode_in_strips
+from .training.train import train as train
+from .weights import load_autoencoder as load_autoencoder
+from .weights import save_autoencoder as save_autoencoder
+
+__version__: str
