@@ -1,10 +1,9 @@
-"""Which of how many processes this is, how many cores it has, and what its workers heed.
+"""The processes of one job: which one this is, what they decide together, and the workers that one process starts.
 
-What the processes of a run share besides gradients.
-
-The processes that measure together: started by torchrun, over gloo, which needs no GPU.
-
-Workers of one process, and what becomes of them."""
+`place` reads the rank from the environment. `ProcessGroup` makes the decisions that all processes of a training run
+must take alike. `Team` is the same for evaluation: its processes are started by torchrun and talk over gloo, which
+needs no GPU. `spread` runs jobs in forked workers of one process.
+"""
 
 import os
 import signal
@@ -24,11 +23,11 @@ from torch import Tensor
 from vae.errors import InputError, require
 
 WORLDS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
-MOST_WORKERS = 4  # unless data.workers asks for another number
+MOST_WORKERS = 4  # per process, unless data.workers asks for another number
 
 
 class Place(NamedTuple):
-    """Which of how many processes this is, and which variable of the environment says so."""
+    """Rank of this process, number of processes (`world`), and the environment variable that gave the number."""
 
     rank: int = 0
     world: int = 1
@@ -36,7 +35,10 @@ class Place(NamedTuple):
 
 
 def place() -> Place:
-    """By the environment; processes need not know each other."""
+    """Read rank and number of processes from the variables of torchrun or SLURM. Without them: rank 0 of 1.
+
+    The processes need not know each other. Raises InputError unless both are numbers and the rank is the smaller one.
+    """
     for ranks, worlds in WORLDS:
         rank, world = os.environ.get(ranks), os.environ.get(worlds)
         if rank is not None and world is not None:
@@ -47,21 +49,26 @@ def place() -> Place:
 
 
 def workers_for(wanted: int | None) -> int:
-    """As many as are wanted, else as there are cores, at most `MOST_WORKERS`."""
+    """Return `wanted`, or, where it is None, the number of cores but at most `MOST_WORKERS`."""
     return min(MOST_WORKERS, cores()) if wanted is None else wanted
 
 
 def cores() -> int:
-    """That this process may use, its share where torchrun started several on the machine."""
+    """Count the cores that this process may use, at least 1.
+
+    Where torchrun started several processes on the machine, each gets an equal share.
+    """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     beside = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return max(1, allowed // (int(beside) if beside.isdecimal() else 1))
 
 
 def outlive_signals(_: int) -> None:
-    """A signal to the group reaches the workers too, but their process may have an update to finish with them.
+    """Make a data-loading worker ignore the signals that ask its process to stop. The argument is the worker's number.
 
-    So they ignore all but SIGTERM, and that one for ten minutes: an update may be slow. Theirs ends them when it does.
+    A signal to the process group reaches the workers too, but their process may need them to finish an update. They
+    ignore SIGINT and SIGUSR1. SIGTERM ends them only after ten minutes, because an update may be slow; usually their
+    process ends them earlier.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -72,12 +79,12 @@ Value = TypeVar("Value")
 
 
 def world_size() -> int:
-    """Processes that train together; 1 where there is no process group."""
+    """Count the processes that train together; 1 where there is no process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """Without a gradient, on the tensor's device."""
+    """Average `tensor` over all processes, without a gradient, on its own device. One process gets `tensor` itself."""
     if world_size() == 1:
         return tensor
     total = tensor.detach().clone()
@@ -86,17 +93,24 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 
 
 class ProcessGroup:
-    """Decisions that all processes must take alike. Over the CPU: no GPU waits for them."""
+    """Decisions that all processes of a training run must take alike.
+
+    They are exchanged between CPUs over gloo, so no GPU waits for them.
+    """
 
     def __init__(self) -> None:
         self._group: Any = None
 
     def init(self, timeout: timedelta) -> None:
-        """To be called by all processes at once, when they know each other."""
+        """Create the group. All processes call this at once, after the default process group exists.
+
+        `timeout` is how long a process waits for the others. A run of one process has no group.
+        """
         if world_size() > 1:
             self._group = dist.new_group(timeout=timeout, backend="gloo")
 
     def all_reduce_max(self, value: int) -> int:
+        """Return the largest `value` of all processes, or `value` itself where there is no group."""
         if self._group is None:
             return value
         tensor = torch.tensor(value)
@@ -104,6 +118,7 @@ class ProcessGroup:
         return int(tensor)
 
     def all_gather(self, mine: Value) -> list[Value]:
+        """Return what every process passes as `mine`, in order of rank. It must be picklable."""
         said = [mine] * world_size()
         if self._group is not None:
             dist.all_gather_object(said, mine, self._group)
@@ -116,24 +131,28 @@ Said = TypeVar("Said")
 
 
 class Team:
-    """This process among the others; alone, it talks to nobody."""
+    """This process among those that evaluate together. With one process nothing is sent."""
 
     def __init__(self, here: Place) -> None:
         self.rank, self.world = here.rank, here.world
 
     @property
     def leads(self) -> bool:
+        """Whether this is the first process."""
         return self.rank == 0
 
     def of_first(self, value: Said) -> Said:
-        """What the first process says."""
+        """Return the first process's `value` in every process. It must be picklable."""
         said = [value]
         if self.world > 1:
             dist.broadcast_object_list(said)
         return said[0]
 
     def agree(self, plan: dict[str, Any]) -> None:
-        """Refuse, in every process, to go on with different things."""
+        """Raise InputError in every process unless all pass an equal `plan`.
+
+        The error names the first key that differs.
+        """
         said = [plan] * self.world
         if self.world > 1:
             dist.all_gather_object(said, plan)
@@ -142,19 +161,26 @@ class Team:
                 raise InputError(f"the processes see different {key}: all must have the same files and versions")
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes are here."""
         if self.world > 1:
             dist.barrier()
 
     def device(self, device: torch.device) -> torch.device:
-        """Where there are several GPUs, one of its own for each process of a machine."""
+        """Return the device for this process.
+
+        If several processes share a machine and "cuda" has no index, each process gets a GPU of its own, by its local
+        rank. Any other device is returned as it is.
+        """
         if device.type != "cuda" or device.index is not None or self.world == 1:
             return device
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def leads_alone() -> bool:
-    """Whether this is the first of the processes that trained together; their group, if there is one, is left."""
+    """Return whether this process was the first of those that trained together, and leave their process group.
+
+    Without a group the environment says which process this is.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return place().rank == 0
     rank = dist.get_rank()
@@ -163,7 +189,7 @@ def leads_alone() -> bool:
 
 
 def first_difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
-    """The first key under which two plans differ, with the one below it: "library.code"."""
+    """Return the first key under which two plans differ, or None. Nested keys are joined: "library.code"."""
     for key in [*one, *other]:
         a, b = one.get(key), other.get(key)
         if a != b:
@@ -174,7 +200,10 @@ def first_difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
 
 @contextmanager
 def gathered() -> Iterator[Team]:
-    """The team, which is dissolved at the end."""
+    """Yield the team of processes that torchrun started; the process group is destroyed at the end of the block.
+
+    Other launchers, and a single process, get a team of one.
+    """
     here = place()
     if here.said_by != TORCHRUN or here.world == 1:
         yield Team(Place())
@@ -187,26 +216,32 @@ def gathered() -> Iterator[Team]:
 
 
 Advance = Callable[[int], object]
-Work = Callable[[int, Advance], object]  # (a shard's number, what is told of every image done)
-LISTEN_SECONDS = 10.0  # seconds for a worker to leave in order
+Work = Callable[[int, Advance], object]  # (number of a shard, callback for the number of images done)
+LISTEN_SECONDS = 10.0  # for a worker to end by itself before it is killed
 
 
 def spread(work: Work, shards: Sequence[int], workers: int, advance: Advance) -> None:
-    """`work` on every shard, by as many forked workers; the first that fails ends all."""
+    """Call `work(shard, advance)` for every shard, in up to `workers` forked processes. The first failure ends all.
+
+    `advance` is called here with the number of images done. With one worker everything runs in this process. Raises the
+    worker's InputError, InputError where a signal ended a worker, and RuntimeError where it failed in another way.
+    """
     workers = min(workers, len(shards))
     if workers <= 1:
         for shard in shards:
             work(shard, advance)
         return
+
     context = get_context("fork")
     running: dict[Connection, ForkProcess] = {}
+
     try:
         for number in range(workers):
             here, there = context.Pipe(duplex=False)
             arguments = (work, shards[number::workers], there, os.getpid())
             running[here] = context.Process(target=_work, args=arguments, daemon=True)
             running[here].start()
-            there.close()  # so that the worker's end is the only one
+            there.close()  # only the worker's copy is left, so the pipe ends when the worker does
         _listen(dict(running), advance)
     finally:
         for process in running.values():
@@ -218,14 +253,16 @@ def spread(work: Work, shards: Sequence[int], workers: int, advance: Advance) ->
 
 
 def _work(work: Work, shards: Sequence[int], parent: Connection, started_by: int) -> None:
+    """Run `work` on some shards in a forked worker, and send progress or an InputError to `parent`."""
     import torch
 
+    # One thread each: the workers together use the cores.
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what it was writing vanishes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leaving in order deletes the file it was writing
 
     def advance(images: int) -> None:
         if os.getppid() != started_by:
-            sys.exit(1)  # nobody waits for it
+            sys.exit(1)  # its parent has ended
         parent.send(images)
 
     try:
@@ -234,11 +271,11 @@ def _work(work: Work, shards: Sequence[int], parent: Connection, started_by: int
     except InputError as error:
         parent.send(error)
     except KeyboardInterrupt:
-        pass  # of the whole group: the parent says so
+        pass  # the signal goes to the whole group, and the parent reports it
 
 
 def _listen(running: dict[Connection, ForkProcess], advance: Advance) -> None:
-    """Until every worker has ended, or one of them not well."""
+    """Pass progress on to `advance` until every worker has ended. Raises where one of them fails."""
     while running:
         for end in wait(list(running)):
             assert isinstance(end, Connection)
@@ -249,12 +286,14 @@ def _listen(running: dict[Connection, ForkProcess], advance: Advance) -> None:
                 process.join()
                 _check(process.exitcode)
                 continue
+
             if isinstance(said, InputError):
                 raise said
             advance(said)
 
 
 def _check(exitcode: int | None) -> None:
+    """Raise where a worker ended by a signal (InputError) or with an error of its own (RuntimeError)."""
     if exitcode is not None and exitcode < 0:
         wrong = f"a worker was ended by signal {-exitcode}, as happens when memory runs out"
         raise InputError(f"{wrong}; lower --workers: what is finished stays, and the command goes on from there")

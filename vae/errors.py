@@ -1,17 +1,20 @@
-"""The two ways a command ends early on purpose; everything else that is raised is a defect of ours."""
+"""The two ways a command ends early on purpose, and its exit statuses.
+
+Every other exception is a defect of this package.
+"""
 
 BAD_INPUT, BAD_IMAGES, GATE_FAILED = 2, 3, 4  # exit statuses; a signal's is 128 + its number
 NOT_FINITE, PROCESS_LOST, TIME_IS_UP, INTERRUPTED = 5, 6, 124, 130
 
 
 class InputError(ValueError):
-    """Something given cannot be used. The message is one sentence: file or key, what is wrong, the remedy."""
+    """An input cannot be used. The message is one sentence: the file or key, what is wrong, and the remedy."""
 
 
 class Stopped(SystemExit):
-    """A run that ended before its last update, with its checkpoints whole. `code` is the status to exit with.
+    """A run ended before its last update, and its checkpoints are whole. `code` is the exit status.
 
-    A SystemExit, so that no library's `except Exception` keeps the run going.
+    It is a SystemExit, so that no library's `except Exception` keeps the run going.
     """
 
     def __init__(self, code: int, message: str) -> None:
@@ -23,6 +26,6 @@ class Stopped(SystemExit):
 
 
 def require(condition: bool, given: str, expected: str) -> None:
-    """Refuse `given` ("key=value") unless `condition` holds."""
+    """Raise InputError("`given`, expected `expected`") unless `condition` holds. `given` reads "key=value"."""
     if not condition:
         raise InputError(f"{given}, expected {expected}")

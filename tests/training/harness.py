@@ -22,7 +22,7 @@ from vae.config.loss import DiscriminatorConfig, LossConfig, LossWeights
 from vae.config.model import AutoencoderConfig
 from vae.config.optim import OptimConfig
 from vae.config.schema import TrainConfig
-from vae.training.run_dir import HashingFile, newest_whole
+from vae.training.manifest import HashingFile, newest_whole
 from vae.training.train import train
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

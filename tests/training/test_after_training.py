@@ -11,8 +11,8 @@ import pytest
 
 from tests.conftest import read_json, without_adversary
 from tests.training.images import noise, on, save
-from train import main as train_main
-from vae.config import compose
+from vae.cli.train import train_and_compare
+from vae.config.compose import run
 from vae.config.model import AutoencoderConfig
 from vae.config.schema import EvaluateConfig, TrainConfig
 from vae.data.build import open_sources
@@ -51,7 +51,7 @@ def made(from_base: TrainConfig) -> Path:
 
 
 def test_a_decoder_that_was_tuned_alone_has_the_same_latents_bit_for_bit(from_base, capsys):
-    train_main(replace(from_base, frozen=["encoder", "quant_conv"]))
+    train_and_compare(replace(from_base, frozen=["encoder", "quant_conv"]))
     run = Path(from_base.output) / "run"
     document = read_json(run / "evaluations" / "step_0000002" / "metrics.json")
     assert (document["base"], list(document["against_base"])) == ("base", ["run"])
@@ -65,7 +65,7 @@ def test_a_decoder_that_was_tuned_alone_has_the_same_latents_bit_for_bit(from_ba
 
 def test_an_encoder_that_learned_has_drifted_and_is_measured_only_where_that_is_asked_for(from_base):
     config = replace(from_base, optim=replace(from_base.optim, learning_rate=1e-2), compare_with_init=False)
-    train_main(config)
+    train_and_compare(config)
     run = Path(config.output) / "run"
     assert not (run / "evaluations").exists()
     folder = compare_with_init(run)
@@ -140,7 +140,7 @@ def test_a_base_that_is_gone_is_said_with_a_command_that_measures_the_same_image
     seen: list[EvaluateConfig] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", words)
-    compose.run("evaluate", "evaluate", EvaluateConfig, seen.append)
+    run("evaluate", seen.append, words)
     assert (seen[0].base, seen[0].model) == (from_base.init, str(made))
     assert list(open_sources(seen[0].data)[1].names) == list(open_sources(from_base.data)[1].names)
     assert compare_with_init(made, base=str(tmp_path / "moved here")).is_dir()

@@ -174,7 +174,7 @@ def test_what_the_best_needs_of_the_disk_is_asked_for_before_the_first_update(tm
         with pytest.raises(WeightsError, match=r"checkpoints: needs [\d,]+ bytes and 1,000 are free") as refused:
             train(config)
         needed.append(int(re.findall(r"needs ([\d,]+)", str(refused.value))[0].replace(",", "")))
-    weights = sum(tensor.nbytes for tensor in AutoencoderModule(small_run(tmp_path)).average.state_dict().values())
+    weights = sum(tensor.nbytes for tensor in AutoencoderModule(small_run(tmp_path)).ema_model.state_dict().values())
     assert needed[1] - needed[0] == 4 * weights
 
 

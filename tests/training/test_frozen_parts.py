@@ -22,8 +22,8 @@ from vae.models.autoencoder_kl import AutoencoderKL
 from vae.models.base import Autoencoder
 from vae.training.export import export_checkpoint
 from vae.training.initialise import initial_state, load_initial_weights
+from vae.training.manifest import newest_whole
 from vae.training.module import AutoencoderModule
-from vae.training.run_dir import newest_whole
 from vae.training.step import single_pass
 from vae.training.train import train
 from vae.weights import load_autoencoder, save_autoencoder

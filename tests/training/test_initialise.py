@@ -20,10 +20,10 @@ from vae.models.autoencoder_kl import AutoencoderKL
 from vae.precision.audit import audit_precision
 from vae.training.export import export_checkpoint
 from vae.training.initialise import initial_state, load_initial_weights
+from vae.training.manifest import newest_whole
 from vae.training.module import AutoencoderModule
 from vae.training.plan.cost import DryRun, Target
 from vae.training.plan.plan import plan
-from vae.training.run_dir import newest_whole
 from vae.training.step import ForwardPass
 from vae.training.train import train
 from vae.weights import load_autoencoder, save_autoencoder

@@ -18,7 +18,7 @@ from tests.training.test_never_lost import poisoned_run
 from tests.training.test_resume import cut_at
 from vae.config.schema import TrainConfig
 from vae.errors import Stopped
-from vae.training.run_dir import checkpoints_in, newest_whole
+from vae.training.manifest import checkpoints_in, newest_whole
 from vae.training.train import train
 
 OVERFLOWS, FITS = SCALES["overflowing"], SCALES["fitting"]

@@ -27,8 +27,8 @@ from vae.data.sources import TRAINING_PHOTOS
 from vae.errors import InputError, Stopped
 from vae.files import WeightsError
 from vae.training.guard import Culprits, nearest_causes
+from vae.training.manifest import HashingFile, checkpoints_in, newest_whole
 from vae.training.module import AutoencoderModule
-from vae.training.run_dir import HashingFile, checkpoints_in, newest_whole
 from vae.training.step import ForwardPass, Output
 from vae.training.train import train
 

@@ -16,16 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from tests.conftest import without_adversary
-from train import main
 from vae.cli import app
-from vae.config import compose
-from vae.config.compose import compose
+from vae.cli.train import train_and_compare
+from vae.config.compose import compose, run
 from vae.config.data import DataConfig
 from vae.config.loss import DiscriminatorConfig, LossConfig, LossWeights
 from vae.config.model import AutoencoderConfig
 from vae.config.schema import TrainConfig
 from vae.training.module import AutoencoderModule
-from vae.training.plan import plan
 from vae.training.plan import plan as planning
 from vae.training.plan.cost import DryRun, Meter, Target, Update, largest_size, random_batch
 from vae.training.plan.plan import Plan, Sizing, plan
@@ -37,7 +35,7 @@ SMALL_UPDATES = ((32, 4, 1.4), (48, 9, 1.9))  # side, operations, seconds
 @pytest.fixture(autouse=True)
 def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two small real updates will do."""
-    monkeypatch.setattr(plan, "SECONDS", 0.0)
+    monkeypatch.setattr(planning, "SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +60,8 @@ def config() -> TrainConfig:
 @pytest.fixture(scope="module")
 def planned(config: TrainConfig) -> Plan:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "SECONDS", 0.0)
-        return plan(config)
+        patch.setattr(planning, "SECONDS", 0.0)
+        return planning.plan(config)
 
 
 def _run(update: Update, config: TrainConfig) -> None:
@@ -167,16 +165,16 @@ def test_phases_are_those_of_the_schedule(config, planned):
 
 
 def test_time_is_a_line_through_the_two_largest_updates():
-    small, large = (plan._Made(1, (side, side), flops, passing, 0.5) for side, flops, passing in SMALL_UPDATES)
-    found = plan._pace([small, large])
+    small, large = (planning._Made(1, (side, side), flops, passing, 0.5) for side, flops, passing in SMALL_UPDATES)
+    found = planning._pace([small, large])
     assert found.seconds(10, batches=1) == pytest.approx(10 * 0.1 + 1.0 + 0.5)
     assert found.seconds(20, batches=2) == pytest.approx(20 * 0.1 + 2.0 + 0.5)
-    out_of_order = plan._pace([large, replace(small, flops=50)])
+    out_of_order = planning._pace([large, replace(small, flops=50)])
     assert (out_of_order.per_flop, out_of_order.per_batch) == (1.4 / 50, 0)
 
 
 def test_what_does_not_fit_is_told_with_remedies_and_what_would(config, monkeypatch):
-    monkeypatch.setattr(plan, "_resident", lambda: 0)
+    monkeypatch.setattr(planning, "_resident", lambda: 0)
     sizing = Sizing(DryRun(config, Target()), PLAYING)
     memory = sizing.memory(sizing.needed(4.5))
     assert memory.fits is False
@@ -215,7 +213,7 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     def call(*overrides: str) -> object:
         monkeypatch.setattr(sys, "argv", ["train.py", *overrides])
         try:
-            compose.run(".", "train", TrainConfig, main)
+            run("train", train_and_compare, sys.argv)
         except SystemExit as end:
             return end.code
         return 0

@@ -17,7 +17,7 @@ from tests.conftest import without_adversary
 from tests.training.harness import small_run
 from vae.config.schema import TrainConfig
 from vae.models.autoencoder_kl import AutoencoderKL
-from vae.training.run_dir import checkpoints_in, newest_whole
+from vae.training.manifest import checkpoints_in, newest_whole
 from vae.weights import save_autoencoder
 
 DRIVEN = Path(__file__).with_name("driven.py")

@@ -15,8 +15,8 @@ from tests.training.harness import digest_of, small_run
 from vae.config.schema import AUTO, TrainConfig
 from vae.data.sources import TRAINING_PHOTOS
 from vae.errors import InputError, Stopped
+from vae.training.manifest import checkpoints_in
 from vae.training.module import AutoencoderModule
-from vae.training.run_dir import checkpoints_in
 from vae.training.train import train
 
 ASLEEP, PLAYING = 4, 8  # updates at which a run is cut; the adversarial term starts at 5, an epoch has 11 images

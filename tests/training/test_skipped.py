@@ -18,8 +18,8 @@ from vae.data.sources import Skipped
 from vae.errors import InputError, Stopped
 from vae.training.callbacks import SkippedImages
 from vae.training.interruption import StopRequests
+from vae.training.manifest import newest_whole
 from vae.training.module import AutoencoderModule
-from vae.training.run_dir import newest_whole
 from vae.training.train import train
 
 

@@ -19,7 +19,7 @@ from vae.errors import InputError
 from vae.models.autoencoder_tiny import AutoencoderTiny
 from vae.training.export import export_checkpoint, record_origin
 from vae.training.initialise import initial_state
-from vae.training.run_dir import newest_whole
+from vae.training.manifest import newest_whole
 from vae.training.train import train
 from vae.weights import load_autoencoder, read_autoencoder, save_autoencoder
 from vae.weights.load import find_export

@@ -21,8 +21,8 @@ from vae.config.data import DataConfig
 from vae.config.schema import TrainConfig
 from vae.errors import InputError
 from vae.models.autoencoder_kl import AutoencoderKL
+from vae.training.manifest import newest_whole
 from vae.training.module import AutoencoderModule
-from vae.training.run_dir import newest_whole
 from vae.training.train import train
 from vae.weights import load_autoencoder
 

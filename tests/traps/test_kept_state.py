@@ -61,7 +61,7 @@ def _without_the_schedule(checkpoint: dict[str, Any]) -> None:
     schedule |= {"last_epoch": 0, "_step_count": 1}
 
 
-FORGOTTEN = {"moments": _without_moments, "state of average": _without_the_average, "schedule": _without_the_schedule}
+FORGOTTEN = {"moments": _without_moments, "state of ema_model": _without_the_average, "schedule": _without_the_schedule}
 
 
 def test_a_resumed_run_goes_on_with_its_optimiser_average_schedule_and_position(tiny_run, tmp_path, monkeypatch):

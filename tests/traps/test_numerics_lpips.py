@@ -217,12 +217,11 @@ PRETRAINED = re.compile(
     r"|load_backbone|load_inception)"
 )
 ENTER = {  # where pretrained networks do: LPIPS, and Inception for rFID and KID
-    "models/features.py",
     "models/lpips.py",
     "models/inception.py",
-    "training/set_metrics.py",
-    "evaluation/setting.py",
-    "checkpoints/card.py",  # which tells people how to load
+    "training/validation.py",
+    "evaluation/setup.py",
+    "weights/model_card.py",  # which tells people how to load
 }
 
 

@@ -73,7 +73,7 @@ def _stated(**change: Any) -> Callable[[Header, bytes], bytes]:
     """The file with another configuration in its metadata, and no checksum of it."""
 
     def build(header: Header, data: bytes) -> bytes:
-        described = json.dumps(json.loads(header["__metadata__"]["vae.config.schema"]) | change)
+        described = json.dumps(json.loads(header["__metadata__"]["vae.config"]) | change)
         return _noted(config=described, config_sha256=None)(header, data)
 
     return build

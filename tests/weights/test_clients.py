@@ -84,7 +84,7 @@ def test_metadata_holds_version_configuration_scale_and_what_was_measured(tmp_pa
     assert set(metadata) == {
         "format",
         "vae.format_version",
-        "vae.config.schema",
+        "vae.config",
         "vae.config_sha256",
         "vae.scaling_factor",
         "vae.shift_factor",
@@ -98,9 +98,9 @@ def test_metadata_holds_version_configuration_scale_and_what_was_measured(tmp_pa
     ("change", "message"),
     [
         ({"vae.format_version": "2"}, "format version 2, this vae reads 1; update vae"),
-        ({"vae.config.schema": '{"latent_channels": 4}'}, "not the one its checksum was made of"),
-        ({"vae.config.schema": "[]", "vae.config_sha256": None}, "is not a JSON object"),
-        ({"vae.config.schema": '{"latent_channels": "4"}', "vae.config_sha256": None}, "latent_channels='4'"),
+        ({"vae.config": '{"latent_channels": 4}'}, "not the one its checksum was made of"),
+        ({"vae.config": "[]", "vae.config_sha256": None}, "is not a JSON object"),
+        ({"vae.config": '{"latent_channels": "4"}', "vae.config_sha256": None}, "latent_channels='4'"),
         ({"vae.latents": "{"}, "vae.latents is not readable as JSON"),
     ],
 )

@@ -1,6 +1,8 @@
-"""From a DataConfig to its sources: training and validation images, which never meet.
+"""The sources of a run: training and validation images, which never meet, or all the images that somebody names.
 
-All the images that somebody names, undivided: what the sources of training are before a share is held out."""
+`open_sources` opens what a DataConfig describes, and holds out a share for validation where no validation images are
+named. `open_whole` opens what a command line names, undivided.
+"""
 
 import re
 import sys
@@ -31,12 +33,16 @@ from vae.errors import InputError, require
 
 Pair = tuple[Source, Source]  # training, validation
 MOST_OPEN = 512  # shards
-SIDES = ("train", ("val", "valid", "validation"))  # subfolders that are taken at their word
+SIDES = ("train", ("val", "valid", "validation"))  # names of subfolders for training and validation
 
 
 def open_sources(config: "DataConfig") -> Pair:
-    """(training, validation) images of a data configuration."""
+    """Open the (training, validation) images of a data configuration.
+
+    At most `validation_images` are used for validation, chosen by the hashes of their names.
+    """
     training, validation = SOURCES[config.source](config)
+
     limit = config.validation_images
     if limit is None or len(validation) <= limit:
         return training, validation
@@ -44,10 +50,16 @@ def open_sources(config: "DataConfig") -> Pair:
 
 
 def _photos(_: "DataConfig") -> Pair:
+    """Open the photographs of scikit-image."""
     return Photos(TRAINING_PHOTOS), Photos(VALIDATION_PHOTOS)
 
 
 def _folder(config: "DataConfig") -> Pair:
+    """Open a folder of images.
+
+    Validation is `validation_root`; or a subfolder "val", "valid" or "validation" beside one called "train"; or a share
+    of the images.
+    """
     assert config.root is not None
     root = Path(config.root).expanduser()
     if config.validation_root is not None:
@@ -57,9 +69,12 @@ def _folder(config: "DataConfig") -> Pair:
             wrong = f"data.validation_root={config.validation_root!r} and data.root={config.root!r}: one in the other"
             raise InputError(f"{wrong}, so that images would be in both; name folders beside each other")
         return folder_source(root), folder_source(validation, key="data.validation_root")
+
     held_out = [root / name for name in SIDES[1] if (root / name).is_dir()]
+
     if not (root / SIDES[0]).is_dir() or not held_out:
         return _divided(folder_source(config.root), config)
+
     if len(held_out) > 1:
         names = " and ".join(folder.name for folder in held_out)
         raise InputError(f"data.root={config.root!r}: it has {SIDES[0]}, {names}; name one by data.validation_root")
@@ -67,16 +82,21 @@ def _folder(config: "DataConfig") -> Pair:
 
 
 def _list(config: "DataConfig") -> Pair:
+    """Open a list of images. Validation is another list, or a share of the images."""
     assert config.root is not None
     training = list_source(config.root, config.column)
     if config.validation_root is not None:
         validation = list_source(config.validation_root, config.column, key="data.validation_root")
         return _apart(training, validation, config)
+
     return _divided(training, config)
 
 
 def _apart(training: Files, validation: Files, config: "DataConfig") -> Pair:
-    """Unless one image is in both lists of a folder. The same list twice is an evaluation's: training refuses it."""
+    """Return both sources. Raise InputError where two lists of one folder share some images.
+
+    The same list twice is allowed here, because an evaluation may give it. Training refuses it.
+    """
     shared = np.isin(_names(validation).hashes(), _names(training).hashes())
     if training.root.resolve() == validation.root.resolve() and shared.any() and not shared.all():
         first = validation.names[int(np.argmax(shared))]
@@ -86,12 +106,17 @@ def _apart(training: Files, validation: Files, config: "DataConfig") -> Pair:
 
 
 def _huggingface(config: "DataConfig") -> Pair:
+    """Open a data set of `datasets`.
+
+    Validation is another split, or a share: of the shards with `streaming`, else of the images.
+    """
     assert config.root is not None
     if config.streaming:
         training = _opened(config, hub_shards(config.root, config.split))
         if config.validation_split is None:
             return _sharded(training, config)
         return training, _opened(config, hub_shards(config.root, config.validation_split))
+
     training = hub_source(config.root, config.split, config.column)
     if config.validation_split is not None:
         return training, hub_source(
@@ -101,6 +126,7 @@ def _huggingface(config: "DataConfig") -> Pair:
 
 
 def _webdataset(config: "DataConfig") -> Pair:
+    """Open shards. Validation is other shards, or a share of them."""
     assert config.root is not None
     training = _opened(config, expand(config.root, "data.root"))
     if config.validation_root is not None:
@@ -115,7 +141,7 @@ SOURCES: dict[str, Callable[["DataConfig"], Pair]] = {
     "huggingface": _huggingface,
     "webdataset": _webdataset,
 }
-WANTED = {  # what data.root is to each
+WANTED = {  # what each source expects of data.root
     "folder": "a folder of images",
     "list": "a .txt, .csv or .jsonl list of images",
     "huggingface": "a name on the hub, or a folder or file that datasets reads",
@@ -124,49 +150,58 @@ WANTED = {  # what data.root is to each
 
 
 def _opened(config: "DataConfig", urls: list[str]) -> Shards:
+    """Open the shards at `urls`. Those used last are kept open."""
     store = Store(Path(config.cache) / "shards", config.cache_gigabytes)
-    at_once = MOST_OPEN if config.bucket_resolutions else config.open_shards  # buckets read them in any order
+    at_once = MOST_OPEN if config.bucket_resolutions else config.open_shards  # buckets read shards in any order
     return open_shards(urls, store, _warn, config.column, at_once)
 
 
 def _warn(line: str) -> None:
+    """Print a warning to stderr."""
     print(f"warning: {line}", file=sys.stderr)
 
 
 def _divided(source: Source, config: "DataConfig") -> Pair:
+    """Divide a source into training and validation images, by the hashes of their names."""
     training, validation = split_by_hash(_names(source), config.validation_fraction)
     return _part(source, training), _part(source, validation)
 
 
 def _sharded(source: Shards, config: "DataConfig") -> Pair:
-    """By whole shards: what is held out is never among what is read."""
+    """Divide a source into training and validation by whole shards.
+
+    So what is held out is never among what training reads.
+    """
     training, validation = split_by_hash(Names([shard.title for shard in source.found]), config.validation_fraction)
     if not len(training) and config.validation_fraction < 1:
         other = "data.validation_split" if config.streaming else "data.validation_root"
         raise InputError(f"data.root={config.root!r}: a single shard cannot be divided; name another by {other}")
+
     return source.part(training.tolist()), source.part(validation.tolist())
 
 
 def _names(source: Source) -> Names:
+    """Return the names of a source as `Names`, which can be hashed at once."""
     return source.names if isinstance(source.names, Names) else Names(source.names)
 
 
 def _part(source: Source, indices: np.ndarray) -> Source:
+    """Return the images of a source at `indices`."""
     if isinstance(source, Files) and isinstance(source.names, Names):
         return Files(source.root, source.names.take(indices)) if len(indices) < len(source) else source
     return Part(source, indices)
 
 
 LISTS, TABLES, ARCHIVE = (".txt", ".csv", ".jsonl"), (".parquet", ".arrow"), ".tar"
-KEY = "SRC"  # what errors call it
+KEY = "SRC"  # what errors call the source
 ON_THE_COMMAND_LINE = {"data.column": "--column", "data.split": "--split", "data.streaming=true": "--streaming"}
 
 
 @dataclass(frozen=True)
 class Named:
-    """`root` as somebody gave it; `kind` is one of data.source, None where the name tells.
+    """Images as somebody named them: `root`, and `kind`, one of data.source, or None where the name tells.
 
-    `note` is told of damaged archives, which are used as far as they go.
+    `note` is called with a sentence for each damaged archive. Such archives are used as far as they go.
     """
 
     root: str
@@ -178,13 +213,19 @@ class Named:
 
 
 def open_whole(named: Named) -> Source:
-    """Every image of it."""
+    """Open all the images that are named, undivided.
+
+    Raises InputError where an option does not apply to the kind of source, and where there are no images.
+    """
     kind = named.kind or kind_of(named.root)
     require(kind in WHOLE, f"--source {kind}", f"one of {sorted(WHOLE)}")
+
     hub = kind == "huggingface"
     require(hub or not named.streaming, "--streaming", "it with --source huggingface only")
     require(hub or named.split == Named.split, f"--split {named.split}", "it with --source huggingface only")
     require(hub or kind == "list" or named.column is None, f"--column {named.column}", "it with huggingface or list")
+
+    # Errors below name configuration keys; here people know options of the command line.
     try:
         return WHOLE[kind](named)
     except InputError as error:
@@ -193,13 +234,17 @@ def open_whole(named: Named) -> Source:
 
 
 def kind_of(root: str) -> str:
-    """By the name alone, and for a folder by what lies in it."""
+    """Return the kind of source that `root` is, by its name alone, or by what lies in it where it is a folder.
+
+    Raises InputError where the name does not tell.
+    """
     path = Path(root).expanduser()
     if path.is_dir():
         if any((path / name).is_file() for name in SAVED):
             return "huggingface"
         prepared = (path / INDEX).is_file() and any(path.glob(f"*{ARCHIVE}"))
         return "webdataset" if prepared else "folder"
+
     if root.endswith(LISTS) and SCHEME not in root:
         return "list"
     if root.endswith(ARCHIVE) or SCHEME in root or set("{*?[") & set(root):
@@ -208,29 +253,35 @@ def kind_of(root: str) -> str:
         return "huggingface"
     if root == "photos":
         return "photos"
+
     remedy = "name a folder, a list, tar shards; --source huggingface takes it for a data set of the hub"
     raise InputError(f"{KEY}={root!r}: {'not a list or shard of images' if path.exists() else 'not there'}; {remedy}")
 
 
 def _whole_photos(_: Named) -> Source:
+    """Open all photographs of scikit-image."""
     return Photos(sorted(TRAINING_PHOTOS + VALIDATION_PHOTOS))
 
 
 def _whole_folder(named: Named) -> Source:
+    """Open a folder."""
     return folder_source(named.root, KEY)
 
 
 def _whole_list(named: Named) -> Source:
+    """Open a list."""
     return list_source(named.root, named.column, KEY)
 
 
 def _whole_huggingface(named: Named) -> Source:
+    """Open one split of a data set, shard by shard with `streaming`."""
     if named.streaming:
         return open_shards(hub_shards(named.root, named.split, KEY), _store(), named.note, named.column)
     return hub_source(named.root, named.split, named.column, KEY)
 
 
 def _whole_webdataset(named: Named) -> Source:
+    """Open shards: those of a folder, or those that a pattern means."""
     folder = Path(named.root).expanduser()
     pattern = str(folder / f"*{ARCHIVE}") if folder.is_dir() else named.root
     return open_shards(expand(pattern, KEY), _store(), named.note)
@@ -246,5 +297,5 @@ WHOLE: dict[str, Callable[[Named], Source]] = {
 
 
 def _store() -> Store:
-    """Where training keeps its copies too."""
+    """Return the store where training keeps its copies too."""
     return Store(Path(DataConfig.cache) / "shards", DataConfig.cache_gigabytes)

@@ -1,8 +1,9 @@
-"""Names of images by the million, and choices among them that depend on a name alone.
+"""Sources of images. A source has a name for each of its images, and a way to read it.
 
-Where images come from: a source has a name for each and a way to read it.
-
-Images named in a file: .txt with a path a line, .csv with a header, .jsonl with an object a line."""
+`Names` holds names by the million, and splits depend on a name alone. Sources are folders, lists in a file (.txt with a
+path a line, .csv with a header, .jsonl with an object a line), and the photographs of scikit-image. Those of `hub` and
+`shards` have modules of their own.
+"""
 
 import csv
 import importlib.util
@@ -26,18 +27,18 @@ from torch import Tensor
 from vae.data.decode import EXTENSIONS, Encoded, image_size, open_image, reraise_machine_errors
 from vae.errors import InputError, require
 
-CHUNK = 100_000
+CHUNK = 100_000  # names that are Python objects at a time
 
 
 class Names(Sequence[str]):
     """Strings in one block of memory: ten million cost their bytes and no object each, and forked workers share them.
 
-    Kept as the bytes that the file system has, so that names that are no UTF-8 survive.
+    They are kept as the bytes that the file system has, so that names that are not UTF-8 survive.
     """
 
     def __init__(self, names: Any) -> None:
-        """Of strings, of bytes, or of an Arrow array without nulls."""
-        array: Any = names  # of pyarrow, which has no types
+        """Take strings, bytes, or an Arrow array without nulls."""
+        array: Any = names  # Any, because pyarrow has no types
         if isinstance(array, pa.ChunkedArray):
             array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
         elif not isinstance(array, pa.Array):
@@ -55,20 +56,21 @@ class Names(Sequence[str]):
             yield from map(os.fsdecode, names)
 
     def encoded(self) -> Iterator[list[bytes]]:
-        """All names as bytes, some at a time."""
+        """Yield all names as bytes, some at a time."""
         for start in range(0, len(self), CHUNK):
             yield self._array.slice(start, CHUNK).to_pylist()
 
     def take(self, indices: np.ndarray) -> "Names":
+        """Return the names at these indices."""
         return Names(self._array.take(pa.array(indices)))
 
     def hashes(self) -> np.ndarray:
-        """One uint64 a name."""
+        """Return the hash of each name, (N,) uint64."""
         digests = (map(xxhash.xxh3_64_intdigest, names) for names in self.encoded())
         return np.fromiter(chain.from_iterable(digests), np.uint64, len(self))
 
     def fingerprint(self) -> str:
-        """Of all names in their order."""
+        """Hash all names in their order."""
         digest = xxhash.xxh3_128()
         if len(self):
             _, ends, data = self._array.buffers()
@@ -79,7 +81,7 @@ class Names(Sequence[str]):
 
 
 class Computed(Sequence[str]):
-    """`name_of(number)` for numbers from 0 to below `length`, as they are asked for."""
+    """Names that are computed when they are asked for: `name_of(number)`, for 0 <= number < `length`."""
 
     def __init__(self, length: int, name_of: Callable[[int], str]) -> None:
         self._length, self._name_of = length, name_of
@@ -92,11 +94,14 @@ class Computed(Sequence[str]):
 
 
 def split_by_hash(names: Names, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of (training, validation): a name's side depends on it alone, so it survives additions to the folder.
+    """Split indices into (training, validation).
 
-    Validation is never empty: failing any other it gets the name with the smallest hash.
+    A name's side depends on the name alone, so the split survives added images. Validation is never empty: if no name
+    falls to it, it gets the one with the smallest hash.
     """
     hashes = names.hashes()
+
+    # The bound is at most 2**64 - 2048, the largest float64 below 2**64.
     held_out = (
         hashes < np.uint64(min(fraction * 2.0**64, 2.0**64 - 2048)) if fraction < 1 else np.ones(len(hashes), bool)
     )
@@ -105,7 +110,7 @@ def split_by_hash(names: Names, fraction: float) -> tuple[np.ndarray, np.ndarray
 
 
 def fewest_by_hash(names: Names, limit: int | None) -> np.ndarray:
-    """Indices of at most `limit` names, an unbiased choice that does not depend on their order; ascending."""
+    """Choose at most `limit` indices, ascending. The choice has no bias and ignores the order of the names."""
     if limit is None or len(names) <= limit:
         return np.arange(len(names))
     return np.sort(np.argsort(names.hashes(), kind="stable")[:limit])
@@ -125,13 +130,13 @@ TRAINING_PHOTOS = (
     "moon.png",
 )
 VALIDATION_PHOTOS = ("astronaut.png", "camera.png", "coins.png", "clock_motion.png", "cell.png")
-LEFT_ALONE = "__MACOSX"  # what zip archives made on a Mac bring along
+LEFT_ALONE = "__MACOSX"  # a folder in zip archives made on a Mac
 
 
 class Source(ABC):
     """Images by number. A data set of your own is a subclass with `names` and `read`.
 
-    `names` identify the images in every table; `read` gives a file, the bytes of one, or pixels (C, H, W) as uint8 or
+    `names` identify the images in every table. `read` returns a file, the bytes of one, or pixels (C, H, W) as uint8 or
     uint16. `shards` are the numbers of images that lie together and are best read together, where that is so.
     """
 
@@ -139,49 +144,56 @@ class Source(ABC):
     shards: Sequence[int] | None = None
 
     @abstractmethod
-    def read(self, index: int) -> Encoded: ...
+    def read(self, index: int) -> Encoded:
+        """Return an image: a path, its bytes, or a uint8 or uint16 tensor (C, H, W)."""
 
     def __len__(self) -> int:
         return len(self.names)
 
     def label(self, index: int) -> str:
-        """What an error calls the image."""
+        """Return what an error calls the image."""
         return self.names[index]
 
     def open(self, index: int, channels: int = 3, bits: int = 8) -> Tensor:
-        """Pixels (C, H, W), as `open_image` makes them; ImageError where the image is at fault."""
+        """Decode an image to pixels (C, H, W), as `open_image` does.
+
+        Raises ImageError where the image is at fault, and InputError where the machine is.
+        """
         with reraise_machine_errors(self.label(index)):
             return open_image(self.read(index), channels, bits, self.label(index))
 
     def size(self, index: int) -> tuple[int, int]:
-        """(height, width) without decoding."""
+        """Return (height, width) of an image without decoding it."""
         with reraise_machine_errors(self.label(index)):
             return image_size(self.read(index), self.label(index))
 
     def fingerprint(self) -> str:
-        """Differs when images are added, removed, renamed or put into another order."""
+        """Hash the names. The hash differs where images are added, removed, renamed or reordered."""
         return xxhash.xxh3_128("\0".join(self.names).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 class Files(Source):
-    """Image files, by path below `root`."""
+    """Image files, by their paths below `root`."""
 
     def __init__(self, root: Path, names: "Names | Sequence[str]") -> None:
         self.root, self._names = root, names if isinstance(names, Names) else Names(names)
         self.names = self._names
 
     def read(self, index: int) -> Encoded:
+        """Return the path of an image."""
         return self.root / self.names[index]
 
     def label(self, index: int) -> str:
+        """Return the path of an image, as an error shows it."""
         return str(self.root / self.names[index])
 
     def fingerprint(self) -> str:
+        """Hash the names."""
         return self._names.fingerprint()
 
 
 class Photos(Files):
-    """The photographs inside scikit-image's wheel, each decoded once."""
+    """The photographs inside scikit-image's wheel. Each is decoded once."""
 
     def __init__(self, names: Sequence[str]) -> None:
         spec = importlib.util.find_spec("skimage")
@@ -199,20 +211,24 @@ class Part(Source):
         self.names = Computed(len(indices), self.name)
 
     def name(self, index: int) -> str:
+        """Return the name of an image in the whole."""
         return self.whole.names[int(self.indices[index])]
 
     def read(self, index: int) -> Encoded:
+        """Return an image of the whole."""
         return self.whole.read(int(self.indices[index]))
 
     def label(self, index: int) -> str:
+        """Return what an error calls the image."""
         return self.whole.label(int(self.indices[index]))
 
     def fingerprint(self) -> str:
+        """Hash the whole source and which of its images are chosen."""
         return xxhash.xxh3_128(self.whole.fingerprint().encode() + self.indices.tobytes()).hexdigest()
 
 
 def checked(source: Source) -> Source:
-    """Refuse what is no source of distinct names, before it is trained on."""
+    """Return `source`. Raise InputError where it is not a source of distinct names, before it is trained on."""
     names, given = source.names, type(source).__name__
     require(len(names) > 0 and not isinstance(names, str), f"{given}.names", "a sequence of one name or more")
     other = next((name for name in names if not isinstance(name, str)), None)
@@ -222,14 +238,18 @@ def checked(source: Source) -> Source:
 
 
 def folder_source(root: str | Path, key: str = "data.root") -> Files:
-    """Every image in a folder and its subfolders; `key` is what an error calls the folder."""
+    """Open every image in a folder and its subfolders.
+
+    `key` is what an error calls the folder.
+    """
     return Files(Path(root).expanduser(), folder_files(root, EXTENSIONS, f"{key}={str(root)!r}"))
 
 
 def folder_files(root: str | Path, suffixes: Collection[str], given: str) -> list[str]:
-    """Files with one of `suffixes` below `root`, as sorted relative names; `given` is what an error calls the folder.
+    """List files with one of `suffixes` below `root`, as sorted relative names.
 
-    Links are followed, each folder read once. Hidden files and folders are left out.
+    Links are followed, and each folder is read once. Hidden files and folders are skipped. `given` is what an error
+    calls the folder. Raises InputError where it is missing, not readable or without such files.
     """
     folder = Path(root).expanduser()
     if not folder.is_dir():
@@ -241,7 +261,9 @@ def folder_files(root: str | Path, suffixes: Collection[str], given: str) -> lis
 
     names: list[str] = []
     seen = {_identity(folder)}
+
     for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        # os.walk reads the folders that remain in this list.
         folders[:] = [name for name in sorted(folders, key=os.fsencode) if _is_new(Path(parent) / name, seen)]
         below = Path(parent).relative_to(folder)
         names += [
@@ -249,14 +271,18 @@ def folder_files(root: str | Path, suffixes: Collection[str], given: str) -> lis
             for name in files
             if os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".")  # noqa: PTH122  (by millions)
         ]
+
     if not names:
         raise InputError(f"{given}: nothing in it or below to read (looked for {', '.join(sorted(suffixes))})")
-    return sorted(names, key=os.fsencode)  # of strings the order would be the locale's
+
+    return sorted(names, key=os.fsencode)  # the order of strings would be the locale's
 
 
 def _is_new(folder: Path, seen: set[tuple[int, int]]) -> bool:
+    """Say whether a folder is to be read: not hidden, and not seen before. Then it is noted as seen."""
     if folder.name.startswith(".") or folder.name == LEFT_ALONE:
         return False
+
     identity = _identity(folder)
     if identity in seen:
         return False
@@ -265,48 +291,61 @@ def _is_new(folder: Path, seen: set[tuple[int, int]]) -> bool:
 
 
 def _identity(folder: Path) -> tuple[int, int]:
+    """Return what identifies a folder, by whatever link it was reached."""
     status = folder.stat()
     return status.st_dev, status.st_ino
 
 
-COLUMNS = ("path", "file", "file_name", "filename", "image", "image_path")  # looked for where none is named
+COLUMNS = ("path", "file", "file_name", "filename", "image", "image_path")  # columns to look for where none is named
 BLOCK = 1 << 24  # bytes read at a time; no line may be longer
 
 
 def list_source(path: str | Path, column: str | None, key: str = "data.root") -> Files:
-    """The images of a list, in its order; relative paths are below the folder of the list."""
+    """Open the images of a list, in its order. Relative paths are below the folder of the list.
+
+    Raises InputError where the list cannot be read or names no image, or where its first image is not there.
+    """
     file = Path(path).expanduser()
     given = f"{key}={str(path)!r}"
+
     if not file.is_file():
         raise InputError(f"{given}: no such file; name a .txt, .csv or .jsonl list of images")
     kind = file.suffix.lower()
     if kind not in KINDS:
         raise InputError(f"{given}: an unknown kind of list, expected .txt, .csv or .jsonl")
+
     try:
         names = KINDS[kind](file, column, given) if file.stat().st_size else Names([])
     except (pa.ArrowInvalid, csv.Error, json.JSONDecodeError) as error:
         reason = ascii(" ".join(str(error).split())[:200])
         raise InputError(f"{given}: not readable as {kind} ({reason}); mend or remove that line") from error
+
     if not names:
         raise InputError(f"{given}: no path in it; put one on each line")
+
     _check_first(file.parent, names, given)
     return Files(file.parent, names)
 
 
 def _of_text(file: Path, column: str | None, given: str) -> Names:
+    """Read a .txt file: one path a line."""
     if column is not None:
         raise InputError(f"data.column={column!r}: {given} has no columns; leave it out")
+
+    # A delimiter that no path has, so that each line is one column.
     parsing = pyarrow.csv.ParseOptions(delimiter="\x01", quote_char=False)
     return _of_table(file, "path", pyarrow.csv.ReadOptions(column_names=["path"], block_size=BLOCK), parsing)
 
 
 def _of_csv(file: Path, column: str | None, given: str) -> Names:
+    """Read the paths in a column of a .csv file with a header."""
     header = next(csv.reader(io.StringIO(_start(file).decode("utf-8-sig", "surrogateescape"), newline="")), [])
     parsing = pyarrow.csv.ParseOptions(newlines_in_values=True)
     return _of_table(file, _column(header, column, given), pyarrow.csv.ReadOptions(block_size=BLOCK), parsing)
 
 
 def _of_objects(file: Path, column: str | None, given: str) -> Names:
+    """Read the paths in a field of a .jsonl file, whose first object says which fields there are."""
     first = json.loads(_start(file).lstrip().partition(b"\n")[0].decode("utf-8-sig", "surrogateescape") or "{}")
     name = _column(first if isinstance(first, dict) else [], column, given)
     parsing = pyarrow.json.ParseOptions(pa.schema({name: pa.large_binary()}), unexpected_field_behavior="ignore")
@@ -318,7 +357,10 @@ KINDS: dict[str, Callable[[Path, str | None, str], Names]] = {".txt": _of_text, 
 
 
 def _of_table(file: Path, column: str, reading: pyarrow.csv.ReadOptions, parsing: pyarrow.csv.ParseOptions) -> Names:
-    """One column alone, as bytes: nothing has to be UTF-8, and the types of others are not guessed."""
+    """Read one column alone, as bytes.
+
+    So nothing has to be UTF-8, and the types of other columns are not guessed.
+    """
     kinds = pyarrow.csv.ConvertOptions(
         include_columns=[column], column_types={column: pa.large_binary()}, null_values=[""], strings_can_be_null=True
     )
@@ -326,11 +368,13 @@ def _of_table(file: Path, column: str, reading: pyarrow.csv.ReadOptions, parsing
 
 
 def _start(file: Path) -> bytes:
+    """Read the beginning of a file."""
     with file.open("rb") as stream:
         return stream.read(BLOCK)
 
 
 def _column(columns: Iterable[str], wanted: str | None, given: str) -> str:
+    """Return the column of paths: `wanted`, or the first usual name that is there."""
     columns = list(columns)
     found = [name for name in ([wanted] if wanted else COLUMNS) if name in columns]
     if not found:
@@ -341,9 +385,10 @@ def _column(columns: Iterable[str], wanted: str | None, given: str) -> str:
 
 
 def _check_first(folder: Path, names: Names, given: str) -> None:
+    """Raise InputError where the first image of a list is not there. That tells wrong folders early."""
     try:
         is_there = (folder / names[0]).exists()
-    except OSError:  # a name longer than any
+    except OSError:  # a name longer than the file system allows
         is_there = False
     if not is_there:
         first = ascii(str(folder / names[0]))[:300]
@@ -351,7 +396,7 @@ def _check_first(folder: Path, names: Names, given: str) -> None:
 
 
 class Skipped(NamedTuple):
-    """An image that was not used, and why; `is_corrupt` is False where it is only too small."""
+    """An image that was not used, and why. `is_corrupt` is False where it is only too small."""
 
     name: str
     reason: str

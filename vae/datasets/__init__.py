@@ -1,1 +1,1 @@
-"""Work done once before training: images made smaller into shards, latents of a finished autoencoder."""
+"""Data sets made once before training: images made smaller into shards, and latents of a finished autoencoder."""

@@ -1,10 +1,10 @@
-"""Images read one by one, those that cannot be used set aside.
+"""Jobs that make many shards: each shard is a function of the source, a recipe and its number, and of nothing else.
 
-Work that is many output shards, each a function of the source, a recipe and its number, and of nothing else.
+A folder holds recipe.json, the shards NNNNNN.*, and beside each its receipt NNNNNN.json. Once all shards are there, it
+also holds dropped.jsonl and index.json. Work that was killed continues with the shards that have no receipt. Whichever
+process finds all of them finished writes the last two files.
 
-A folder holds recipe.json, the shards NNNNNN.*, behind each its receipt NNNNNN.json, and, once all are there,
-dropped.jsonl and index.json. Whatever is killed goes on from the shards that have a receipt; whoever finds all of them
-writes the last two files.
+The first part reads images one by one and sets aside those that cannot be used.
 """
 
 import hashlib
@@ -29,11 +29,11 @@ from vae.errors import InputError, require
 from vae.files import WeightsError, replacing, write_text
 
 UNREADABLE = "unreadable"
-ADDRESS = re.compile(r" object at 0x[0-9a-f]+")  # of Pillow's messages: another one each time
+ADDRESS = re.compile(r" object at 0x[0-9a-f]+")  # in Pillow's messages; it differs each time
 
 
 class Dropped(NamedTuple):
-    """An image that is left out: its number in the source, the kind of reason, and the whole of it."""
+    """An image that is skipped: its number and name in the source, the kind of reason, and the whole message."""
 
     number: int
     name: str
@@ -42,14 +42,21 @@ class Dropped(NamedTuple):
 
 
 def unreadable(source: Source, number: int, error: ImageError) -> Dropped:
-    """The reason is the same wherever the source lies and however often it is read."""
+    """Return an image that cannot be read as `Dropped`.
+
+    Its message is the same wherever the source lies and however often it is read: paths become names, and memory
+    addresses are removed.
+    """
     name = source.names[number]
     message = ADDRESS.sub("", str(error).replace(source.label(number), name))
     return Dropped(number, name, UNREADABLE, message)
 
 
 class Square(NamedTuple):
-    """uint8 (C, resolution, resolution); `is_enlarged` where the image had fewer."""
+    """The central square of an image, uint8 (C, resolution, resolution).
+
+    `is_enlarged` is set where the image's shorter side had fewer pixels.
+    """
 
     number: int
     name: str
@@ -58,7 +65,10 @@ class Square(NamedTuple):
 
 
 class Read(NamedTuple):
-    """`images` uint8 (B, C, H, W) with their numbers and names; `enlarged` of them had fewer pixels."""
+    """A batch of squares: `images` uint8 (B, C, H, W) with their numbers and names.
+
+    `enlarged` of them had fewer pixels on the shorter side. `dropped` are those that could not be read.
+    """
 
     images: Tensor
     numbers: list[int]
@@ -67,11 +77,11 @@ class Read(NamedTuple):
     dropped: list[Dropped]
 
 
-Result = Square | Dropped | InputError  # an error is a value until it has left the worker
+Result = Square | Dropped | InputError  # a worker returns an error as a value, so that its message stays as it is
 
 
 class Squares(Dataset[Result]):
-    """number -> the image's central square, or why there is none."""
+    """A data set of central squares: `dataset[number]` is the square, or why there is none."""
 
     def __init__(self, source: Source, resolution: int, channels: int) -> None:
         self.source, self.resolution, self.channels = source, resolution, channels
@@ -89,9 +99,11 @@ class Squares(Dataset[Result]):
 
 
 def collate(results: list[Result]) -> Read | InputError:
+    """Collate results into a batch. If one of them is an InputError, return the first of these instead."""
     error = next((one for one in results if isinstance(one, InputError)), None)
     if error is not None:
         return error
+
     squares = [one for one in results if isinstance(one, Square)]
     images = torch.stack([one.pixels for one in squares]) if squares else torch.empty(0, dtype=torch.uint8)
     enlarged = sum(one.is_enlarged for one in squares)
@@ -100,15 +112,15 @@ def collate(results: list[Result]) -> Read | InputError:
 
 
 RECIPE = "recipe.json"
-ALWAYS_ALLOWED = 10  # unreadable images of a shard, however small it is
-MOST_TOLD = 4  # differences
-TRIES = 3  # to write what another machine may be writing too
+ALWAYS_ALLOWED = 10  # this many unreadable images of a shard, however small it is
+MOST_TOLD = 4  # differences that a refusal lists
+TRIES = 3  # at writing a file that another machine may be writing too
 
 Json = dict[str, Any]
 
 
 class Made(NamedTuple):
-    """What became of a shard's images: how many are in it, which are not, and what else is worth counting."""
+    """A shard's images: how many are in it, which were dropped, and other counts to report."""
 
     images: int
     dropped: list[Dropped]
@@ -117,9 +129,10 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """`options` decide the bytes of the shards together with the images of `source` and their number in each.
+    """A folder of shards to be made.
 
-    A shard more than `max_corrupt` of whose images, and ten, cannot be read stops the work.
+    `options` decide the bytes of the shards, together with the images of `source` and how many belong to each shard.
+    The work stops at a shard of which more than `max_corrupt` of the images, and more than ten, cannot be read.
     """
 
     folder: Path
@@ -136,51 +149,64 @@ class Job:
 
     @cached_property
     def recipe(self) -> Json:
+        """Everything that decides the bytes of the shards, as JSON."""
         images = {"source": self.source.fingerprint(), "images": len(self.source)}
         return images | {"shard_images": self.shard_images} | self.options
 
     @cached_property
     def digest(self) -> str:
+        """SHA-256 of the recipe."""
         return hashlib.sha256(json.dumps(self.recipe, sort_keys=True).encode()).hexdigest()
 
     @property
     def shards(self) -> int:
+        """The number of shards."""
         return -(-len(self.source) // self.shard_images)
 
     def numbers(self, shard: int) -> range:
-        """Of the source's images that belong to a shard."""
+        """Return the numbers of the source's images that belong to a shard."""
         return range(shard * self.shard_images, min((shard + 1) * self.shard_images, len(self.source)))
 
     def file(self, shard: int) -> Path:
+        """Return the path of a shard."""
         return self.folder / f"{shard:06d}{self.suffix}"
 
 
 def begin(job: Job) -> None:
-    """Refuse a folder that was begun otherwise, naming what differs; lay the recipe into a new one."""
+    """Write the recipe into a new folder, or check that the folder has the same one.
+
+    Raises InputError where the folder was begun with another recipe, naming what differs, and where it holds other
+    files that would be lost.
+    """
     file = job.folder / RECIPE
     if not file.exists():
         taken = [*sorted(job.folder.glob(f"*{job.suffix}")), *job.folder.glob(INDEX)]
         if taken:
             raise InputError(f"{job.folder}: holds {taken[0].name}, which would be lost; choose another folder")
         _write_alike(file, _text(job.recipe))
+
     before, now = _flat(_read(file) or {}), _flat(json.loads(_text(job.recipe)))
     told = [
         "other images (some were added, removed or renamed)" if key == "source" else f"{key} {before.get(key)!r}"
         for key in {**before, **now}
         if before.get(key) != now.get(key)
     ]
+
     if told:
         given = f"{job.folder}: begun with {', '.join(told[:MOST_TOLD])}"
         raise InputError(f"{given}; give what it was begun with, or another folder")
 
 
 def unfinished(job: Job, place: Place) -> list[int]:
-    """This process's shards that have no valid receipt."""
+    """Return this process's shards that have no valid receipt."""
     return [shard for shard in range(place.rank, job.shards, place.world) if receipt(job, shard) is None]
 
 
 def receipt(job: Job, shard: int) -> Json | None:
-    """What was written behind a finished shard; none where the shard is not there as it was written."""
+    """Return the receipt of a finished shard.
+
+    None where the shard is missing, belongs to another recipe, or has not the size that was written.
+    """
     found, file = _read(job.file(shard).with_suffix(".json")), job.file(shard)
     if found is None or found.get("recipe") != job.digest or not file.is_file():
         return None
@@ -188,26 +214,31 @@ def receipt(job: Job, shard: int) -> Json | None:
 
 
 def make(job: Job, shard: int, write: Callable[[Path], Made]) -> None:
-    """`write` fills the file it is given; it is a finished shard once its receipt is there, which comes last."""
+    """Make a shard: `write` fills the file that it is given.
+
+    The receipt is written last. Only with it is the shard finished.
+    """
     file = job.file(shard)
     with replacing(file) as partial:
         made = write(partial)
         _check_corrupt(job, shard, made)
         with partial.open("rb") as written:
             digest, size = hashlib.file_digest(written, "sha256").hexdigest(), written.tell()
+
     described = {"name": file.name, "images": made.images, "bytes": size, "sha256": digest, "counts": made.counts}
     dropped = [one._asdict() for one in made.dropped]
     write_text(file.with_suffix(".json"), _text({"recipe": job.digest, **described, "dropped": dropped}))
 
 
 def conclude(job: Job) -> Json | None:
-    """The index, written if it is not there; none as long as shards are missing."""
+    """Return the index, and write it if it is not there. None while shards are missing."""
     receipts = []
     for shard in range(job.shards):
         found = receipt(job, shard)
         if found is None:
             return None
         receipts.append(found)
+
     dropped = [one for found in receipts for one in found["dropped"]]
     shards = [{key: found[key] for key in ("name", "images", "bytes", "sha256")} for found in receipts]
     index = {
@@ -218,12 +249,14 @@ def conclude(job: Job) -> Json | None:
         "recipe": job.recipe,
         "shards": shards,
     }
+
     _write_alike(job.folder / DROPPED, "".join(f"{json.dumps(one)}\n" for one in dropped))
     _write_alike(job.folder / INDEX, _text(index))
     return index
 
 
 def _check_corrupt(job: Job, shard: int, made: Made) -> None:
+    """Raise InputError where too many of a shard's images cannot be read."""
     corrupt, numbers = [one for one in made.dropped if one.why == UNREADABLE], job.numbers(shard)
     if len(corrupt) > max(ALWAYS_ALLOWED, job.max_corrupt * len(numbers)):
         told = f"{len(corrupt)} of the images {numbers[0]} to {numbers[-1]} cannot be read, the first: "
@@ -232,6 +265,7 @@ def _check_corrupt(job: Job, shard: int, made: Made) -> None:
 
 
 def _counted(reasons: Iterator[str]) -> dict[str, int]:
+    """Return {reason: how often}, sorted by reason."""
     counts: dict[str, int] = {}
     for why in reasons:
         counts[why] = counts.get(why, 0) + 1
@@ -239,7 +273,10 @@ def _counted(reasons: Iterator[str]) -> dict[str, int]:
 
 
 def _write_alike(file: Path, text: str) -> None:
-    """The same text by whichever processes, on one machine or several, that may meet at this."""
+    """Write a text that other processes, on this machine or others, may be writing at the same time.
+
+    All of them write the same, so it is enough that the file has it.
+    """
     for attempt in range(TRIES):
         if file.is_file() and file.read_text(encoding="utf-8") == text:
             return
@@ -251,10 +288,12 @@ def _write_alike(file: Path, text: str) -> None:
 
 
 def _text(value: Json) -> str:
+    """Return JSON as it is written to files."""
     return json.dumps(value, indent=1) + "\n"
 
 
 def _read(file: Path) -> Json | None:
+    """Return the object in a JSON file, or None where there is none."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -263,7 +302,7 @@ def _read(file: Path) -> Json | None:
 
 
 def _flat(values: Json, prefix: str = "") -> Json:
-    """{"config.scaling_factor": ...} of {"config": {"scaling_factor": ...}}"""
+    """Flatten {"config": {"scaling_factor": ...}} to {"config.scaling_factor": ...}."""
     flat: Json = {}
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}

@@ -1,1 +1,1 @@
-"""Evaluation: `vae.evaluation.evaluate.evaluate` measures models on images."""
+"""Evaluation of autoencoders on images; the entry point is `vae.evaluation.evaluate.evaluate`."""

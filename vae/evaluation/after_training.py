@@ -1,4 +1,8 @@
-"""Where a run that began from published weights ends: is what it made harmless in their place?"""
+"""The comparison at the end of a run that began from published weights: is the new model a harmless replacement?
+
+`after_training` runs it when training ends, and `compare_with_init` runs it on request. Both measure the newest export
+and its base on the run's validation images and write a report into RUN/evaluations.
+"""
 
 import json
 import shlex
@@ -11,7 +15,7 @@ from typing import Any
 import torch
 
 from vae.config.data import DataConfig
-from vae.config.schema import CONFIG_FILE, EvaluateConfig, TrainConfig
+from vae.config.schema import EvaluateConfig, TrainConfig
 from vae.distributed import Place, Team, leads_alone
 from vae.errors import InputError, Stopped
 from vae.evaluation import terminal
@@ -19,12 +23,12 @@ from vae.evaluation.compare import DOCUMENT_FILE
 from vae.evaluation.drop_in import rescaled
 from vae.evaluation.evaluate import PLAN_FILE, evaluate_as
 from vae.evaluation.measure import codecs_of, described, load_models
+from vae.run_dir import RunDir
 from vae.weights.load import find_export
 from vae.weights.loaded import read_json
 
-EVALUATIONS = "evaluations"  # of a run, in its directory
 MEASURED = ("psnr", "ssim", "lpips_alex", "lpips_vgg", "colour_shift", "saturation")
-IMAGES = (  # what of a DataConfig says which images are measured, and cut how
+IMAGES = (  # the fields of DataConfig that decide which images are measured and how they are cropped
     "root",
     "validation_root",
     "validation_fraction",
@@ -38,34 +42,37 @@ IMAGES = (  # what of a DataConfig says which images are measured, and cut how
     "bits",
     "min_side",
 )
-PATHS = {"encoder", "decoder"}  # of what is said of a model
-OF_DOOR = ("validation_fraction", "validation_images")  # configs/evaluate has other values than the dataclass
+PATHS = {"encoder", "decoder"}  # the keys of a model's description that hold paths, which may change
+OF_DOOR = ("validation_fraction", "validation_images")  # configs/evaluate and the dataclass have different defaults
 
 
 def compare_with_init(run: str | Path, base: str | None = None) -> Path:
-    """Hold the newest export of `run` against the weights that it began from, which are at `base` if they were moved.
+    """Compare the newest export of `run` with the weights that it began from, and return the folder of the report.
 
-    On the run's validation images, at its resolution: latents, reconstructions, float16, pictures before and after. The
-    folder with the report is returned, RUN/evaluations/step_N. What is there already is not measured again; where it is
-    of another base, or of an export that was written anew since, the report goes to step_N_2 and so on. Raises
-    InputError where the run began from chance, or what it needs is gone.
+    `base` says where these weights are now, if they were moved. The comparison uses the run's validation images at its
+    resolution, and covers latents, reconstructions, float16, and pictures before and after.
+
+    The folder is RUN/evaluations/step_N. An evaluation that is already there is not repeated. If it was made against
+    another base, or on an export that was rewritten since, the report goes to step_N_2 and so on.
+
+    Raises InputError if the run began from random weights, or if something that the comparison needs is missing.
     """
     run = Path(run).expanduser()
-    saved = read_json(run / CONFIG_FILE)
+    saved = read_json(RunDir(run).config)
     base = base or saved.get("init")
     if base is None:
         raise InputError(f"{run}: it began from chance (init=null); name a base to hold it against")
     try:
         data = DataConfig(**saved["data"])
     except (KeyError, TypeError) as error:
-        raise InputError(f"{run / CONFIG_FILE}: data is not what this version of vae writes ({error})") from error
+        raise InputError(f"{RunDir(run).config}: data is not what this version of vae writes ({error})") from error
     return _compare(run, base, data)
 
 
 def after_training(config: TrainConfig, run: Path) -> None:
-    """`compare_with_init`, where `config` asks for it, by the first of the processes that trained.
+    """Call `compare_with_init` if `config` asks for it, in the first of the processes that trained.
 
-    The run is done: what cannot be compared is a line on the terminal, with the command to repeat it by hand.
+    The run itself is complete by now. So a failed comparison only prints a line, with the command to repeat it by hand.
     """
     if config.init is None or not config.compare_with_init or not leads_alone():
         return
@@ -77,12 +84,15 @@ def after_training(config: TrainConfig, run: Path) -> None:
 
 
 def _compare(run: Path, base: str, data: DataConfig) -> Path:
+    """Evaluate the newest export of `run` together with `base` on `data`, unless this was done before."""
     find_export(base, "init")
     folder = _folder_of(run, base)
     if (folder / DOCUMENT_FILE).exists():
         terminal.against_base(json.loads((folder / DOCUMENT_FILE).read_text(encoding="utf-8")))
         terminal.say(f"measured before; delete {folder} to measure it again")
         return folder
+
+    # Buckets and cached latents only serve training: images are measured as squares of one size.
     squares = {"bucket_resolutions": [], "bucket_loss": DataConfig.bucket_loss, "latents": None}
     config = EvaluateConfig(
         model=str(run),
@@ -99,28 +109,29 @@ def _compare(run: Path, base: str, data: DataConfig) -> Path:
 
 
 def _folder_of(run: Path, base: str) -> Path:
-    """Where the newest export of `run` is, or will be, held against `base`: step_N, step_N_2 if that is of others."""
-    first = run / EVALUATIONS / _step_of(find_export(run))
+    """Return where the newest export of `run` is, or will be, compared with `base`: step_N, or step_N_2 and so on."""
+    first = RunDir(run).evaluations / _step_of(find_export(run))
     if _begun(first) is None:
         return first
 
-    # What was measured, or interrupted, may be of another base, or of an export that was written anew since.
+    # What is there may have been measured against another base, or on an export that was rewritten since.
     paths = [base, str(run)]
     models = load_models(paths)
     now = [described(codec, models, dict(zip(models, paths, strict=True))) for codec in codecs_of(models, cross=False)]
     scale = rescaled(*(model.config for model in models.values()))
+
     folders = (first if number == 1 else first.with_name(f"{first.name}_{number}") for number in count(1))
     return next(folder for folder in folders if (begun := _begun(folder)) is None or _is_of(begun, now, scale))
 
 
 def _begun(folder: Path) -> dict[str, Any] | None:
-    """The document that is there, or the plan of one that was interrupted."""
+    """Return the document in `folder`, or the plan of an interrupted evaluation, or None."""
     found = [folder / file for file in (DOCUMENT_FILE, PLAN_FILE) if (folder / file).exists()]
     return json.loads(found[0].read_text(encoding="utf-8")) if found else None
 
 
 def _is_of(begun: dict[str, Any], now: Sequence[dict[str, Any]], scale: str | None) -> bool:
-    """Whether `begun` is of the models that are described `now`, wherever they were then."""
+    """Tell whether `begun` describes the same models as `now`, wherever their files were then."""
     scales = [verdict["latents"]["rescaled"] for verdict in begun.get("against_base", {}).values()]
     both = zip(begun["models"].values(), now, strict=True)
     are_same = all(then[key] == one[key] for then, one in both for key in then.keys() & one.keys() - PATHS)
@@ -128,11 +139,12 @@ def _is_of(begun: dict[str, Any], now: Sequence[dict[str, Any]], scale: str | No
 
 
 def _step_of(export: Path) -> str:
-    """A tiny one's may be a file."""
+    """Return the name of the export's step, "step_N". A tiny autoencoder's export may be a file."""
     return export.parent.name if export.name == "diffusers" or export.is_file() else export.name
 
 
 def _command(run: Path, base: str, data: DataConfig) -> str:
+    """Return the shell command that repeats the comparison by hand."""
     values = {name: getattr(data, name) for name in IMAGES}
     chosen = {name: value for name, value in values.items() if name in OF_DOOR or value != getattr(DataConfig, name)}
     given = {"base": base, "model": str(run), "data": data.source} | {f"data.{key}": chosen[key] for key in chosen}

@@ -1,4 +1,8 @@
-"""An evaluation read back from its files, and two of them put side by side, image by image."""
+"""Evaluations read back from their files, and two of them paired image by image.
+
+An evaluation is a folder with `metrics.json`, the document, and `images.csv`, the table. Two evaluations are only
+paired if they have the same protocol, resolution, data settings and images.
+"""
 
 import csv
 import json
@@ -17,18 +21,18 @@ from vae.metrics.registry import PAIRED
 
 SCHEMA = 1
 DOCUMENT_FILE, TABLE_FILE = "metrics.json", "images.csv"
-PIXELS = "pixels"  # column of the table: an image's hash as it was decoded; early evaluations have none
+PIXELS = "pixels"  # column of the table: the hash of the decoded image; early evaluations do not have it
 NEEDED = ("schema", "protocol", "resolution", "data", "models", "datasets", "metrics")
 
-Key = tuple[str, int]  # an image's name, and how many of that name came before it
-Values = tuple[float, ...]  # one for each of `metrics`, NaN where there is none
+Key = tuple[str, int]  # an image's name, and how many images of the same name come before it
+Values = tuple[float, ...]  # one value for each of `metrics`, NaN if there is none
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was written: `document` is metrics.json, `tables` the lines of images.csv by dataset and model.
+    """An evaluation as written: `document` is metrics.json, `tables` the rows of images.csv by dataset and model.
 
-    `pixels` are the hashes of the images by dataset, none where they were not recorded.
+    `pixels` has the hashes of the images by dataset. It has no entry for a dataset whose hashes were not recorded.
     """
 
     file: Path
@@ -38,12 +42,13 @@ class Evaluation:
     pixels: dict[str, dict[Key, str]]
 
     def columns(self, dataset: str, model: str, keys: list[Key]) -> dict[str, np.ndarray]:
-        """{metric: (N,) float64} of the named images."""
+        """Return {metric: (N,) float64} for the images named by `keys`, in their order."""
         table = self.tables[dataset, model]
         values = np.array([table[key] for key in keys], dtype=np.float64).reshape(len(keys), len(self.metrics))
         return dict(zip(self.metrics, values.T, strict=True))
 
     def mean(self, dataset: str, model: str, metric: str) -> float | None:
+        """Return the mean of a metric, or None if the metric was not measured or has no mean."""
         summary = self.document["metrics"][dataset][model].get(metric)
         return None if summary is None else summary["mean"]
 
@@ -52,7 +57,7 @@ class Evaluation:
 class Pair:
     """One model on one dataset, before and after: columns of the same images in the same order.
 
-    `apart` counts the images that only one of the two could read.
+    `apart` counts the images that only one of the two evaluations could read.
     """
 
     dataset: str
@@ -63,34 +68,38 @@ class Pair:
 
     @property
     def model(self) -> str:
+        """The model's name, or "OLD -> NEW" if the names differ."""
         old, new = self.models
         return old if old == new else f"{old} -> {new}"
 
     @property
     def metrics(self) -> list[str]:
-        """Those that both have a number of."""
+        """The metrics that have a number in both evaluations."""
         return [name for name in PAIRED if _has_number(self.old, name) and _has_number(self.new, name)]
 
     def means(self, metric: str) -> tuple[float, float]:
-        """Over the images where both are finite; NaN where there are none."""
+        """Average a metric over the images where both values are finite; NaN if there are none."""
         old, new = self.old[metric], self.new[metric]
         finite = np.isfinite(old) & np.isfinite(new)
         return (float(old[finite].mean()), float(new[finite].mean())) if finite.any() else (math.nan, math.nan)
 
     @property
     def broken(self) -> int:
-        """Images that had numbers before and have none now."""
+        """The number of images that had numbers before and have none now."""
         before, after = (np.isnan(np.stack(list(one.values()))) for one in (self.old, self.new))
         return int((~before.all(axis=0) & after.all(axis=0)).sum())
 
 
 def whole_models(document: dict[str, Any]) -> list[str]:
-    """The models whose encoder meets its own decoder."""
+    """Return the names of the models whose encoder is paired with its own decoder."""
     return [name for name, about in document["models"].items() if about["encoder"] == about["decoder"]]
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """Of a folder or its metrics.json."""
+    """Read an evaluation from its folder or from its metrics.json.
+
+    Raises InputError if the file is missing, is not JSON, is no evaluation, or has another schema.
+    """
     path = path.expanduser()
     file = path / DOCUMENT_FILE if path.is_dir() else path
     require(
@@ -102,6 +111,7 @@ def read_evaluation(path: Path) -> Evaluation:
         raise InputError(
             f"{file}: not readable as JSON ({error}); name the {DOCUMENT_FILE} of an evaluation"
         ) from error
+
     is_ours = isinstance(document, dict) and all(key in document for key in NEEDED)
     require(is_ours, f"{file}: not an evaluation", f"a {DOCUMENT_FILE} with {', '.join(NEEDED)}: run evaluate.py again")
     require(document["schema"] == SCHEMA, f"{file}: schema {document['schema']}", f"{SCHEMA}: run evaluate.py again")
@@ -109,13 +119,19 @@ def read_evaluation(path: Path) -> Evaluation:
 
 
 def pairs_of(old: Evaluation, new: Evaluation) -> list[Pair]:
-    """Every dataset and model of both; evaluations that cannot be compared are refused."""
+    """Pair every dataset and model that both evaluations have.
+
+    Raises InputError if the evaluations cannot be compared.
+    """
     _check_comparable(old, new)
     return [_pair(old, new, dataset, models) for dataset in old.document["datasets"] for models in models_of(old, new)]
 
 
 def models_of(old: Evaluation, new: Evaluation) -> list[tuple[str, str]]:
-    """The models of the same name, or the only one of each."""
+    """Return (old, new) names of the models to compare: those with equal names, or the only model of each evaluation.
+
+    Raises InputError if there are no such models.
+    """
     before, after = (list(one.document["models"]) for one in (old, new))
     if len(before) == len(after) == 1:
         return [(before[0], after[0])]
@@ -125,19 +141,24 @@ def models_of(old: Evaluation, new: Evaluation) -> list[tuple[str, str]]:
 
 
 def only_in_one(old: Evaluation, new: Evaluation) -> list[str]:
-    """Models and metrics that cannot be compared, in words."""
+    """List in sentences the models and metrics that only one of the two evaluations has."""
     lost: list[str] = []
     compared = models_of(old, new)
     for one, number in ((old, 0), (new, 1)):
         known = {pair[number] for pair in compared}
         lost += [f"{name} is in {one.file} only" for name in one.document["models"] if name not in known]
+
+    # Early documents have no `measured`: the columns of their tables stand in for it.
     measured = [set(one.document.get("measured", one.metrics)) for one in (old, new)]
     lost += [f"{name} is measured in {old.file} only" for name in sorted(measured[0] - measured[1])]
     return lost + [f"{name} is measured in {new.file} only" for name in sorted(measured[1] - measured[0])]
 
 
 def paired_by_name(old: Evaluation, new: Evaluation) -> list[str]:
-    """Of which data sets it is not known that the images of both evaluations are the same, in words."""
+    """List in sentences the datasets whose images are paired by name only.
+
+    This is so if an evaluation has no hashes of the pixels: nobody can tell then whether the images are equal.
+    """
     said: list[str] = []
     for dataset in old.document["datasets"]:
         silent = [str(one.file) for one in (old, new) if not one.pixels.get(dataset)]
@@ -148,6 +169,7 @@ def paired_by_name(old: Evaluation, new: Evaluation) -> list[str]:
 
 
 def _pair(old: Evaluation, new: Evaluation, dataset: str, models: tuple[str, str]) -> Pair:
+    """Pair one dataset and one model; raises InputError if the evaluations have no image in common."""
     before, after = old.tables.get((dataset, models[0]), {}), new.tables.get((dataset, models[1]), {})
     keys = [key for key in before if key in after]
     if not keys:
@@ -157,24 +179,33 @@ def _pair(old: Evaluation, new: Evaluation, dataset: str, models: tuple[str, str
 
 
 def _check_comparable(old: Evaluation, new: Evaluation) -> None:
+    """Raise InputError unless protocol, resolution, data settings, datasets and images agree."""
     before, after = old.document, new.document
     same = before["protocol"]["sha256"] == after["protocol"]["sha256"]
     protocols = [f"{one['protocol']['name']} ({one['protocol']['sha256']})" for one in (before, after)]
     require(
         same, f"{new.file}: protocol {protocols[1]}", f"that of {old.file}, {protocols[0]}: numbers differ by protocol"
     )
+
     sides = before["resolution"], after["resolution"]
     require(sides[0] == sides[1], f"{new.file}: resolution={sides[1]}", f"{sides[0]}, that of {old.file}")
+
     data = before["data"], after["data"]
     require(data[0] == data[1], f"{new.file}: data {data[1]}", f"{data[0]}, as in {old.file}")
+
     names = list(before["datasets"]), list(after["datasets"])
     require(set(names[0]) == set(names[1]), f"{new.file}: datasets {names[1]}", f"those of {old.file}, {names[0]}")
+
     for name in before["datasets"]:
         _check_images(old, new, name)
 
 
 def _check_images(old: Evaluation, new: Evaluation, dataset: str) -> None:
-    """The same by their pixels, where both evaluations know them; else by the list of their names and files' sizes."""
+    """Raise InputError unless both evaluations measured the same images.
+
+    Images are compared by the hashes of their pixels if both evaluations have them, and else by the list of names and
+    file sizes.
+    """
     before, after = (one.pixels.get(dataset, {}) for one in (old, new))
     others = [key[0] for key, hashed in after.items() if before.get(key, hashed) != hashed]
     if others:
@@ -182,7 +213,7 @@ def _check_images(old: Evaluation, new: Evaluation, dataset: str) -> None:
         remedy = "measure both on the same files, by models of as many channels"
         raise InputError(f"{new.file}: {wrong}, the first {printable(others[0])}; {remedy}")
 
-    # lists differ by the sizes of files too: of no weight where all pixels are known to be the same
+    # The hash of the list depends on file sizes too. These do not matter if all pixels are known to be equal.
     about, other = (one.document["datasets"][dataset] for one in (old, new))
     are_the_same = bool(before) and before.keys() == after.keys()
     counts = [f"{one['images']} images, list {one['sha256'][:12]}" for one in (about, other)]
@@ -192,7 +223,7 @@ def _check_images(old: Evaluation, new: Evaluation, dataset: str) -> None:
 
 
 class _Table(NamedTuple):
-    """`images.csv`, as an Evaluation has it."""
+    """The contents of images.csv, as the fields of `Evaluation` hold them."""
 
     metrics: tuple[str, ...]
     tables: dict[tuple[str, str], dict[Key, Values]]
@@ -200,11 +231,13 @@ class _Table(NamedTuple):
 
 
 def _read_table(file: Path) -> _Table:
+    """Read images.csv. Raises InputError if it is missing or is no table of an evaluation."""
     require(file.is_file(), f"{file}: missing", f"the table beside {DOCUMENT_FILE}")
     tables: dict[tuple[str, str], dict[Key, Values]] = {}
     pixels: dict[str, dict[Key, str]] = {}
     seen: Counter[tuple[str, str, str]] = Counter()
     metrics: tuple[str, ...] = ()
+
     for row in _lines(file):
         metrics = metrics or tuple(name for name in row if name in PAIRED)
         try:
@@ -212,6 +245,8 @@ def _read_table(file: Path) -> _Table:
             values = tuple(math.nan if row[name] == "" else float(row[name]) for name in metrics)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{file}: not a table of an evaluation ({error}); run evaluate.py again") from error
+
+        # Several images of a dataset may have one name: their order tells them apart.
         key = image, seen[dataset, model, image]
         tables.setdefault((dataset, model), {})[key] = values
         if row.get(PIXELS):
@@ -221,6 +256,7 @@ def _read_table(file: Path) -> _Table:
 
 
 def _lines(file: Path) -> Iterator[dict[str, str]]:
+    """Yield the rows of the CSV file. Raises InputError if it is not readable as CSV."""
     try:
         with file.open(newline="", encoding="utf-8", errors="surrogateescape") as text:
             yield from csv.DictReader(text)
@@ -229,4 +265,5 @@ def _lines(file: Path) -> Iterator[dict[str, str]]:
 
 
 def _has_number(columns: dict[str, np.ndarray], metric: str) -> bool:
+    """Tell whether the metric has a number for at least one image."""
     return metric in columns and not bool(np.isnan(columns[metric]).all())

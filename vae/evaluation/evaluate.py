@@ -1,6 +1,9 @@
-"""When all images are measured: tables, files, the report, and the status.
+"""Evaluation of one or several autoencoders on one or several sets of images, image by image.
 
-`evaluate`: one or several autoencoders on one or several sets of images, image by image."""
+`evaluate` shares the images among the processes of torchrun, and each process writes rows as they are measured. When
+all images have rows, the first process makes tables, files and the report from them (`finish`), and decides about the
+exit status.
+"""
 
 import json
 import math
@@ -38,37 +41,51 @@ from vae.precision.audit import audit_steps
 from vae.weights.loaded import read_json
 
 REPORT_FILE, BEFORE_AFTER_FILE = "report.html", "before_after.png"
-PICTURES, PICTURES_A_MODEL = 14, 10  # in the report: typical ones, and the ends of each metric of each model
+PICTURES, PICTURES_A_MODEL = 14, 10  # images in the report: typical ones, and the extremes for each model
 
 
 def finish(config: EvaluateConfig, folder: Path, setting: Setting, rows: Rows) -> None:
-    """From the rows of all processes to what people look at. `metrics.json` is last: with it the evaluation is done."""
+    """Turn the rows of all processes into the report, the tables and the text on the terminal.
+
+    `metrics.json` is written last: an evaluation is complete once it exists. Raises InputError if rows are missing, and
+    `Stopped` if images were skipped, reconstructions are not finite, or a gate failed.
+    """
     header, datasets, bench, lists = setting
     models = list(header["models"])
     collected = collect(rows.read(), list(datasets), models)
     _check_all(collected, datasets)
     parts = {name: of_dataset(one, header) for name, one in collected.items()}
+
     document: Document = header | {"datasets": {name: part.pop("images") for name, part in parts.items()}}
     for name, sha256 in lists.items():
         document["datasets"][name]["sha256"] = sha256
     for kind in ("metrics", "comparisons", "latents"):
         document[kind] = {name: part[kind] for name, part in parts.items()}
+
+    # Unlike the parts above, these run the models again, on a few images.
     probed, latents = _probed(config, setting, collected)
     document |= probed
     document["against_base"] = {model: judge(document, model, one) for model, one in latents.items()}
     document["gates"] = {"asked": parse_gates(config.limits), "failed": check(document, config.limits)}
+
+    # The report can only show some images: the most telling ones are decoded again for it.
     table = [row for name, one in collected.items() for row in rows_of(name, one, models)]
     wanted = choose(document, table, PICTURES + PICTURES_A_MODEL * len(bench.models))
     found = {key: _pictures(bench, *datasets[key[0]], key[1]) for key in wanted}
     pictures = {key: one for key, one in found.items() if one is not None}
     write_text(folder / REPORT_FILE, render(document, table, pictures))
+
     before_after = grid(document, pictures)
     if before_after is not None:
         with replacing(folder / BEFORE_AFTER_FILE) as partial:
             before_after.save(partial, "PNG")
+
+    # Names of files may hold bytes that are not UTF-8: they are written as they are.
     with replacing(folder / TABLE_FILE) as partial:
         partial.write_bytes(as_csv(table, header).encode("utf-8", "surrogateescape"))
     write_text(folder / DOCUMENT_FILE, json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+    # The document is complete on disk, so the rows that a rerun would need can go.
     rows.forget()
     terminal.document(document)
     drawn = () if before_after is None else (BEFORE_AFTER_FILE,)
@@ -77,12 +94,15 @@ def finish(config: EvaluateConfig, folder: Path, setting: Setting, rows: Rows) -
 
 
 def _end(config: EvaluateConfig, folder: Path, document: Document) -> None:
+    """Print the outcome of the gates; raises `Stopped` if images are missing from the numbers or a gate failed."""
     asked, failed = document["gates"]["asked"], document["gates"]["failed"]
     for failure in failed:
         terminal.say(failure)
     if asked and not failed:
         limits = ", ".join(f"{name} {limit:g}" for name, limit in asked.items())
         terminal.say(f"all gates are passed: {limits}")
+
+    # Missing images stop the run before failed gates do: the gates saw incomplete numbers.
     incomplete = terminal.incomplete(document, folder / DOCUMENT_FILE)
     if incomplete and not config.allow_left_out:
         raise Stopped(BAD_IMAGES, f"{incomplete}. allow_left_out=true accepts that")
@@ -93,7 +113,7 @@ def _end(config: EvaluateConfig, folder: Path, document: Document) -> None:
 
 
 def _check_all(collected: dict[str, Collected], datasets: dict[str, tuple[DataConfig, Source]]) -> None:
-    """Every image has a row, and some image has numbers."""
+    """Raise InputError unless every image has a row and at least one image has numbers."""
     for name, (_, source) in datasets.items():
         known = len(collected[name].lines) + len(collected[name].left_out)
         if known != len(source):
@@ -108,19 +128,22 @@ def _check_all(collected: dict[str, Collected], datasets: dict[str, tuple[DataCo
 def _probed(
     config: EvaluateConfig, setting: Setting, collected: dict[str, Collected]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Robustness and precision of each model, and latents against the base, on the first images of the first data set.
+    """Measure robustness and precision of each model, and the drift of its latents from the base's.
 
-    With a base precision and latents are looked at whatever `probe_images` is.
+    The images are the first of the first data set. Where there is a base, precision and latents are measured whatever
+    `probe_images` is. Returns the two parts of the document, and the drift of the latents by model.
     """
     bench, count = setting.bench, config.probe_images
     images = _first(setting, collected, count if config.base is None else max(count, SEEN))
     probed, audited = images[:count], images[: count or 1]
     if not images:
         return {"robustness": {}, "precision": {}}, {}
+
     models = bench.models.items()
     with terminal.probing(len(models) * (probe_steps(probed) + audit_steps(audited))) as advance:
         robustness = {model: probe(network, probed, advance) for model, network in models if probed}
         safety = {model: precision(network, audited, advance) for model, network in models}
+
     latents: dict[str, dict[str, Any]] = {}
     if config.base is not None:
         latents = latents_against_base(bench.models, images[:SEEN])
@@ -128,7 +151,7 @@ def _probed(
 
 
 def _first(setting: Setting, collected: dict[str, Collected], count: int) -> list[torch.Tensor]:
-    """The first `count` images of the first data set that has any; those that can still be read."""
+    """Return the first `count` images of the first data set that has any, without those that are no longer readable."""
     name = next(name for name, one in collected.items() if one.lines)
     indices = [line["index"] for line in collected[name].lines[:count]]
     read = (_image(setting.bench, *setting.datasets[name], index) for index in indices)
@@ -136,7 +159,7 @@ def _first(setting: Setting, collected: dict[str, Collected], count: int) -> lis
 
 
 def _image(bench: Evaluator, data: DataConfig, source: Source, index: int) -> torch.Tensor | None:
-    """(1, C, S, S) in [-1, 1] on the device; none where it has gone since it was measured."""
+    """Read an image as (1, C, S, S) in [-1, 1] on the device; None if it disappeared since it was measured."""
     channels = next(iter(bench.models.values())).config.in_channels
     pixels = HeldOutImages(source, data, channels, bench.protocol.cut)[index].pixels
     return None if pixels is None else to_model_range(pixels[None].to(bench.device))
@@ -144,15 +167,16 @@ def _image(bench: Evaluator, data: DataConfig, source: Source, index: int) -> to
 
 @torch.no_grad()
 def _pictures(bench: Evaluator, data: DataConfig, source: Source, index: int) -> Pictures | None:
-    """What the report shows of an image."""
+    """Make what the report shows of an image: the reconstructions and latents of all models."""
     image = _image(bench, data, source, index)
     if image is None:
         return None
+
     reconstructions, latents = {}, {}
     for codec, made in bench.make(image, [index]):
         reconstructions[codec.name] = to_uint8(made.reconstructions)[0].cpu()
         if not codec.is_crossed:
-            scale = bench.models[codec.encoder].config.taking_its_scale()  # assumed will do for a look, and is said
+            scale = bench.models[codec.encoder].config.taking_its_scale()  # an assumed scale is enough for a picture
             latents[codec.name] = scale_latents(made.latents, scale)[0].cpu()
     return Pictures(to_uint8(image)[0].cpu(), reconstructions, latents)
 
@@ -161,20 +185,23 @@ PLAN_FILE = "plan.json"
 
 
 def evaluate(config: EvaluateConfig) -> Path:
-    """Measure `config.models`, print tables, write JSON, CSV and the report; returns their folder.
+    """Measure `config.models`, print tables, write JSON, CSV and the report, and return the folder of these files.
 
-    The processes of torchrun share the images. What is measured is kept as it comes: the same call goes on where an
-    earlier one was interrupted. Raises `Stopped` where images are left out or not finite, and where a gate fails.
+    The processes of torchrun share the images. Measurements are stored as they are made, so the same call continues an
+    evaluation that was interrupted. Raises `Stopped` if images are skipped or reconstructions are not finite, and if a
+    gate fails.
     """
     with gathered() as team:
         return evaluate_as(config, team)
 
 
 def evaluate_as(config: EvaluateConfig, team: Team) -> Path:
-    """`evaluate` by this process of `team`."""
+    """Do the part of `evaluate` that falls to this process of `team`."""
     with ExitStack() as held, exact_arithmetic(config.threads):
         folder = Path(config.output) / team.of_first(config.name)
         setting = prepare(config, team)
+
+        # Only one process may take the folder, and all of them have to stop if it cannot.
         plan = setting.header | {"images": setting.lists, "roots": setting.roots}
         team.agree(plan)
         refusal = team.of_first(_begin(folder, plan, held) if team.leads else "")
@@ -183,11 +210,13 @@ def evaluate_as(config: EvaluateConfig, team: Team) -> Path:
         if team.leads:
             say(f"measuring into {folder}; interrupted, the same command with name={folder.name} goes on")
             resolution = config.data.resolution
+
             sizes = {name: model.config.sample_size for name, model in setting.bench.models.items()}
             for name in (name for name, size in sizes.items() if size < resolution):
                 say(f"note: {name} is made for {sizes[name]} px and measured at data.resolution={resolution}")
             for name in (name for name, model in setting.bench.models.items() if not model.config.scale_is_known):
                 say(f"note: {name} does not tell its scaling factor; pictures of its latents take one, family= says it")
+
         rows = Rows(folder, team.rank)
         try:
             _measure(setting, rows, team)
@@ -199,13 +228,16 @@ def evaluate_as(config: EvaluateConfig, team: Team) -> Path:
 
 
 def _measure(setting: Setting, rows: Rows, team: Team) -> None:
-    """This process's share of what is not yet known."""
+    """Measure this process's share of the images that have no row yet."""
     bench, datasets = setting.bench, setting.datasets
     known = rows.known()
-    team.wait()  # nobody writes before everybody has read
+    team.wait()  # no process may write before all have read
     rows.begin()
+
+    # Every process takes each n-th of the missing images, of each data set by itself.
     images = {name: _missing(name, source, known)[team.rank :: team.world] for name, (_, source) in datasets.items()}
     total = sum(math.ceil(len(part) / datasets[name][0].validation_batch_size) for name, part in images.items())
+
     batches = _batches(setting, images)
     shown = track(batches, "Measuring", total, console=Console(stderr=True)) if team.leads else batches
     try:
@@ -220,6 +252,7 @@ def _measure(setting: Setting, rows: Rows, team: Team) -> None:
 
 
 def _batches(setting: Setting, images: dict[str, list[int]]) -> Iterator[tuple[str, Batch]]:
+    """Yield (data set, batch) for the images of each data set that `images` lists by index."""
     bench = setting.bench
     channels = next(iter(bench.models.values())).config.in_channels
     for name, indices in images.items():
@@ -233,11 +266,12 @@ def _batches(setting: Setting, images: dict[str, list[int]]) -> Iterator[tuple[s
 
 
 def _missing(name: str, source: Source, known: set[tuple[str, int]]) -> list[int]:
+    """Return the indices of the images that have no row yet."""
     return [index for index in range(len(source)) if (name, index) not in known]
 
 
 def _begin(folder: Path, plan: dict[str, Any], held: ExitStack) -> str:
-    """Take the folder and say in it what is measured; else say why not."""
+    """Lock the folder and write the plan of the evaluation into it; returns why this cannot be done, or ""."""
     try:
         held.enter_context(locked(folder, "measuring"))
         if (folder / DOCUMENT_FILE).exists():
@@ -248,6 +282,7 @@ def _begin(folder: Path, plan: dict[str, Any], held: ExitStack) -> str:
             unlike = f"rows and no {PLAN_FILE} that says of what" if Rows(folder, 0).are_there() else None
         if unlike is not None:
             return f"name={folder.name!r}: {folder} holds {unlike}; choose another name, or delete it"
+
         write_text(folder / PLAN_FILE, json.dumps(plan, indent=2))
     except InputError as error:
         return str(error)
@@ -255,7 +290,7 @@ def _begin(folder: Path, plan: dict[str, Any], held: ExitStack) -> str:
 
 
 def _unlike(before: dict[str, Any], plan: dict[str, Any]) -> str | None:
-    """Why an evaluation that was begun by the plan `before` cannot go on by this one."""
+    """Say why an evaluation begun under the plan `before` cannot continue under this one; None if it can."""
     if CODE not in before.get("library", {}):
         untold = "which did not note its code and the models' configurations: it cannot go on"
         return f"what an earlier version of vae began to measure, {untold}"

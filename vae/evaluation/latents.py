@@ -1,12 +1,9 @@
-"""Sums that say how latents are laid out in space and among channels: small, in float64, and addable over images.
+"""Statistics of latents: their scale for diffusion models, what each channel carries, and their layout in space.
 
-Nothing here goes through BLAS, whose order of addition depends on the number of threads.
+`describe` reduces one image to small float64 sums, and `combine` adds those of all images in their order. So the result
+does not depend on which process saw which image. It agrees with `vae.latents.LatentStatistics`.
 
-
-What latents are like: their scale for diffusion models, what each channel carries, how they are laid out.
-
-`describe` reduces one image to small sums, `combine` adds those of all images in their order. So the result does not
-depend on which process saw which image. It agrees with `vae.latents.LatentStatistics`.
+Nothing here goes through BLAS, because the order in which BLAS adds depends on the number of threads.
 """
 
 from collections.abc import Iterable
@@ -18,20 +15,20 @@ import numpy as np
 from vae.latents import ACTIVE
 from vae.models.posterior import LOGVAR_RANGE, DiagonalGaussian
 
-BINS = 16  # of radial frequency, from 0 to 0.5 cycles per latent cell
-LAGS = (1, 2, 4)  # cells
+BINS = 16  # bins of radial frequency, from 0 to 0.5 cycles per latent cell
+LAGS = (1, 2, 4)  # distances of neighbours, in latent cells
 
 
 @dataclass(frozen=True)
 class Scatter:
-    """Of vectors of d numbers: how many, their mean (..., d), and summed products of distances from it (..., d, d)."""
+    """Sums over vectors of d numbers: count, mean (..., d), and summed products of deviations from it (..., d, d)."""
 
     count: np.ndarray
     mean: np.ndarray
     products: np.ndarray
 
     def merged(self, other: "Scatter") -> "Scatter":
-        """Of both together (Chan et al., 1979)."""
+        """Combine with the sums of other vectors (Chan et al., 1979)."""
         count = self.count + other.count
         share = other.count / np.maximum(count, 1.0)
         apart = other.mean - self.mean
@@ -41,7 +38,7 @@ class Scatter:
 
 
 def scatter(vectors: np.ndarray) -> Scatter:
-    """Vectors as columns, (..., d, n)."""
+    """Sum over vectors, which are columns: (..., d, n) has n of them."""
     count = vectors.shape[-1]
     mean = vectors.sum(axis=-1) / max(count, 1)
     distances = vectors - mean[..., None]
@@ -49,9 +46,9 @@ def scatter(vectors: np.ndarray) -> Scatter:
 
 
 def neighbours(planes: np.ndarray) -> Scatter:
-    """Of planes (C, h, w): per lag and channel, the pairs of values that far apart in a row or a column.
+    """Sum over pairs of values that lie `LAGS` cells apart in a row or a column of planes (C, h, w).
 
-    count (L, 1), mean (L, C, 2), products (L, C, 2, 2).
+    Returns count (L, 1), mean (L, C, 2) and products (L, C, 2, 2) for L lags.
     """
     each = [scatter(_pairs(planes, lag)) for lag in LAGS]
     counts = np.stack([one.count for one in each])[:, None]
@@ -59,17 +56,22 @@ def neighbours(planes: np.ndarray) -> Scatter:
 
 
 def radial_power(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of planes (C, h, w): summed squares of the cosine coefficients per bin, and how many they are; (BINS,) each.
+    """Sum the squared cosine coefficients of planes (C, h, w) by radial frequency.
 
-    The orthonormal DCT-II has no leakage from borders that do not meet, as a Fourier transform of photographs would.
+    Returns the sums and the number of coefficients in each bin, both (BINS,).
+
+    The orthonormal DCT-II does not leak at borders whose values differ, as the Fourier transform of a photograph would.
     White noise of variance v has v in every bin, whatever the size. The mean and the corners beyond 0.5 cycles per cell
-    are left out.
+    are not counted.
     """
     height, width = planes.shape[1:]
     by_row = np.einsum("ki,cij->ckj", _cosines(height), planes)
     coefficients = np.einsum("lj,ckj->ckl", _cosines(width), by_row)
+
+    # The radius is the distance from the mean in the plane of the two frequencies.
     vertical, horizontal = np.arange(height) / (2 * height), np.arange(width) / (2 * width)
     radius = np.hypot(vertical[:, None], horizontal[None, :])
+
     counted = (radius > 0) & (radius < 0.5)
     bins = (radius[counted] * 2 * BINS).astype(np.int64)
     energies = np.square(coefficients).sum(axis=0)[counted]
@@ -78,15 +80,15 @@ def radial_power(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def frequencies() -> np.ndarray:
-    """The middle of each bin, in cycles per latent cell."""
+    """Return the middle of each bin, (BINS,), in cycles per latent cell."""
     return (np.arange(BINS) + 0.5) / (2 * BINS)
 
 
 def effective_rank(products: np.ndarray) -> float | None:
-    """How many directions vectors really use: exp of the entropy of the shares that these have of the variance.
+    """Count the directions that vectors really use: exp of the entropy of their shares of the variance.
 
-    Roy and Vetterli, "The effective rank" (2007), of the covariance matrix. `products` (d, d) are the vectors' summed
-    products. None where all vectors are the same.
+    This is the effective rank of the covariance matrix (Roy and Vetterli, "The effective rank", 2007). `products` are
+    the vectors' summed products, (d, d). Returns None if all vectors are equal.
     """
     values = np.linalg.eigvalsh(products).clip(min=0.0)
     if not values.sum() > 0:
@@ -96,14 +98,14 @@ def effective_rank(products: np.ndarray) -> float | None:
 
 
 def correlations(products: np.ndarray) -> np.ndarray:
-    """Products (..., d, d) -> Pearson's correlation of each two; NaN where one does not vary."""
+    """Turn summed products (..., d, d) into Pearson's correlation of each pair; NaN if one of the two does not vary."""
     spread = np.sqrt(np.diagonal(products, axis1=-2, axis2=-1))
     spread = np.where(spread > 0, spread, np.nan)
     return (products / (spread[..., :, None] * spread[..., None, :])).clip(-1.0, 1.0)
 
 
 def _pairs(planes: np.ndarray, lag: int) -> np.ndarray:
-    """(C, 2, n)"""
+    """Return all pairs of values that lie `lag` cells apart, as columns: (C, 2, n)."""
     channels = len(planes)
     first = [planes[:, :-lag, :], planes[:, :, :-lag]]
     second = [planes[:, lag:, :], planes[:, :, lag:]]
@@ -111,30 +113,31 @@ def _pairs(planes: np.ndarray, lag: int) -> np.ndarray:
 
 
 def _cosines(size: int) -> np.ndarray:
-    """The rows of the orthonormal DCT-II, (size, size)."""
+    """Return the rows of the orthonormal DCT-II, (size, size)."""
     order = np.arange(size)
     rows = np.cos(np.pi * order[:, None] * (2 * order[None, :] + 1) / (2 * size)) * np.sqrt(2 / size)
     rows[0] /= np.sqrt(2)
     return rows
 
 
-COLLAPSED = 0.01  # nats per latent element: a channel with less tells the decoder nothing
-NOISY = 0.9  # of a channel's standard deviation: where the posterior's own is more, noise has taken the channel over
-CLAMPED = 0.01  # of all log-variances
+COLLAPSED = 0.01  # nats per latent element: a channel with a lower KL tells the decoder nothing
+NOISY = 0.9  # of a channel's standard deviation: if the posterior's own is above, the channel is mostly noise
+CLAMPED = 0.01  # share of log-variances at a bound that is worth a warning
 
 Sums = dict[str, np.ndarray]
 
 
 def describe(posterior: DiagonalGaussian) -> Sums:
-    """Of the posterior of one image, moments (1, C, h, w): float64 sums, C^2 + 21 C + 37 numbers.
+    """Reduce the posterior of one image, moments (1, C, h, w), to float64 sums: C^2 + 21 C + 37 numbers.
 
-    Sums of images are combined with those of any other size, but the same C.
+    The sums of images of different sizes can be combined, if C is the same.
     """
     assert len(posterior.mean) == 1
     mean = posterior.mean[0].detach().cpu().double().numpy()
     logvar = posterior.logvar[0].detach().cpu().double().numpy()
     variance = np.exp(logvar)
     lowest, highest = LOGVAR_RANGE
+
     channels, lags = scatter(mean.reshape(len(mean), -1)), neighbours(mean)
     energy, coefficients = radial_power(mean)
     return {
@@ -153,13 +156,15 @@ def describe(posterior: DiagonalGaussian) -> Sums:
 
 
 def combine(images: Iterable[Sums], *, is_tiny: bool = False) -> dict[str, Any] | None:
-    """Of the descriptions of images, in order: plain numbers for JSON, None for what is not defined.
+    """Combine the descriptions of images, in order, into plain values for JSON; a value that is not defined is None.
 
-    Moments are of posterior samples, means and noise together (law of total variance): `mean`, `std`, `latents_mean`
-    and `latents_std` per channel, `scaling_factor` = 1 / std, `shift_factor` = mean. `kl_per_channel` is in nats per
-    latent element. `spectrum`, `autocorrelation`, `correlation` and `effective_rank` are of the posterior means. Images
-    whose moments are not finite are counted and left out; None where nothing is left. A tiny autoencoder's posteriors
-    have no width, on purpose, and so no KL.
+    Moments are those of posterior samples, so they include both the means and the noise (law of total variance):
+    `mean`, `std`, `latents_mean` and `latents_std` per channel, `scaling_factor` = 1 / std, `shift_factor` = mean.
+    `kl_per_channel` is in nats per latent element. `spectrum`, `autocorrelation`, `correlation` and `effective_rank`
+    describe the posterior means alone.
+
+    Images whose moments are not finite are counted and skipped. Returns None if no image is left. `is_tiny` says that
+    the posteriors have no width by design, and so no KL.
     """
     total: Sums | None = None
     seen = not_finite = 0
@@ -169,6 +174,7 @@ def combine(images: Iterable[Sums], *, is_tiny: bool = False) -> dict[str, Any] 
             total = sums if total is None else _added(total, sums)
         else:
             not_finite += 1
+
     if total is None:
         return None
     result = {"images": seen, "not_finite": not_finite} | _moments(total) | _layout(total)
@@ -176,6 +182,7 @@ def combine(images: Iterable[Sums], *, is_tiny: bool = False) -> dict[str, Any] 
 
 
 def _added(a: Sums, b: Sums) -> Sums:
+    """Add the sums of two sets of images."""
     channels = Scatter(a["count"], a["mean"], a["products"]).merged(Scatter(b["count"], b["mean"], b["products"]))
     lags = _lags(a).merged(_lags(b))
     plain = {name: a[name] + b[name] for name in ("noise", "kl", "clamped", "energy", "coefficients")}
@@ -184,13 +191,18 @@ def _added(a: Sums, b: Sums) -> Sums:
 
 
 def _lags(sums: Sums) -> Scatter:
+    """Return the sums over pairs of neighbours as a `Scatter`."""
     return Scatter(sums["lag_count"], sums["lag_mean"], sums["lag_products"])
 
 
 def _moments(total: Sums) -> dict[str, Any]:
+    """Compute scale, KL and activity from the sums of all images."""
     count, mean = total["count"], total["mean"]
+
     of_means, noise = total["products"].diagonal() / count, total["noise"] / count
     variance = of_means + noise
+
+    # The one scaling factor serves all channels, so the spread of their means is part of the deviation.
     std = float(np.sqrt((variance + np.square(mean - mean.mean())).mean()))
     return {
         "values_per_channel": int(count),
@@ -210,10 +222,13 @@ def _moments(total: Sums) -> dict[str, Any]:
 
 
 def _layout(total: Sums) -> dict[str, Any]:
+    """Compute spectrum, correlations and effective rank of the posterior means from the sums of all images."""
     with np.errstate(invalid="ignore"):
         power = total["energy"] / total["coefficients"]
         halves = total["energy"].reshape(2, -1).sum(1) / total["coefficients"].reshape(2, -1).sum(1)
+
     matrix = correlations(total["products"])
+
     apart = np.abs(matrix[~np.eye(len(matrix), dtype=bool)])
     along = correlations(_lags(total).products)[..., 0, 1]  # (lags, channels)
     return {
@@ -231,6 +246,7 @@ def _layout(total: Sums) -> dict[str, Any]:
 
 
 def _warnings(result: dict[str, Any], *, is_tiny: bool) -> list[str]:
+    """Say in sentences what is wrong with the latents."""
     noise, std = np.array(result["posterior_std"]), np.array(result["latents_std"])
     collapsed = np.array(result["kl_per_channel"]) < COLLAPSED
     noisy = ~collapsed & (noise > NOISY * std)
@@ -240,6 +256,7 @@ def _warnings(result: dict[str, Any], *, is_tiny: bool) -> list[str]:
         (noisy, f"nearly all noise: the posterior's own spread is over {NOISY:.0%} of the channel's"),
         (still, f"hardly used: the variance of its means over the images is not above {ACTIVE:g}"),
     ]
+
     words = [f"{_named(which)} {what}" for which, what in said if which.any()]
     if result["clamped_share"] > CLAMPED and not is_tiny:
         lowest, highest = LOGVAR_RANGE
@@ -250,7 +267,7 @@ def _warnings(result: dict[str, Any], *, is_tiny: bool) -> list[str]:
 
 
 def _named(which: np.ndarray) -> str:
-    """Channels are counted from 0."""
+    """Name the channels that `which` (C,) marks; channels are counted from 0."""
     if which.all() and len(which) > 1:
         return f"each of the {len(which)} channels is"
     numbers = np.flatnonzero(which).tolist()
@@ -259,13 +276,16 @@ def _named(which: np.ndarray) -> str:
 
 
 def _plain(values: np.ndarray) -> list[float | None]:
+    """Turn an array into a list for JSON, with None for what is not finite."""
     return [float(value) if np.isfinite(value) else None for value in values]
 
 
 def _mean(values: np.ndarray) -> float | None:
+    """Average the finite values; None if there are none."""
     defined = values[np.isfinite(values)]
     return float(defined.mean()) if len(defined) else None
 
 
 def _ratio(a: float, b: float) -> float | None:
+    """Divide `a` by `b`; None if `b` is not positive or `a` is not finite."""
     return float(a / b) if np.isfinite(a) and b > 0 else None

@@ -1,10 +1,8 @@
-"""The models that a user names: encoders and decoders, crossed.
+"""Measurement of images: the models that a user names, encoders and decoders crossed, and the numbers of each image.
 
-What every codec makes of one image after the other, and its numbers.
-
-On a CPU the networks see one image at a time: kernels sum in another order for another batch size, and the table would
-depend on it. On a GPU they see batches of `data.validation_batch_size`, the last filled up, so that the table depends
-on that number alone.
+On a CPU the networks see one image at a time. Kernels sum in another order for another batch size, so the table would
+depend on it. On a GPU they see batches of `data.validation_batch_size`, and the last one is filled up, so that the
+table depends on that number alone.
 """
 
 import hashlib
@@ -39,7 +37,7 @@ from vae.weights.load import find_export
 
 @dataclass(frozen=True)
 class EncoderDecoder:
-    """What is measured: the encoder of one model with the decoder of the same or, named "A > B", of another."""
+    """What is measured: the encoder of one model with the decoder of the same model or, named "A > B", of another."""
 
     name: str
     encoder: str
@@ -47,13 +45,19 @@ class EncoderDecoder:
 
     @property
     def is_crossed(self) -> bool:
+        """Whether encoder and decoder belong to different models."""
         return self.encoder != self.decoder
 
 
 def load_models(paths: list[str], family: str | None = None) -> dict[str, Autoencoder]:
-    """{short distinct name: model}, in the order given; `family` is that of those whose file does not tell it."""
+    """Load models as {short distinct name: model}, in the order given.
+
+    `family` applies to the models whose files do not record a scaling factor. Raises InputError if it is given and all
+    of them do.
+    """
     names = short_names(paths, "model")
     found = [read_autoencoder(find_export(path)) for path in paths]
+
     given = f"family={family!r}, and every model tells its scaling factor"
     require(family is None or not all(one.scale_is_known for one in found), given, "none")
     told = [one if family is None or one.scale_is_known else one.of_family(family) for one in found]
@@ -61,7 +65,11 @@ def load_models(paths: list[str], family: str | None = None) -> dict[str, Autoen
 
 
 def check_scales(models: Mapping[str, Autoencoder]) -> None:
-    """For those whose latents meet: between a KL and a tiny one they are scaled, so that the factor must be known."""
+    """Check that scaling factors are known where latents of a KL and a tiny autoencoder meet.
+
+    These latents have to be rescaled, because a tiny autoencoder has scaled ones. Raises InputError if a factor is not
+    known.
+    """
     for name, model in models.items():
         meets = any(
             other.config.architecture != model.config.architecture and _latents_of(other) == _latents_of(model)
@@ -73,7 +81,10 @@ def check_scales(models: Mapping[str, Autoencoder]) -> None:
 
 
 def codecs_of(models: dict[str, Autoencoder], *, cross: bool) -> list[EncoderDecoder]:
-    """Each model, and with `cross` each encoder with every other decoder of latents of the same shape."""
+    """Return each model, and with `cross` also each encoder with every other decoder of latents of the same shape.
+
+    Raises InputError if `cross` is asked for and no two models have latents of the same shape.
+    """
     whole = [EncoderDecoder(name, name, name) for name in models]
     if not cross:
         return whole
@@ -84,10 +95,11 @@ def codecs_of(models: dict[str, Autoencoder], *, cross: bool) -> list[EncoderDec
 
 
 def described(codec: EncoderDecoder, models: Mapping[str, Autoencoder], paths: dict[str, str]) -> dict[str, Any]:
-    """What a document says of a codec."""
+    """Describe a codec as the document stores it: paths, hashes, parameters and the shape of its latents."""
     encoder, decoder = models[codec.encoder], models[codec.decoder]
     used = [*encoder.encoder.parameters(), *encoder.quant_conv.parameters()]
     used += [*decoder.decoder.parameters(), *decoder.post_quant_conv.parameters()]
+
     channels, factor = _latents_of(encoder)
     return {
         "encoder": paths[codec.encoder],
@@ -102,12 +114,15 @@ def described(codec: EncoderDecoder, models: Mapping[str, Autoencoder], paths: d
 
 
 def config_sha256(config: AutoencoderConfig) -> str:
-    """Of all that is no tensor: the same weights in other groups, or with another scale, are another function."""
+    """Hash everything in a configuration, which weights do not tell.
+
+    Equal weights with other groups of the normalisation, or with another scale, are another function.
+    """
     return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Of the tensors' names and bytes."""
+    """Hash the names and bytes of all tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -116,6 +131,10 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def find_device(name: str) -> torch.device:
+    """Return the device called `name`; "auto" is a GPU if there is one, else the CPU.
+
+    Raises InputError if the device is not available.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -126,7 +145,10 @@ def find_device(name: str) -> torch.device:
 
 
 def short_names(paths: list[str], key: str) -> list[str]:
-    """As many trailing parts of each path as make it unlike the others."""
+    """Shorten paths to the fewest trailing parts that tell them apart.
+
+    Raises InputError, naming `key`, if a path is given twice.
+    """
     parts = [Path(path).parts if "://" in path else Path(path).expanduser().absolute().parts for path in paths]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(one[-depth:]) for one in parts]
@@ -136,14 +158,15 @@ def short_names(paths: list[str], key: str) -> list[str]:
 
 
 def _latents_of(model: Autoencoder) -> tuple[int, int]:
+    """Return the number of latent channels and the downsampling factor."""
     return model.config.latent_channels, model.config.downsample_factor
 
 
-OF_PROTOCOL = {"psnr", "ssim", "lpips_alex", "lpips_vgg"}  # whose arithmetic the protocol decides
+OF_PROTOCOL = {"psnr", "ssim", "lpips_alex", "lpips_vgg"}  # metrics whose arithmetic the protocol decides
 
 
 class Reconstruction(NamedTuple):
-    """Of images (B, C, H, W) in [-1, 1] by one codec; reconstructions are not clamped."""
+    """What one codec makes of images (B, C, H, W) in [-1, 1]; reconstructions are not clamped."""
 
     posterior: DiagonalGaussian
     latents: Tensor
@@ -152,7 +175,10 @@ class Reconstruction(NamedTuple):
 
 @dataclass
 class Evaluator:
-    """The networks, the protocol and the metrics that all images meet."""
+    """The networks, the protocol and the metrics, which are the same for all images.
+
+    `inception` is None if no metric of whole sets is measured.
+    """
 
     codecs: list[EncoderDecoder]
     models: Mapping[str, Autoencoder]
@@ -162,17 +188,22 @@ class Evaluator:
     device: torch.device
     batch_size: int
     seed: int
-    conventions: tuple[str, ...] = ()  # of Inception's resizing
+    conventions: tuple[str, ...] = ()  # how images are resized for Inception
 
     def __post_init__(self) -> None:
+        """Keep apart the metrics whose arithmetic the protocol does not decide."""
         self.others = PairedMetrics(tuple(name for name in self.metrics.names if name not in OF_PROTOCOL))
 
     @property
     def at_once(self) -> int:
+        """The number of images that the networks see together."""
         return 1 if self.device.type == "cpu" else self.batch_size
 
     def make(self, images: Tensor, indices: list[int]) -> Iterator[tuple[EncoderDecoder, Reconstruction]]:
-        """By each codec; every encoder runs once."""
+        """Reconstruct images (B, C, H, W) in [-1, 1] with each codec; every encoder runs once.
+
+        `indices` are the positions of the images in their data set, and seed the noise of sampled latents.
+        """
         posteriors: dict[str, DiagonalGaussian] = {}
         for codec in self.codecs:
             if codec.encoder not in posteriors:
@@ -185,23 +216,28 @@ class Evaluator:
 
     @torch.no_grad()
     def measure(self, dataset: str, batch: Batch) -> Iterator[Line]:
-        """A line for each image of the batch, and for each that was left out."""
+        """Yield a row for each image of the batch, and for each image that was skipped."""
         for index, one in zip(batch.missing, batch.skipped, strict=True):
             about = {"dataset": dataset, "index": index, "image": one.name}
             yield about | {"left_out": one.reason, "is_corrupt": one.is_corrupt}
+
         for start in range(0, len(batch.images), self.at_once):
             part = slice(start, start + self.at_once)
             indices = batch.positions[part]
             images = to_model_range(batch.images[part].to(self.device))
+
+            # The last batch is filled up by repeating its last image, and rows of the copies are dropped.
             absent = self.at_once - len(indices)
             filled = torch.cat([images, images[-1:].expand(absent, -1, -1, -1)])
             lines = self._lines(filled, indices + indices[-1:] * absent)
             of_images = zip(indices, batch.names[part], batch.hashes[part], strict=True)
+
             for line, (index, name, hashed) in zip(lines, of_images, strict=False):
                 about = {"dataset": dataset, "index": index, "image": name, "pixels": hashed}
                 yield about | {"enlarged": index in batch.enlarged} | line
 
     def _lines(self, images: Tensor, indices: list[int]) -> list[Line]:
+        """Measure images (B, C, H, W) with all codecs; returns a row for each of them."""
         lines: list[Line] = [{"features": {}, "models": {}} for _ in indices]
         for codec, made in self.make(images, indices):
             shown, reconstructed = self.protocol.quantised(images, made.reconstructions)
@@ -209,6 +245,7 @@ class Evaluator:
             identical = (shown == reconstructed).flatten(1).all(dim=1).tolist()
             numbers = self.protocol.measure(images, made.reconstructions, self.metrics.lpips, self.metrics.names)
             numbers |= self.others(shown, reconstructed)
+
             columns = {name: numbers[name].tolist() for name in self.metrics.names if name in numbers}
             features = self._features(reconstructed)
             for row, line in enumerate(lines):
@@ -217,10 +254,14 @@ class Evaluator:
                     result["is_identical"] = identical[row]
                     result["metrics"] = {name: _plain(column[row]) for name, column in columns.items()}
                     result["features"] = {name: packed(values[row].numpy()) for name, values in features.items()}
+
+                # Latents belong to the encoder: a crossed codec would only repeat those of its encoder's own model.
                 if finite[row] and not codec.is_crossed:
                     one = DiagonalGaussian(made.posterior.mean[row : row + 1], made.posterior.logvar[row : row + 1])
                     result["latents"] = {name: packed(array) for name, array in describe(one).items()}
                 line["models"][codec.name] = result
+
+            # The features of the images themselves are the same for all codecs.
             if not lines[0]["features"]:
                 originals = self._features(shown)
                 for row, line in enumerate(lines):
@@ -228,26 +269,28 @@ class Evaluator:
         return lines
 
     def _features(self, images: Tensor) -> dict[str, Tensor]:
+        """Return Inception features of uint8 images by convention, on the CPU; empty without Inception."""
         if self.inception is None:
             return {}
         return {name: self.inception.features(images, name).cpu() for name in self.conventions}
 
 
 def _plain(value: float) -> float | str:
-    """JSON has no infinities."""
+    """Turn infinities and NaN into strings, since JSON has neither."""
     return value if abs(value) < float("inf") else str(value)
 
 
 @contextmanager
 def exact_arithmetic(threads: int) -> Iterator[None]:
-    """No TF32, no choice of kernels by the clock, a stated number of the CPU's threads; what was set comes back.
+    """Compute reproducibly within the context: no TF32, deterministic kernels, `threads` CPU threads.
 
-    Sums over pixels end in other bits with another number of threads.
+    cuDNN chooses no kernels by timing. The number of threads is fixed because it changes the last bits of sums over
+    pixels. It is restored at the end, like all other settings.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        # float32 within: what cuDNN's flags say of TF32 must not contradict it.
+        # allow_tf32=False, because cuDNN's flags must not contradict the float32 arithmetic set beside them.
         with float32_arithmetic(), torch.backends.cudnn.flags(True, False, deterministic=True, allow_tf32=False):
             yield
     finally:

@@ -1,20 +1,13 @@
-"""How floats in [-1, 1] become what a metric sees: (B, C, H, W) -> the same shape.
+"""Evaluation protocols: how images are prepared and PSNR, SSIM and LPIPS computed, named, versioned and hashed.
 
-The three roundings differ where a value lies half-way between two greys, to within the arithmetic's precision.
+The hash tells two tables apart that were made in different ways. `PROTOCOLS` has ours, for any channels of 8 or 16
+bits, and those that reproduce the tables of other authors, for 8-bit RGB. The latter were read from each author's
+evaluation script and are tested against the libraries that the script calls. docs/evaluation.md lists what the scripts
+do beyond arithmetic, such as counting images twice, which is not reproduced.
 
-
-How images become squares in [-1, 1] to be measured: pixels (C, H, W), size -> float32 (C, size, size).
-
-The first is ours, for any channels of 8 or 16 bits; the others are those of the authors that they are named after,
-for 8-bit RGB. `vae.evaluation.protocols` says which protocol has which.
-
-
-What a protocol is: how numbers are made, named, versioned and hashed, so that two tables can be told apart.
-
-The protocols by name: ours, and those that reproduce the tables of others, for 8-bit RGB.
-
-Read in each author's evaluation script, and tested against the libraries that it calls; docs/evaluation.md says what
-the scripts do beyond arithmetic, such as counting images twice, which is not reproduced.
+A protocol consists of small functions. A cut makes squares from pixels: (C, H, W), size -> float32 (C, size, size) in
+[-1, 1]. Others turn floats in [-1, 1] into what a metric sees: (B, C, H, W) -> the same shape. The three ways of
+rounding differ where a value lies half-way between two grey levels, to within the precision of the arithmetic.
 """
 
 import hashlib
@@ -39,62 +32,71 @@ from vae.models.posterior import DiagonalGaussian
 
 
 class MetricInput(NamedTuple):
-    """What a metric sees of images in [-1, 1], and how far white is from black there."""
+    """How images in [-1, 1] are changed for a metric, and `peak`, the distance between black and white there."""
 
     change: Callable[[Tensor], Tensor]
     peak: float
 
     def __call__(self, images: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Return both images as the metric sees them, and the peak."""
         return self.change(images), self.change(reconstructions), self.peak
 
 
 def rounded(x: Tensor) -> Tensor:
-    """uint8, as our reconstructions are written."""
+    """Round to uint8, as our reconstructions are written to files."""
     return to_uint8(x)
 
 
 def rounded_to_signed(x: Tensor) -> Tensor:
-    """The same greys in [-1, 1]."""
+    """Round to the grey levels of `rounded`, as floats in [-1, 1]."""
     return to_model_range(rounded(x))
 
 
 def rounded_by_lightningdit(x: Tensor) -> Tensor:
+    """Round to uint8 with LightningDiT's arithmetic."""
     return (127.5 * x + 128.0).clamp(0, 255).to(torch.uint8)
 
 
 def rounded_by_dc_ae(x: Tensor) -> Tensor:
+    """Round to uint8 with DC-AE's arithmetic."""
     return (255.0 * ((x + 1.0) / 2.0) + 0.5).clamp(0, 255).to(torch.uint8)
 
 
 def rounded_by_dc_ae_to_signed(x: Tensor) -> Tensor:
+    """Round to the grey levels of `rounded_by_dc_ae`, as floats in [-1, 1]."""
     return 2.0 * (rounded_by_dc_ae(x) / 255.0) - 1.0
 
 
 def truncated(x: Tensor) -> Tensor:
-    """uint8. Many greys of an image itself get darker by one: the way to [-1, 1] and back rounds."""
+    """Truncate to uint8.
+
+    Many grey levels of an image itself get darker by one, because the way to [-1, 1] and back rounds.
+    """
     return (to_unit(x) * 255.0).to(torch.uint8)
 
 
 def truncated_to_unit(x: Tensor) -> Tensor:
-    """[0, 1]."""
+    """Truncate to the grey levels of `truncated`, as floats in [0, 1]."""
     return truncated(x) / 255.0
 
 
 def truncated_to_signed(x: Tensor) -> Tensor:
+    """Truncate to the grey levels of `truncated`, as floats in [-1, 1]."""
     return to_model_range(truncated(x))
 
 
 def to_unit(x: Tensor) -> Tensor:
-    """[0, 1], clamped."""
+    """Map to [0, 1], clamped."""
     return ((x + 1.0) / 2.0).clamp(0.0, 1.0)
 
 
 def clamped(x: Tensor) -> Tensor:
+    """Clamp to [-1, 1]."""
     return x.clamp(-1.0, 1.0)
 
 
 def as_decoded(x: Tensor) -> Tensor:
-    """Beyond [-1, 1] too, where a decoder goes there."""
+    """Return the floats unchanged; a decoder's output may lie beyond [-1, 1]."""
     return x
 
 
@@ -102,87 +104,105 @@ BILINEAR = InterpolationMode.BILINEAR
 
 
 def pillow_bicubic(pixels: Tensor, size: int) -> Tensor:
+    """Cut a square with `vae.data.transforms.center_crop`: Pillow's bicubic filter, antialiased; 8 or 16 bits."""
     return to_model_range(center_crop(pixels, size))
 
 
 def lavinal712(pixels: Tensor, size: int) -> Tensor:
+    """Cut a square as lavinal712's script does: Pillow's bilinear filter, antialiased."""
     return _normalised(_pillow_bilinear(pixels, size).float().div(255.0))
 
 
 def lightningdit(pixels: Tensor, size: int) -> Tensor:
-    """Resized as floats, which are not rounded again."""
+    """Cut a square as LightningDiT's script does: resized as floats, which are not rounded again."""
     resized = TF.resize(pixels.float().div(255.0), [size], BILINEAR, antialias=True)
     return _normalised(TF.center_crop(resized, [size, size]))
 
 
 def dc_ae(pixels: Tensor, size: int) -> Tensor:
-    """The crop of guided-diffusion: halved by box while it can be, then bicubic."""
+    """Cut a square as DC-AE's script does, by guided-diffusion's crop: box halving while possible, then bicubic."""
     image = TF.to_pil_image(pixels)
     if image.size == (size, size):
         return _normalised(pixels.float().div(255.0))
+
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+
     scale = size / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     return _normalised(_middle(TF.pil_to_tensor(image), size).float().div(255.0))
 
 
 def seed_voken(pixels: Tensor, size: int) -> Tensor:
+    """Cut a square as SEED-Voken's script does: Pillow's bilinear filter, antialiased."""
     return _signed(_pillow_bilinear(pixels, size))
 
 
 def ldm(pixels: Tensor, size: int) -> Tensor:
-    """albumentations' SmallestMaxSize and CenterCrop: OpenCV's bilinear filter, which does not antialias."""
+    """Cut a square as LDM's script does: SmallestMaxSize and CenterCrop of albumentations.
+
+    These use OpenCV's bilinear filter, which does not antialias.
+    """
     height, width = pixels.shape[1:]
     scale = size / min(height, width)
     return _signed(_middle(_opencv_bilinear(pixels, round(height * scale), round(width * scale)), size))
 
 
 def _pillow_bilinear(pixels: Tensor, size: int) -> Tensor:
+    """Resize the short side to `size` with Pillow and crop the centre; uint8 (C, size, size)."""
     image = TF.resize(TF.to_pil_image(pixels), [size], BILINEAR)
     return TF.pil_to_tensor(TF.center_crop(image, [size, size]))
 
 
 def _opencv_bilinear(pixels: Tensor, height: int, width: int) -> Tensor:
-    """To the bit as OpenCV 4 and 5 resize uint8: with weights of 11 bits, and two truncations between its passes."""
+    """Resize uint8 exactly as OpenCV 4 and 5 do, bit for bit.
+
+    OpenCV uses weights of 11 bits and truncates twice between its two passes.
+    """
     left, right, a, b = _neighbours(pixels.shape[2], width)
     rows = (pixels[:, :, left] * a + pixels[:, :, right] * b) >> 4
+
     top, bottom, a, b = _neighbours(pixels.shape[1], height)
     sums = ((rows[:, top] * a[:, None]) >> 16) + ((rows[:, bottom] * b[:, None]) >> 16)
     return ((sums + 2) >> 2).clamp(0, 255).byte()
 
 
 def _neighbours(given: int, wanted: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For each pixel that is wanted: two that are given, and their weights in 1/2048."""
+    """Return the two source pixels of each resized pixel, and their weights in 1/2048.
+
+    `given` and `wanted` are the sizes before and after; all four results are (wanted,).
+    """
     places = ((torch.arange(wanted).double() + 0.5) * (given / wanted) - 0.5).float()
     first = places.floor()
     share = places - first
     weights = [(2048 * part).round().int() for part in (1.0 - share, share)]
     before, behind = ((first.long() + step).clamp(0, given - 1) for step in (0, 1))
+
     return before, behind, weights[0], weights[1]
 
 
 def _middle(pixels: Tensor, size: int) -> Tensor:
+    """Crop the central square."""
     top, left = ((side - size) // 2 for side in pixels.shape[1:])
     return pixels[:, top : top + size, left : left + size]
 
 
 def _normalised(values: Tensor) -> Tensor:
-    """[0, 1] -> [-1, 1], in the order of torchvision's Normalize."""
+    """Map [0, 1] to [-1, 1], in the order of torchvision's Normalize."""
     return values.sub(0.5).div(0.5)
 
 
 def _signed(pixels: Tensor) -> Tensor:
-    """[0, 255] -> [-1, 1], in float64 and then rounded, as numpy does it."""
+    """Map [0, 255] to [-1, 1], in float64 and then rounded to float32, as numpy does it."""
     return pixels.double().div(127.5).sub(1.0).to(torch.float32)
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """Every choice that moves a metric: `choices` in words, hashed, and below them what does as they say.
+    """Every choice that changes a metric: `choices` says it in words, and the other fields carry it out.
 
-    `version` changes whenever the arithmetic behind one of the words does. `cut` is (pixels (C, H, W), size) ->
-    float32 (C, size, size) in [-1, 1], and runs in the workers of a loader.
+    The words are hashed, and `version` changes whenever the arithmetic behind them does. `cut` is (pixels (C, H, W),
+    size) -> float32 (C, size, size) in [-1, 1], and runs in the workers of a data loader.
     """
 
     name: str
@@ -199,27 +219,33 @@ class Protocol:
 
     @property
     def sha256(self) -> str:
+        """The first 12 digits of the hash of name, version and choices."""
         hashed = {"name": self.name, "version": self.version, **self.choices}
         return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:12]
 
     def __str__(self) -> str:
+        """Return name, version, hash and choices, a line for each choice."""
         listed = "\n".join(f"  {key:<12} {value}" for key, value in self.choices.items())
         return f"protocol {self.name}, version {self.version}, sha256 {self.sha256}\n{listed}"
 
     def described(self) -> dict[str, Any]:
-        """What is stored beside the numbers."""
+        """Return the description that is stored beside the numbers."""
         return {"name": self.name, "version": self.version, "sha256": self.sha256, "choices": dict(self.choices)}
 
     def check(self, channels: int, bits: int) -> None:
-        """Refuse images that are not of the kind it is defined for."""
+        """Raise InputError unless the protocol is defined for images of this kind."""
         given = f"protocol={self.name} with images of {channels} channels and {bits} bits"
         fits = not self.is_for_rgb or (channels, bits) == (3, 8)
         require(fits, given, "3 channels and 8 bits, as its authors have; or protocol=default-v1")
 
     def latents_of(self, posterior: DiagonalGaussian, indices: Sequence[int], seed: int) -> Tensor:
-        """What is decoded: the mode, or a sample whose noise is a function of `seed` and the image's index alone."""
+        """Return the latents to decode: the mode of the posterior, or a sample of it.
+
+        The noise of a sample depends only on `seed` and on the image's index.
+        """
         if not self.is_sampled:
             return posterior.mode()
+
         shape = posterior.mean.shape[1:]
         draws = [torch.Generator().manual_seed(seed_for(seed, index)) for index in indices]
         noise = torch.stack([torch.randn(shape, generator=draw) for draw in draws])
@@ -233,9 +259,10 @@ class Protocol:
         lpips: Mapping[str, LPIPS],
         names: Collection[str] = ("psnr", "ssim"),
     ) -> dict[str, Tensor]:
-        """Of floats (B, C, H, W) in [-1, 1], reconstructions not clamped yet: {name: (B,) float64}.
+        """Measure reconstructions, not yet clamped, against images (B, C, H, W) in [-1, 1].
 
-        PSNR and SSIM where `names` has them, and the distance of each of the networks, {"lpips_alex": ...}.
+        Returns {name: (B,) float64}: PSNR and SSIM if `names` has them, and LPIPS with each of the networks,
+        {"lpips_alex": ...}.
         """
         rows: dict[str, Tensor] = {}
         if "psnr" in names:
@@ -247,7 +274,7 @@ class Protocol:
         return rows
 
     def quantised(self, images: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 twice, what every other metric sees."""
+        """Return images and reconstructions as uint8, which is what every other metric sees."""
         return self.quantise(images), self.quantise(reconstructions)
 
 

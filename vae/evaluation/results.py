@@ -1,8 +1,9 @@
-"""What is measured of each image, on disk as soon as it is known: a rerun goes on from there.
+"""Results of an evaluation: rows of single images on disk, and the document and table that are made of them.
 
-All rows of an evaluation in the order of the images, whoever measured them and when.
-
-`metrics.json` and `images.csv`: all that an evaluation found, in plain numbers."""
+Each process appends a row as soon as an image is measured, so a rerun continues from there (`Rows`). `collect` reads
+the rows of all processes and puts them into the order of the images. `of_dataset` and `as_csv` make the plain numbers
+of `metrics.json` and `images.csv`.
+"""
 
 import base64
 import csv
@@ -24,18 +25,22 @@ from vae.evaluation.statistics import FEWEST, QUANTILE, compare_pairs, summarise
 from vae.metrics.registry import CONVENTION_OF, OF_SETS, PAIRED
 from vae.metrics.set_distances import frechet_distance, kernel_estimate
 
-Line = dict[str, Any]  # of one image: dataset, index, image, and left_out or what each model made of it
+Line = dict[str, Any]  # a row about one image: dataset, index, image, and left_out or what each model made of it
 Key = tuple[str, int]  # dataset, index
 
 
 class Rows:
-    """`rows_RANK.jsonl` of this process; those of all are read."""
+    """The rows in a folder: this process writes `rows_RANK.jsonl`, and reads the files of all processes."""
 
     def __init__(self, folder: Path, rank: int) -> None:
+        """Name the file of process `rank`; nothing is opened yet."""
         self.folder, self._path = folder, folder / f"rows_{rank}.jsonl"
 
     def begin(self) -> None:
-        """After a kill the last line may be cut: what follows begins a line of its own."""
+        """Open the file for appending. Raises InputError if the folder cannot be written.
+
+        If a process was killed, the last row may be cut off, so the next one starts on a new line.
+        """
         try:
             self._file = self._path.open("ab")
         except OSError as error:
@@ -45,6 +50,7 @@ class Rows:
             self._file.write(b"\n")
 
     def add(self, line: Line) -> None:
+        """Write a row to disk at once. Raises InputError if that fails, for instance on a full disk."""
         try:
             self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
             self._file.flush()
@@ -52,10 +58,11 @@ class Rows:
             raise InputError(f"{self._path}: cannot be written ({error.strerror}); make room, then go on") from error
 
     def end(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def read(self) -> Iterator[Line]:
-        """The whole lines of all processes, in no order."""
+        """Yield the complete rows of all processes, in no particular order."""
         for path in sorted(self.folder.glob("rows_*.jsonl")):
             with path.open("rb") as file:
                 for text in file:
@@ -63,47 +70,54 @@ class Rows:
                         yield line
 
     def are_there(self) -> bool:
-        """Of any process, from before."""
+        """Tell whether any process has left rows here."""
         return any(self.folder.glob("rows_*.jsonl"))
 
     def known(self) -> set[Key]:
-        """Of images that were measured; what could not be read may have been repaired."""
+        """Return the keys of the images that were measured.
+
+        Images that could not be read are not among them: they may have been repaired.
+        """
         return {key_of(line) for line in self.read() if "left_out" not in line}
 
     def forget(self) -> None:
+        """Delete the rows of all processes."""
         for path in self.folder.glob("rows_*.jsonl"):
             path.unlink()
 
 
 def key_of(line: Line) -> Key:
+    """Return (dataset, index), which identifies an image."""
     return line["dataset"], line["index"]
 
 
 def packed(array: np.ndarray) -> list[Any]:
-    """An array as JSON: dtype, shape, and its bytes in base64."""
+    """Pack an array for JSON: dtype, shape, and its bytes in base64."""
     return [array.dtype.str, list(array.shape), base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()]
 
 
 def unpacked(given: list[Any]) -> np.ndarray:
+    """Restore an array from what `packed` made of it."""
     dtype, shape, data = given
     return np.frombuffer(base64.b64decode(data), dtype=np.dtype(dtype)).reshape(shape)
 
 
 def _parsed(text: bytes) -> Line | None:
+    """Parse a row; None if it was cut off."""
     try:
         line = json.loads(text)
     except ValueError:
-        return None  # a kill cut it
+        return None  # cut off when the process was killed
     return line if isinstance(line, dict) else None
 
 
 Vectors = dict[str, np.ndarray]
-ORIGINAL = ""  # in the place of a model's name: the images themselves
+ORIGINAL = ""  # stands in for a model's name: the images themselves
 
 
 @dataclass
 class Collected:
-    """Of one data set: lines by index without what was packed into them, and that, as arrays."""
+    """The rows of one data set, ordered by index, and the arrays that were packed into them."""
 
     lines: list[Line] = field(default_factory=list)  # of images that were measured
     left_out: list[Line] = field(default_factory=list)
@@ -111,27 +125,35 @@ class Collected:
     latents: dict[str, list[Vectors]] = field(default_factory=dict)  # model -> per image
 
     def column(self, model: str, metric: str) -> np.ndarray:
-        """A value per image: NaN where there is none, be it that it does not apply or that an image is not finite."""
+        """Return a value per image, (N,) float64.
+
+        A value is NaN if the metric does not apply to the image, or if the reconstruction is not finite.
+        """
         values = (line["models"][model].get("metrics", {}).get(metric) for line in self.lines)
         return np.array([np.nan if value is None else float(value) for value in values], dtype=np.float64)
 
     def of_both(self, model: str, convention: str) -> tuple[np.ndarray, np.ndarray]:
-        """Features (N, D) of images and of their reconstructions, of those images whose reconstruction is finite."""
+        """Return features (N, D) of the images whose reconstruction is finite, and of these reconstructions."""
         if not any(line["models"][model]["is_finite"] for line in self.lines):
             return np.zeros((0, 0)), np.zeros((0, 0))
+
         both = zip(self.features[ORIGINAL][convention], self.lines, strict=True)
         originals = [features for features, line in both if line["models"][model]["is_finite"]]
         return np.stack(originals), np.stack(self.features[model][convention])
 
 
 def collect(lines: Iterable[Line], datasets: Sequence[str], models: Sequence[str]) -> dict[str, Collected]:
-    """A line of every image, in the order of data sets and indices; one that was measured before one left out."""
+    """Choose one row per image, in the order of data sets and indices.
+
+    If an image was skipped at first and measured later, the measured row counts.
+    """
     order = {name: number for number, name in enumerate(datasets)}
     found: dict[tuple[int, int], Line] = {}
     for line in lines:
         key = order[line["dataset"]], line["index"]
         if key not in found or "left_out" in found[key]:
             found[key] = _unpacked(line)
+
     collected = {name: Collected() for name in datasets}
     for key in sorted(found):
         line = found.pop(key)
@@ -140,7 +162,10 @@ def collect(lines: Iterable[Line], datasets: Sequence[str], models: Sequence[str
 
 
 def _unpacked(line: Line) -> Line:
-    """With its arrays as they were: their text is a third larger and would stay in memory with them."""
+    """Unpack the arrays of a row in place.
+
+    Their text is a third larger than the arrays, and would stay in memory beside them.
+    """
     for packed in [line, *line.get("models", {}).values()]:
         for kind in ("features", "latents"):
             if kind in packed:
@@ -149,6 +174,7 @@ def _unpacked(line: Line) -> Line:
 
 
 def _take(into: Collected, line: Line, models: Sequence[str]) -> None:
+    """Move one row, with its arrays, into the collection of its data set."""
     if "left_out" in line:
         into.left_out.append(line)
         return
@@ -162,6 +188,7 @@ def _take(into: Collected, line: Line, models: Sequence[str]) -> None:
 
 
 def _add(into: dict[str, list[np.ndarray]], features: Vectors) -> None:
+    """Append the features of one image to those of each convention."""
     for convention, values in features.items():
         into.setdefault(convention, []).append(values)
 
@@ -171,16 +198,18 @@ Row = dict[str, Any]  # dataset, index, image, pixels (their hash), model, metri
 
 
 def of_dataset(collected: Collected, header: Document) -> Document:
-    """The parts of the document about one data set: images, metrics, comparisons, latents."""
+    """Make the parts of the document about one data set: images, metrics, comparisons, latents."""
     models = list(header["models"])
     pairs = [name for name in header["measured"] if name in PAIRED]
     sets = [name for name in header["measured"] if name in OF_SETS]
     columns = {model: {name: collected.column(model, name) for name in pairs} for model in models}
+
     metrics: dict[str, dict[str, Any]] = {}
     for model in models:
         metrics[model] = {name: summarise(values) for name, values in columns[model].items()}
         metrics[model] |= {name: _of_set(collected, model, name) for name in sets}
         metrics[model] |= dict.fromkeys(header["missing"])
+
     return {
         "images": _about_images(collected, models),
         "metrics": metrics,
@@ -193,7 +222,7 @@ def of_dataset(collected: Collected, header: Document) -> Document:
 
 
 def rows_of(dataset: str, collected: Collected, models: list[str]) -> Iterator[Row]:
-    """One for each image and model."""
+    """Yield a row of the table for each image and model."""
     for line in collected.lines:
         for model in models:
             result = line["models"][model]
@@ -206,12 +235,16 @@ def rows_of(dataset: str, collected: Collected, models: list[str]) -> Iterator[R
 
 
 def as_csv(rows: list[Row], header: Document) -> str:
-    """A line for each image and model; empty where there is no value. `pixels` tell the image from another's name."""
+    """Write the table: a line for each image and model, with empty cells where there is no value.
+
+    `pixels`, the hash of the image, tells it from another image of the same name.
+    """
     pairs = [name for name in header["measured"] if name in PAIRED]
     protocol = f"{header['protocol']['name']} {header['protocol']['sha256']}"
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["dataset", "image", "model", *pairs, "flags", "protocol", PIXELS])
+
     for row in rows:
         values = (row["metrics"].get(name) for name in pairs)
         cells = ["" if value is None else repr(value) for value in values]
@@ -221,7 +254,10 @@ def as_csv(rows: list[Row], header: Document) -> str:
 
 
 def _asked(header: Document) -> list[list[tuple[str, str]]]:
-    """Two questions: whole models with each other; a crossed encoder with its own decoder."""
+    """Return the pairs of models to compare, as two families of comparisons that are corrected separately.
+
+    The first compares whole models with each other, the second each crossed codec with the encoder's own model.
+    """
     models, whole = header["models"], whole_models(header)
     own = {models[name]["encoder"]: name for name in whole}
     crossed = [(own[about["encoder"]], name) for name, about in models.items() if name not in whole]
@@ -229,18 +265,25 @@ def _asked(header: Document) -> list[list[tuple[str, str]]]:
 
 
 def _number(value: float | str | None) -> float | None:
-    """None too where a metric does not apply."""
+    """Return the number; None if there is none or the metric does not apply."""
     return None if value is None or math.isnan(float(value)) else float(value)
 
 
 def _of_set(collected: Collected, model: str, metric: str) -> Mapping[str, Any]:
+    """Summarise a metric of a whole set, in the form of `summarise`.
+
+    There is no value for fewer than 2 images. An rFID has no interval, and a KID has one from `FEWEST` images on.
+    """
     images, reconstructions = collected.of_both(model, CONVENTION_OF[metric])
     summary: dict[str, Any] = dict.fromkeys(("mean", "low", "high", "std", "median", "p5", "p95"))
     summary |= {"images": len(images), "infinite": 0}
+
     if len(images) < 2:
         return summary
+
     if metric.startswith("rfid"):
         return summary | {"mean": frechet_distance(images, reconstructions)}
+
     value, error = kernel_estimate(images, reconstructions)
     if len(images) < FEWEST:
         return summary | {"mean": value}
@@ -248,6 +291,7 @@ def _of_set(collected: Collected, model: str, metric: str) -> Mapping[str, Any]:
 
 
 def _about_images(collected: Collected, models: list[str]) -> dict[str, Any]:
+    """List the images that need a remark: skipped, enlarged, not finite, or reproduced exactly."""
     both = [(line["image"], model, line["models"][model]) for line in collected.lines for model in models]
     return {
         "images": len(collected.lines),

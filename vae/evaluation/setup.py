@@ -1,4 +1,7 @@
-"""What an evaluation needs before the first image: networks that fit, metrics that can be had, and images."""
+"""Preparation of an evaluation before the first image: networks that fit together, available metrics, and the images.
+
+`prepare` refuses everything that can be refused, so that no evaluation fails after an hour of measuring.
+"""
 
 import hashlib
 from dataclasses import replace
@@ -8,7 +11,7 @@ from typing import Any, NamedTuple
 import PIL
 import torch
 
-import vae
+from vae import __version__
 from vae.config.data import DataConfig
 from vae.config.schema import EvaluateConfig
 from vae.data.build import open_sources
@@ -34,44 +37,52 @@ from vae.models.inception import Inception, load_inception
 from vae.models.lpips import MissingBackboneError
 from vae.weights.load import find_export
 
-CODE = "code"  # key of a header's library
+CODE = "code"  # key in the header's "library": the hash of this package
 
 
 class Setting(NamedTuple):
-    """`header` is the part of the document that is known before anything is measured."""
+    """What an evaluation works with; `header` is the part of the document that is known before measuring."""
 
     header: dict[str, Any]
     datasets: dict[str, tuple[DataConfig, Source]]  # {short name: (its configuration, its images)}
     bench: Evaluator
-    lists: dict[str, str]  # of each data set's images, a hash
+    lists: dict[str, str]  # {short name: the hash of the list of its images}
 
     @property
     def roots(self) -> list[str]:
-        """Of the data sets; what is here as a path from the top."""
+        """The roots of the data sets; those that exist on this machine as absolute paths."""
         given = [Path(str(data.validation_root or data.root)) for data, _ in self.datasets.values()]
         return [str(path.absolute() if path.exists() else path) for path in given]
 
 
 def prepare(config: EvaluateConfig, team: Team) -> Setting:
-    """Everything that can be refused is refused here."""
+    """Open data sets, models and metrics as `config` asks for them.
+
+    Every mistake in `config` that can be found before measuring raises InputError here.
+    """
     parse_gates(config.limits)
     datasets = _open(config)
     if config.base is not None:
-        find_export(config.base, "base")  # refused by its own key
+        find_export(config.base, "base")  # so that the error names the key base
+
     device = team.device(find_device(config.device))
     models = {name: model.to(device) for name, model in load_models(config.models, config.family).items()}
     if config.cross or config.base is not None:
         check_scales(models)
+
     channels, resolution = _channels(models), config.data.resolution
     _check_resolution(models, resolution)
     codecs, protocol = codecs_of(models, cross=config.cross), PROTOCOLS[config.protocol]
     protocol.check(channels, config.data.bits)
+
+    # A metric that cannot be measured is reported as missing, with the reason; a gate on it is an error.
     missing = unavailable(tuple(config.metrics), channels, resolution)
     paired = tuple(name for name in config.metrics if name in PAIRED and name not in missing)
     metrics = PairedMetrics(paired, download=config.download).to(device)
     missing |= {name: f"{reason}; or evaluate with download=true" for name, reason in metrics.missing.items()}
     inception = _inception(config, missing, device)
     _check_measured(config, missing)
+
     conventions = tuple(sorted({CONVENTION_OF[name] for name in config.metrics if name in OF_SETS}))
     batch_size = config.data.validation_batch_size
     bench = Evaluator(codecs, models, protocol, metrics, inception, device, batch_size, config.seed, conventions)
@@ -80,9 +91,11 @@ def prepare(config: EvaluateConfig, team: Team) -> Setting:
 
 
 def _header(config: EvaluateConfig, bench: Evaluator, missing: dict[str, str]) -> dict[str, Any]:
-    batch_size = None if bench.at_once == 1 else bench.batch_size  # where numbers depend on it
+    """Return the part of the document that is known before measuring."""
+    batch_size = None if bench.at_once == 1 else bench.batch_size  # recorded where numbers depend on it
     paths = dict(zip(bench.models, config.models, strict=True))
     family = {} if config.family is None else {"family": config.family}
+
     return family | {
         "schema": SCHEMA,
         "protocol": bench.protocol.described(),
@@ -100,13 +113,19 @@ def _header(config: EvaluateConfig, bench: Evaluator, missing: dict[str, str]) -
 
 
 def _library() -> dict[str, str]:
-    """The code that numbers come from: Pillow decodes and resizes; each torchvision goes with one torch."""
-    ours = {"vae": vae.__version__, CODE: code_sha256()}
+    """Return the versions of the code that produces the numbers.
+
+    Pillow decodes and resizes. The version of torchvision follows from that of torch.
+    """
+    ours = {"vae": __version__, CODE: code_sha256()}
     return ours | {"torch": torch.__version__, "pillow": PIL.__version__}
 
 
-def code_sha256(package: Path = Path(vae.__file__).parent) -> str:
-    """Of the names and the text of all of its Python files: checkouts of one version differ, and so do edited ones."""
+def code_sha256(package: Path = Path(__file__).parents[1]) -> str:
+    """Hash the names and the text of all Python files of the package.
+
+    The version alone does not tell: two checkouts of one version can differ, and files can be edited.
+    """
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         text = path.read_bytes()
@@ -115,6 +134,7 @@ def code_sha256(package: Path = Path(vae.__file__).parent) -> str:
 
 
 def _check_measured(config: EvaluateConfig, missing: dict[str, str]) -> None:
+    """Raise InputError if a metric with a gate cannot be measured, or if no metric can."""
     for name in (name for name in config.limits if name in missing):
         raise InputError(f"gates.{name}={config.limits[name]}: {name} cannot be measured: {missing[name]}")
     if len(missing) == len(config.metrics):
@@ -122,6 +142,7 @@ def _check_measured(config: EvaluateConfig, missing: dict[str, str]) -> None:
 
 
 def _open(config: EvaluateConfig) -> dict[str, tuple[DataConfig, Source]]:
+    """Open the data sets as {short name: (its configuration, its images)}."""
     data = config.data
     given = config.datasets or [data.validation_root or data.root or data.source]
     names = short_names(given, "datasets")
@@ -130,7 +151,7 @@ def _open(config: EvaluateConfig) -> dict[str, tuple[DataConfig, Source]]:
 
 
 def list_sha256(source: Source) -> str:
-    """Of the names of all images and of the sizes of files."""
+    """Hash the names of all images, and the sizes of their files if they are files."""
     digest = hashlib.sha256(source.fingerprint().encode())
     if isinstance(source, Files):
         for path in (source.root / name for name in source.names):
@@ -139,7 +160,11 @@ def list_sha256(source: Source) -> str:
 
 
 def _inception(config: EvaluateConfig, missing: dict[str, str], device: torch.device) -> Inception | None:
-    """Not had, it costs its metrics; named and not had, the evaluation."""
+    """Load Inception if a metric needs it; None if it is not needed or not available.
+
+    If it is not available, its metrics are added to `missing`. Raises MissingBackboneError if `config.inception` names
+    a file that cannot be used.
+    """
     wanted = [name for name in config.metrics if name in OF_SETS and name not in missing]
     if not wanted:
         return None
@@ -153,7 +178,7 @@ def _inception(config: EvaluateConfig, missing: dict[str, str], device: torch.de
 
 
 def _channels(models: dict[str, Any]) -> int:
-    """The image channels that all models have."""
+    """Return the number of image channels, which must be the same for all models; raises InputError otherwise."""
     counts = {name: model.config.in_channels for name, model in models.items()}
     if len(set(counts.values())) > 1:
         raise InputError(f"model={list(counts)}: models of different channels, {counts}; measure them one by one")
@@ -161,6 +186,7 @@ def _channels(models: dict[str, Any]) -> int:
 
 
 def _check_resolution(models: dict[str, Any], resolution: int) -> None:
+    """Raise InputError unless the resolution is a multiple of every model's downsampling factor."""
     for name, model in models.items():
         factor = model.config.downsample_factor
         if resolution % factor:

@@ -1,4 +1,4 @@
-"""An evaluation in the terminal: protocol, a table for each set of images, what was not measured, who is better."""
+"""Terminal output of an evaluation: protocol, a table for each data set, missing metrics, and who is better."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,16 +16,17 @@ from vae.evaluation.protocols import PROTOCOLS
 from vae.evaluation.statistics import NO_DIFFERENCE
 from vae.metrics.registry import METRICS, OF_SETS
 
-MOST_COMPARISONS = 12  # in words; all of them are in the files
+MOST_COMPARISONS = 12  # the most that are printed; all of them are in the files
 STYLES = {"better": "green", "worse": "red"}
 
 
 def say(line: str) -> None:
+    """Print one line, with escapes for what cannot be printed."""
     Console().print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
 
 def document(document: dict[str, Any]) -> None:
-    """Everything a person wants to know at once."""
+    """Print the whole evaluation: tables, comparisons, what is missing, and the verdicts."""
     print(PROTOCOLS[document["protocol"]["name"]])
     for name, about in document["datasets"].items():
         print()
@@ -38,17 +39,24 @@ def document(document: dict[str, Any]) -> None:
         if about["enlarged"]:
             count, first = len(about["enlarged"]), about["enlarged"][0]
             say(f"{count} images have fewer pixels and were enlarged, the first: {first}")
+
         _comparisons(document["comparisons"][name])
+
+    # Metrics that are missing for one reason share a line.
     for reason in dict.fromkeys(document["missing"].values()):
         names = ", ".join(name for name, why in document["missing"].items() if why == reason)
         say(f"{names}: not measured. {reason}")
+
     for model, about in document["precision"].items():
         say(f"{model}: {about['verdict']}")
     against_base(document)
 
 
 def against_base(document: dict[str, Any]) -> None:
-    """Each model beside the base, metric by metric, and whether it is harmless: nothing where there is no base."""
+    """Print each model beside the base, metric by metric, and whether it is harmless.
+
+    Nothing is printed if there is no base.
+    """
     for model, about in document["against_base"].items():
         for dataset in document["datasets"]:
             title = f"{dataset}: {printable(model)} against {printable(document['base'])}"
@@ -58,6 +66,7 @@ def against_base(document: dict[str, Any]) -> None:
                 table.add_row(*cells, style=STYLES.get(one.verdict, ""))
             Console(markup=False, highlight=False).print(table)
         say(f"{model}: {about['latents']['verdict']}")
+
     if document["against_base"]:
         say("better by: mean over the images; of a metric that should be 1, of each image's own distance from 1")
     for about in document["against_base"].values():
@@ -65,6 +74,7 @@ def against_base(document: dict[str, Any]) -> None:
 
 
 def _table(document: dict[str, Any], dataset: str) -> None:
+    """Print the table of one data set: metrics down, models across."""
     whole = whole_models(document)
     table = Table(Column("", no_wrap=True), *(Column(printable(model), overflow="fold") for model in whole))
     for metric in document["measured"]:
@@ -72,6 +82,7 @@ def _table(document: dict[str, Any], dataset: str) -> None:
         cells = [_cell(document["metrics"][dataset][model][metric], about.digits) for model in whole]
         unit = f" {about.unit}" if about.unit else ""
         table.add_row(f"{about.title}{unit} {about.arrow}", *cells)
+
     console = Console(markup=False, highlight=False)
     console.print(table)
     if any(metric not in OF_SETS for metric in document["measured"]):
@@ -81,7 +92,7 @@ def _table(document: dict[str, Any], dataset: str) -> None:
 
 
 def _matrix(document: dict[str, Any], dataset: str, whole: list[str]) -> Table:
-    """Encoders down, decoders across, by the first metric."""
+    """Make the table of encoders (down) and decoders (across) by the first metric."""
     metric = document["measured"][0]
     names = {(about["encoder"], about["decoder"]): name for name, about in document["models"].items()}
     title = f"{METRICS[metric].title} of encoders (down) with decoders (across)"
@@ -95,6 +106,7 @@ def _matrix(document: dict[str, Any], dataset: str, whole: list[str]) -> Table:
 
 
 def _cell(summary: dict[str, Any] | None, digits: int) -> str:
+    """Format a mean with its interval, or "-"."""
     if summary is None or summary["mean"] is None:
         return "-"
     mean = f"{summary['mean']:.{digits}f}"
@@ -103,6 +115,7 @@ def _cell(summary: dict[str, Any] | None, digits: int) -> str:
 
 
 def _comparisons(comparisons: Sequence[dict[str, Any]]) -> None:
+    """Print the differences that are shown, at most `MOST_COMPARISONS`, and count the others."""
     shown = [one["verdict"] for one in comparisons if not one["verdict"].startswith(NO_DIFFERENCE)]
     for verdict in shown[:MOST_COMPARISONS]:
         say(verdict)
@@ -113,20 +126,22 @@ def _comparisons(comparisons: Sequence[dict[str, Any]]) -> None:
 
 
 def written(folder: Path, names: Sequence[str]) -> None:
+    """Print the names of the files that were written."""
     say(f"written  {', '.join(str(folder / name) for name in names)}")
 
 
 def gates_in(document: dict[str, Any]) -> int:
-    """One for each limit, model and data set."""
+    """Count the gates: one for each limit, model and data set."""
     return len(document["gates"]["asked"]) * len(document["models"]) * len(document["datasets"])
 
 
 def incomplete(document: dict[str, Any], file: Path) -> str:
-    """What should be in the numbers and is not, or nothing."""
+    """Say which images are missing from the numbers, skipped or not finite; empty if none are."""
     datasets = document["datasets"].values()
     corrupt = [one for about in datasets for one in about["left_out"] if one["is_corrupt"]]
     broken = [one for about in datasets for one in about["not_finite"]]
     total = sum(about["images"] + len(about["left_out"]) for about in datasets)
+
     said = []
     if corrupt:
         first = corrupt[0]["reason"]
@@ -139,6 +154,7 @@ def incomplete(document: dict[str, Any], file: Path) -> str:
 
 @contextmanager
 def probing(steps: int) -> Iterator[Callable[[], object]]:
+    """Show a progress bar of `steps` steps, and yield the function that advances it."""
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("Probing", total=steps)
         yield lambda: bar.advance(task)

@@ -1,1 +1,1 @@
-"""Functions of tensors that give raw scalars, and their weighted sum."""
+"""Loss terms as raw scalars, and their weighted sum."""

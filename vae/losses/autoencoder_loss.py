@@ -1,7 +1,8 @@
 """The training objective: raw terms by name, their weights, and one sum.
 
-total = pixel + perceptual + kl + adversarial, each times its weight; the adversarial term besides times the adaptive
-weight and a ramp. Every term is a mean per image element, so weights mean the same at any size of image and batch.
+total = pixel + perceptual + kl + adversarial, each times its weight. The adversarial term is also multiplied by the
+adaptive weight and a ramp. Every term is a mean per image element, so a weight means the same at any size of image
+and batch.
 """
 
 from collections.abc import Mapping
@@ -17,9 +18,10 @@ from vae.models.posterior import DiagonalGaussian
 
 
 class Objective:
-    """(images, reconstructions, posterior) -> {"pixel", "perceptual", "kl"}: raw scalars, those with a weight only.
+    """(images, reconstructions, posterior) -> {"pixel", "perceptual", "kl"}: raw scalars, only those with a weight.
 
-    Not a module, on purpose: the frozen LPIPS inside belongs to no optimiser, no checkpoint and no DDP bucket.
+    This is deliberately not a module: the frozen LPIPS network inside belongs to no optimiser, checkpoint or DDP
+    bucket.
     """
 
     def __init__(self, config: LossConfig) -> None:
@@ -31,11 +33,16 @@ class Objective:
             self.lpips = LPIPS(config.perceptual_net, config.perceptual_weights, config.perceptual_channels)
 
     def to(self, device: torch.device) -> "Objective":
+        """Move the LPIPS network to `device` and return the objective itself."""
         if self.lpips is not None:
             self.lpips.to(device)
         return self
 
     def __call__(self, images: Tensor, reconstructions: Tensor, posterior: DiagonalGaussian) -> dict[str, Tensor]:
+        """Return the raw terms that have a weight, as float scalars.
+
+        `images` and `reconstructions` are (B, C, H, W), images in [-1, 1]. The KL term is in nats per image element.
+        """
         terms: dict[str, Tensor] = {}
         if self.weights.pixel:
             terms["pixel"] = self.pixel(images, reconstructions)
@@ -47,7 +54,7 @@ class Objective:
 
 
 def weighted_sum(terms: Mapping[str, Tensor], weights: LossWeights) -> Tensor:
-    """Sum of weight * term. A term without a weight of its name is an error."""
+    """Return the sum of weight * term. Raises KeyError for a term without a weight of its name."""
     names = {term.name for term in fields(weights)}
     unknown = sorted(set(terms) - names)
     if unknown:

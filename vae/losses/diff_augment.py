@@ -1,10 +1,12 @@
-"""DiffAugment: what real and reconstructed images go through alike before the discriminator sees them.
+"""DiffAugment: the same random changes of real and reconstructed images, before the discriminator sees them.
 
-Zhao et al., "Differentiable Augmentation for Data-Efficient GAN Training" (2020). Against a discriminator that learns a
-small data set by heart. The draws are given: uniform in [0, 1), one row of `DRAWS` numbers per image.
+Zhao et al., "Differentiable Augmentation for Data-Efficient GAN Training" (2020). It keeps the discriminator from
+memorising a small data set. The random numbers are arguments: uniform in [0, 1), one row of `DRAWS` numbers per
+image.
 
-An image and its reconstruction get the same draws, where the authors draw for each. The discriminator's loss is a term
-of images plus one of reconstructions, so its gradient has the same mean over draws either way, and less noise this way.
+An image and its reconstruction get the same draws; the authors draw separately for each. The discriminator's loss is
+a term of images plus a term of reconstructions, so its gradient has the same mean over draws either way, and less
+noise this way.
 """
 
 from collections.abc import Sequence
@@ -14,12 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 DRAWS = 7
-SHIFT = 1 / 8  # of the side, at most, either way
-HOLE = 1 / 2  # of the side
+SHIFT = 1 / 8  # largest shift in each direction, as a share of the side
+HOLE = 1 / 2  # width of the hole, as a share of the side
 
 
 def diff_augment(images: Tensor, draws: Tensor, names: Sequence[str]) -> Tensor:
-    """Images (B, C, H, W) through the named augmentations; the same draws do the same to other images."""
+    """Return images (B, C, H, W) after the named augmentations, always in the order of `AUGMENTATIONS`.
+
+    `draws` are (B, DRAWS) in [0, 1). The same draws change other images in the same way.
+    """
     for name in AUGMENTATIONS:
         if name in names:
             images = AUGMENTATIONS[name](images, draws)
@@ -27,17 +32,19 @@ def diff_augment(images: Tensor, draws: Tensor, names: Sequence[str]) -> Tensor:
 
 
 def color(images: Tensor, draws: Tensor) -> Tensor:
-    """Brightness by -0.5 to 0.5, saturation by a factor of 0 to 2, contrast by 0.5 to 1.5."""
+    """Shift brightness by -0.5 to 0.5, and scale saturation by 0 to 2 and contrast by 0.5 to 1.5."""
     brightness, saturation, contrast = draws[:, :3, None, None, None].unbind(1)
     images = images + (brightness - 0.5)
+
     grey = images.mean(dim=1, keepdim=True)
     images = grey + 2.0 * saturation * (images - grey)
+
     mean = images.mean(dim=(1, 2, 3), keepdim=True)
     return mean + (0.5 + contrast) * (images - mean)
 
 
 def translation(images: Tensor, draws: Tensor) -> Tensor:
-    """By whole pixels, up to an eighth of the side; zeros move in."""
+    """Shift by whole pixels, up to an eighth of the side in each direction. Zeros fill the gap."""
     for axis, size in ((2, images.shape[2]), (3, images.shape[3])):
         largest = round(SHIFT * size)
         shift = (draws[:, 1 + axis] * (2 * largest + 1)).long() - largest
@@ -51,15 +58,19 @@ def translation(images: Tensor, draws: Tensor) -> Tensor:
 
 
 def cutout(images: Tensor, draws: Tensor) -> Tensor:
-    """A square hole of half the side, zero, anywhere, also half outside."""
+    """Set a square hole of half the side to zero. Up to half of its width may lie outside the image."""
     outside = []
     for axis, size in ((2, images.shape[2]), (3, images.shape[3])):
         width = round(HOLE * size)
         start = (draws[:, 3 + axis] * (size + 1)).long() - width // 2
+
+        # True where a pixel lies outside the hole along this axis.
         places = torch.arange(size, device=images.device) - start[:, None]
         shape = [len(images), 1, 1, 1]
         shape[axis] = size
         outside.append(((places < 0) | (places >= width)).view(shape))
+
+    # A pixel stays if it is outside the hole along either axis.
     return images * (outside[0] | outside[1])
 
 

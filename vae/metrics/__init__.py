@@ -1,1 +1,1 @@
-"""Measures of reconstructions, one value per image."""
+"""Measures of reconstructions: one value per image, or one for all images together."""

@@ -1,7 +1,8 @@
-"""What people see at once and PSNR does not say: colour, contrast, saturation, sharpness.
+"""Changes of appearance that people see at once and PSNR does not show: colour, contrast, saturation, sharpness.
 
-All in CIELAB (CIE 15, D65) of sRGB images (IEC 61966-2-1): L* is lightness from 0 to 100, the length of (a*, b*) is
-chroma, and a distance of 1 is about the least that is seen. Ratios are the reconstruction's over the image's.
+Everything is in CIELAB (CIE 15, D65) of sRGB images (IEC 61966-2-1). L* is lightness from 0 to 100, the length of
+(a*, b*) is chroma, and a distance of 1 is about the least that is seen. Ratios are the reconstruction's value over the
+image's.
 """
 
 import torch
@@ -20,15 +21,19 @@ XYZ_OF_RGB = (
 
 
 def appearance(images: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
-    """uint8 (B, C, H, W) twice, grey, RGB or RGBA -> {name: (B,) float64}. H and W at least 5.
+    """Compare images and reconstructions, uint8 (B, C, H, W), grey, RGB or RGBA: {name: (B,) float64}.
 
-    colour_shift: CIE 1976 distance of the two mean colours. contrast: ratio of the standard deviations of L*.
-    saturation: of the mean chromas. sharpness: of the mean gradients of L*, the "average gradient" of image fusion.
-    high_frequency: of the mean squares of `details`. A ratio is NaN, not applicable, where the image has nothing to be
-    kept: less contrast or chroma than is visible, or no more of the others than rounding to 8 bits makes by itself.
+    H and W are at least 5. colour_shift is the CIE 1976 distance of the two mean colours. The others are ratios:
+    contrast of the standard deviations of L*, saturation of the mean chromas, sharpness of the mean gradients of L*
+    (the "average gradient" of image fusion), high_frequency of the mean squares of `details`.
+
+    A ratio is NaN, not applicable, where the image has nothing that could be kept: less contrast or chroma than is
+    visible, or no more of the others than rounding to 8 bits makes by itself.
     """
     before, after = lab(images), lab(reconstructions)
     contrasts, saturations, gradients, energies = zip(*map(_amounts, (before, after)), strict=True)
+
+    # Rounding to 8 bits makes gradients of half a level, and an energy of a twelfth of a level squared, by itself.
     return {
         "colour_shift": (after - before).mean(dim=(2, 3)).square().sum(dim=1).sqrt(),
         "contrast": _ratio(*contrasts, least=VISIBLE),
@@ -39,11 +44,14 @@ def appearance(images: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
 
 
 def lab(images: Tensor) -> Tensor:
-    """uint8 (B, C, H, W), channels as `as_rgb` sees them -> L*, a*, b* (B, 3, H, W), float64."""
+    """Return L*, a*, b* (B, 3, H, W), float64, of images uint8 (B, C, H, W), whose channels are those of `as_rgb`."""
     rgb = (as_rgb(images.double() / 127.5 - 1.0) + 1.0) / 2.0
+
     linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
     matrix = linear.new_tensor(XYZ_OF_RGB)
     relative = torch.einsum("ij,bjhw->bihw", matrix / matrix.sum(dim=1, keepdim=True), linear)  # white is (1, 1, 1)
+
     x, y, z = torch.where(relative > (6 / 29) ** 3, relative ** (1 / 3), relative * (29 / 6) ** 2 / 3 + 4 / 29).unbind(
         1
     )
@@ -51,9 +59,10 @@ def lab(images: Tensor) -> Tensor:
 
 
 def details(lightness: Tensor) -> Tensor:
-    """(B, H, W) -> (B, H - 4, W - 4): less itself blurred by 1-4-6-4-1, the kernel of Burt and Adelson (1983).
+    """Return lightness (B, H, W) less its blur, (B, H - 4, W - 4).
 
-    That leaves all of waves of two pixels and half the amplitude of those of five and a half.
+    The blur is 1-4-6-4-1, the kernel of Burt and Adelson (1983). What remains is all of waves of two pixels, and half
+    the amplitude of waves of five and a half.
     """
     kernel = lightness.new_tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16.0
     blurred = F.conv2d(F.conv2d(lightness[:, None], kernel.view(1, 1, 5, 1)), kernel.view(1, 1, 1, 5))
@@ -61,11 +70,13 @@ def details(lightness: Tensor) -> Tensor:
 
 
 def _amounts(colours: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """L*, a*, b* (B, 3, H, W) -> contrast, saturation, gradient, energy of details, (B,) each."""
+    """Return contrast, saturation, gradient and energy of details, (B,) each, of L*, a*, b* (B, 3, H, W)."""
     lightness, chroma = colours[:, 0], colours[:, 1:].square().sum(dim=1).sqrt()
+
     down = lightness[:, 1:, :-1] - lightness[:, :-1, :-1]
     right = lightness[:, :-1, 1:] - lightness[:, :-1, :-1]
     gradient = (down.square() + right.square()).sqrt()
+
     return (
         lightness.std(dim=(1, 2), correction=0),
         chroma.mean(dim=(1, 2)),
@@ -75,4 +86,5 @@ def _amounts(colours: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _ratio(before: Tensor, after: Tensor, *, least: float) -> Tensor:
+    """Return after / before, (B,), and NaN where `before` is below `least`."""
     return torch.where(before < least, torch.nan, after / before)

@@ -1,4 +1,4 @@
-"""Every metric by name: what it says, in which unit, and which value is perfect."""
+"""The registry of metrics: what each one says, in which unit, and which value is perfect."""
 
 import math
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Metric:
-    """`ideal` is the value of a perfect reconstruction; `meaning` is one sentence for people.
+    """One metric. `ideal` is the value of a perfect reconstruction; `meaning` is one sentence for people.
 
-    `badly` is a loss on one image that nobody overlooks, in the metric's unit; it is counted from `finest` where the
-    image was better than that, since beyond it nobody sees a change.
+    `badly` is a loss on one image that nobody overlooks, in the metric's unit. It is counted from `finest` where the
+    image was better than that, because nobody sees a change beyond it.
     """
 
     title: str
@@ -21,26 +21,27 @@ class Metric:
     finest: float | None = None
 
     def badness(self, value: float) -> float:
-        """Lower is better, whichever way the metric itself points."""
+        """Return a number that is lower for better values, whichever way the metric itself points."""
         if self.ideal == math.inf:
             return -value
         return value if self.ideal == 0 else abs(value - self.ideal)  # KID may be a little below 0
 
     @property
     def direction(self) -> str:
-        """ "higher", "lower", or "nearer to 1" """
+        """The better direction: "higher", "lower", or "nearer to 1"."""
         if self.ideal == math.inf or self.title.endswith("SSIM"):
             return "higher"
         return "lower" if self.ideal == 0 else f"nearer to {self.ideal:g}"
 
     @property
     def arrow(self) -> str:
+        """The better direction, as a sign."""
         return {"higher": "↑", "lower": "↓"}.get(self.direction, f"→ {self.ideal:g}")
 
 
-ONE_GREY_LEVEL = 20 * math.log10(255)  # PSNR of an image that is off by as much everywhere
+ONE_GREY_LEVEL = 20 * math.log10(255)  # PSNR of an image that is off by one level everywhere
 VISIBLE = 2.3  # CIELAB's just noticeable difference: Mahy, Van Eycken, Oosterlinck (1994)
-PAIRED = {  # of one image and its reconstruction
+PAIRED = {  # metrics of one image and its reconstruction
     "psnr": Metric(
         "PSNR", math.inf, "how small the squared error of the pixels is", "dB", 3, badly=3.0, finest=ONE_GREY_LEVEL
     ),
@@ -63,7 +64,7 @@ PAIRED = {  # of one image and its reconstruction
         "high frequencies", 1.0, "their energy over the image's; below 1 is lost detail", badly=0.5
     ),
 }
-OF_SETS = {  # of all images and all reconstructions together
+OF_SETS = {  # metrics of all images and all reconstructions together
     "rfid": Metric("rFID", 0.0, "Frechet distance of Inception features, torch-fidelity's resizing", digits=3),
     "rfid_clean": Metric("rFID (clean)", 0.0, "Frechet distance of Inception features, clean-fid's resizing", digits=3),
     "kid": Metric("KID", 0.0, "kernel distance of the features of rfid, unbiased", digits=6),

@@ -1,1 +1,1 @@
-"""Networks and what they output: torch only."""
+"""Networks and what they output. They need torch only."""

@@ -1,7 +1,7 @@
-"""Sums of float32 products in float32: what is measured does not depend on how fast hardware multiplies.
+"""Float32 arithmetic in full precision, so that measurements do not depend on how fast the hardware multiplies.
 
-Recent GPUs round the factors of float32 convolutions to 10 bits (TF32) unless they are told not to, which is PyTorch's
-default; `torch.set_float32_matmul_precision` asks the same of matrix products, on some CPUs with 7 bits (bfloat16).
+PyTorch may round the factors of float32 products. By default recent GPUs round those of convolutions to 10 bits (TF32).
+`torch.set_float32_matmul_precision` allows the same for matrix products, on some CPUs with 7 bits (bfloat16).
 """
 
 import warnings
@@ -16,14 +16,18 @@ T = TypeVar("T")
 
 @contextmanager
 def float32_arithmetic() -> Iterator[None]:
-    """Within the block float32 is float32, on GPUs and CPUs; what was set comes back. Also a decorator."""
+    """Compute in full float32 within the block, on GPUs and CPUs. Also a decorator.
+
+    The previous settings are restored at the end of the block.
+    """
     matmul, cudnn = _told(torch.get_float32_matmul_precision), _told(lambda: torch.backends.cudnn.allow_tf32)
     before = _taken_off(_settings())
 
-    # The older settings are kept in step: else they contradict the newer ones when somebody reads them.
+    # The older switches are set too: otherwise they contradict the newer settings when somebody reads them.
     _set_older("highest", allow_tf32=False)
     for setting, _ in before:
         setting.fp32_precision = "ieee"
+
     try:
         yield
     finally:
@@ -33,25 +37,34 @@ def float32_arithmetic() -> Iterator[None]:
 
 
 def _settings() -> tuple[Any, ...]:
-    """What PyTorch 2.9 and later have for everything, for all of cuDNN, and for each operation."""
+    """Return the settings that PyTorch has since 2.9: for everything, for all of cuDNN, and for each operation.
+
+    Older releases have none of them, and the result is empty.
+    """
     backends: Any = torch.backends  # unknown to its stubs
     if not hasattr(backends, "fp32_precision"):
         return ()
+
     cudnn, mkldnn = backends.cudnn, backends.mkldnn
     return backends, cudnn, cudnn.conv, cudnn.rnn, backends.cuda.matmul, mkldnn.conv, mkldnn.matmul, mkldnn.rnn
 
 
 def _taken_off(settings: tuple[Any, ...]) -> list[tuple[Any, str]]:
-    """Each with what it said. The general ones come first: what is particular repeats them while they say something."""
+    """Set every setting to "none", and return each with its previous value.
+
+    The general settings come first: while one of them is set, a particular setting only repeats it.
+    """
     before: list[tuple[Any, str]] = []
+
     for setting in settings:
         before.append((setting, setting.fp32_precision))
         setting.fp32_precision = "none"
+
     return before
 
 
 def _set_older(matmul: str | None, *, allow_tf32: bool | None) -> None:
-    """None leaves one as it is."""
+    """Set the older switches of PyTorch. None leaves a switch as it is."""
     with _without_advice():
         if matmul is not None:
             torch.set_float32_matmul_precision(matmul)
@@ -60,7 +73,7 @@ def _set_older(matmul: str | None, *, allow_tf32: bool | None) -> None:
 
 
 def _told(ask: Callable[[], T]) -> T | None:
-    """None where the newer settings cannot be said in the older words."""
+    """Return what `ask` returns, or None where the newer settings cannot be expressed by the older switches."""
     with _without_advice(), suppress(RuntimeError):
         return ask()
     return None
@@ -68,7 +81,7 @@ def _told(ask: Callable[[], T]) -> T | None:
 
 @contextmanager
 def _without_advice() -> Iterator[None]:
-    """PyTorch 2.9 warns of the older settings, and complains where they are not kept in step."""
+    """Silence PyTorch 2.9's warnings about the older switches, and about switches that contradict the newer ones."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*new API settings.*", UserWarning)
         yield

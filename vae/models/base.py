@@ -1,4 +1,4 @@
-"""What training, measuring and use ask of an autoencoder, whichever its architecture is."""
+"""The base class of autoencoders: what training, measuring and use ask of one, whatever its architecture."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -14,13 +14,17 @@ from vae.models.posterior import DiagonalGaussian
 
 
 class Half(nn.Module):
-    """What encoders and decoders share: their blocks are recomputed in backward where memory is dearer than time."""
+    """The base class of encoders and decoders.
+
+    With `gradient_checkpointing` the blocks are recomputed in backward, for when memory is scarcer than time.
+    """
 
     gradient_checkpointing = False
 
     def run(self, block: nn.Module, x: Tensor) -> Tensor:
+        """Apply `block` to x. With gradient checkpointing its activations are computed again in backward."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            # No block draws random numbers, whose state would be waited for.
+            # No block draws random numbers, so their state need not be saved; saving it would make the GPU wait.
             return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
         return block(x)
 
@@ -32,14 +36,15 @@ D = TypeVar("D", bound=Half, covariant=True)
 class Autoencoder(nn.Module, ABC, Generic[E, D]):
     """Images in [-1, 1] <-> posterior over raw, unscaled latents.
 
-    The encoder's 1x1 convolution `quant_conv` and the decoder's `post_quant_conv` are identities where there are none.
+    The encoder's 1x1 convolution `quant_conv` and the decoder's `post_quant_conv` are identities where the network has
+    none.
     """
 
     encoder: E
     decoder: D
     quant_conv: nn.Module
     post_quant_conv: nn.Module
-    is_variational = True  # else its posteriors have no width, and their KL says nothing
+    is_variational = True  # where False, posteriors have no width and their KL has no meaning
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -47,11 +52,14 @@ class Autoencoder(nn.Module, ABC, Generic[E, D]):
 
     @abstractmethod
     def encode(self, images: Tensor) -> DiagonalGaussian:
-        """Images (B, C, H, W) in [-1, 1]; H and W multiples of `config.downsample_factor`."""
+        """Encode images (B, C, H, W) in [-1, 1] into posteriors over latents (B, latent_channels, H/f, W/f).
+
+        H and W must be multiples of `config.downsample_factor`, f.
+        """
 
     @abstractmethod
     def decode_features(self, latents: Tensor) -> Tensor:
-        """`decode` without the last layer: its input (B, width, f * h, f * w)."""
+        """Run `decode` without the last layer: return its input (B, width, f * h, f * w)."""
 
     @property
     @abstractmethod
@@ -60,28 +68,34 @@ class Autoencoder(nn.Module, ABC, Generic[E, D]):
 
     @abstractmethod
     def blocks(self) -> Iterator[nn.Module]:
-        """The large pieces in order of use: the units of `torch.compile` and of gradient checkpointing."""
+        """Yield the large pieces in order of use: the units of `torch.compile` and of gradient checkpointing."""
 
     def to_images(self, features: Tensor) -> Tensor:
-        """The last layer: features -> images, about [-1, 1] and not clamped."""
+        """Apply the last layer: features -> images, about [-1, 1] and not clamped."""
         return self.last_layer(features)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Raw latents (B, latent_channels, h, w) -> images (B, C, f * h, f * w), about [-1, 1] and not clamped."""
+        """Decode raw latents (B, latent_channels, h, w) to images (B, C, f * h, f * w), about [-1, 1], not clamped."""
         return self.to_images(self.decode_features(latents))
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, DiagonalGaussian]:
-        """(reconstructions from one posterior sample, posterior)."""
+        """Return (reconstructions from one sample of the posterior, posterior) of images (B, C, H, W) in [-1, 1].
+
+        `generator` draws the sample; it must live on the images' device.
+        """
         posterior = self.encode(images)
         return self.decode(posterior.sample(generator)), posterior
 
     def check_size(self, images: Tensor) -> None:
-        """Raises InputError where H or W is no multiple of `config.downsample_factor`."""
+        """Raise InputError where H or W is not a multiple of `config.downsample_factor`."""
         (height, width), factor = images.shape[-2:], self.config.downsample_factor
         fits = height % factor == width % factor == 0
         require(fits, f"images are {width}x{height} pixels", f"multiples of {factor}; crop or pad them first")
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Keep only the blocks' inputs for backward and recompute the rest: less memory, about a third more time."""
+        """Keep only the blocks' inputs for backward and recompute the rest, or stop doing so.
+
+        It takes less memory and about a third more time.
+        """
         self.encoder.gradient_checkpointing = enabled
         self.decoder.gradient_checkpointing = enabled

@@ -1,4 +1,4 @@
-"""The autoencoders by the name of their architecture."""
+"""The registry of autoencoders, by the name of their architecture."""
 
 from vae.config.model import AutoencoderConfig
 from vae.errors import require
@@ -10,12 +10,15 @@ ARCHITECTURES: dict[str, type[Autoencoder]] = {"kl": AutoencoderKL, "tiny": Auto
 
 
 def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
-    """What `config.architecture` names, with random weights."""
+    """Build the autoencoder that `config.architecture` names, with random weights."""
     return ARCHITECTURES[config.architecture](config)
 
 
 def as_kl(model: Autoencoder, given: str, remedy: str) -> AutoencoderKL:
-    """`model`, where `given`, which tiny ones do not have, is asked of it."""
+    """Return `model` as an AutoencoderKL, for what tiny autoencoders do not have.
+
+    Raises InputError where it is tiny: `given` names what is asked of it, `remedy` what is expected instead.
+    """
     require(isinstance(model, AutoencoderKL), f"{given} with a tiny autoencoder", remedy)
     assert isinstance(model, AutoencoderKL)
     return model

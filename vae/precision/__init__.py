@@ -1,1 +1,1 @@
-"""What float16 does to an autoencoder, its exact repair, and how far latents have moved from another's."""
+"""The precision of an autoencoder: what float16 does to it, and the exact repair."""

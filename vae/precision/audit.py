@@ -1,8 +1,9 @@
-"""The activations of every layer: how large they become, and what is left of them in a smaller number format.
+"""The audit of an autoencoder's activations: how large they become in every layer, and what float16 leaves of them.
 
-Is an autoencoder safe in float16? Measured on images, said in one sentence.
-
-How far activations exceed what float16 should have to hold, as something to learn from."""
+`audit_precision` measures on images whether a model is safe in float16, and says so in one sentence. `peaks_of` and
+`rounding` are the two measurements it consists of. `excess_of` gives, with a gradient, how far activations exceed what
+float16 should have to hold, as a term to train with.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +20,13 @@ from vae.models.autoencoder_tiny import TinyBlock
 from vae.models.base import Autoencoder
 from vae.models.fused import layer_by_layer
 
-WRITERS = (nn.Conv2d, nn.Linear, nn.GroupNorm, ResnetBlock, Attention, TinyBlock)  # modules whose output lies in memory
+WRITERS = (nn.Conv2d, nn.Linear, nn.GroupNorm, ResnetBlock, Attention, TinyBlock)  # whose output is held in memory
 QUERIES_AT_ONCE = 1024
 
 
 @contextmanager
 def observed(model: Autoencoder, change: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
-    """Within the block `change(name, output)` sees the output of every layer, and may replace it."""
+    """Let `change(name, output)` see the output of every layer within the block. It may return a replacement."""
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         return lambda _module, _inputs, output: change(name, output)
@@ -42,10 +43,10 @@ def observed(model: Autoencoder, change: Callable[[str, Tensor], Tensor | None])
 
 @contextmanager
 def peaks_of(model: Autoencoder) -> Iterator[dict[str, float]]:
-    """{layer: largest absolute value it put out} over everything that goes through `model` within the block.
+    """Yield {layer: largest absolute value of its output} over everything that goes through `model` within the block.
 
-    `NAME.scores` are an attention's products of queries and keys before they are scaled down, as the original LDM code
-    and the web UIs that follow it hold them in memory; fused kernels do not.
+    `NAME.scores` are an attention's products of queries and keys before they are scaled down. The original LDM code,
+    and the web UIs that follow it, hold them in memory. Fused kernels do not.
     """
     peaks: dict[str, float] = {}
     queries: dict[str, Tensor] = {}
@@ -65,14 +66,15 @@ def peaks_of(model: Autoencoder) -> Iterator[dict[str, float]]:
 
 @contextmanager
 def rounding(model: Autoencoder, dtype: torch.dtype) -> Iterator[None]:
-    """Within the block `model`, in float32, computes as accelerators do in `dtype`.
+    """Let `model`, which is in float32, compute within the block as accelerators do in `dtype`.
 
-    Weights and every layer's output are rounded to it, sums within a layer are in float32. So it runs at full speed on
-    any machine and gives the same verdict on all of them.
+    Weights and every layer's output are rounded to `dtype`. Sums within a layer are in float32. So it runs at full
+    speed on any machine, and gives the same verdict on all of them.
     """
     weights = [parameter.data for parameter in model.parameters()]
     for parameter in model.parameters():
         parameter.data = _rounded(parameter.data, dtype)
+
     try:
         with observed(model, lambda _, output: _rounded(output, dtype)):
             yield
@@ -82,34 +84,39 @@ def rounding(model: Autoencoder, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the values that `dtype` has for those of `x`, in the dtype of `x`."""
     return x.to(dtype).to(x.dtype)
 
 
 def _largest(x: Tensor) -> float:
-    """The largest absolute value; NaN, which no comparison finds, counts as infinite."""
+    """Return the largest absolute value. NaN, which no comparison finds, counts as infinite."""
     largest = x.detach().abs().max().item()
     return math.inf if math.isnan(largest) else largest
 
 
 def _largest_product(queries: Tensor, keys: Tensor) -> float:
-    """Of all pairs of tokens, (B, heads, N, C) each."""
+    """Return the largest absolute product of a query and a key, (B, heads, N, C) each.
+
+    The products of `QUERIES_AT_ONCE` queries are in memory at a time.
+    """
     products = (_largest(part @ keys.transpose(2, 3)) for part in queries.split(QUERIES_AT_ONCE, dim=2))
     return max(products)
 
 
 FLOAT16_MAX = 65504.0
-HEADROOM = 4.0  # how many times larger than everything seen an activation must still be able to become
+HEADROOM = 4.0  # float16 must be able to hold this many times the largest activation seen
 FIDELITY = 40.0  # dB between the float16 and the float32 image; a difference below one grey level
-PRIOR_SPREAD = 1.5  # of latents beside the images': wider than any diffusion model is trained to make them
+PRIOR_SPREAD = 1.5  # std of further latents: wider than any diffusion model is trained to make them
 FORMATS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-EXTREMES = 3  # images that are audited beside the given ones
+EXTREMES = 3  # images that are audited besides the given ones
 
 
 @dataclass(frozen=True)
 class PrecisionAudit:
-    """`peaks`: {layer: largest |activation| in float32}.
+    """What float16 and bfloat16 do to a model.
 
-    `psnr`: {format: dB against float32}, -inf where an image is not finite.
+    `peaks` is {layer: largest |activation| in float32}. `psnr` is {format: dB of its images against those in float32},
+    -inf where an image is not finite.
     """
 
     peaks: dict[str, float] = field(repr=False)
@@ -117,7 +124,7 @@ class PrecisionAudit:
 
     @property
     def largest(self) -> list[tuple[str, float]]:
-        """Layers by their peaks, the largest first."""
+        """The layers with their peaks, the largest first."""
         return sorted(self.peaks.items(), key=lambda item: -item[1])
 
     @property
@@ -127,14 +134,16 @@ class PrecisionAudit:
 
     @property
     def is_safe(self) -> bool:
+        """Whether float16 has enough headroom for activations, and its images are close enough to float32's."""
         return self.headroom >= HEADROOM and self.psnr["float16"] >= FIDELITY
 
     @property
     def verdict(self) -> str:
-        """ "safe in float16: yes, because ..." """
+        """The result in one sentence, for example "safe in float16: yes, because ..."."""
         layer, peak = self.largest[0]
         where = f"the largest activation is {peak:,.0f} of {FLOAT16_MAX:,.0f} (at {layer})"
         psnr = self.psnr["float16"]
+
         if self.is_safe:
             return f"safe in float16: yes, because {where} and float16 images are {psnr:.1f} dB from float32's"
         if peak > FLOAT16_MAX:
@@ -155,14 +164,15 @@ def audit_precision(
 ) -> PrecisionAudit:
     """Encode and decode `images`, each (B, C, H, W) in [-1, 1], in float32, float16 and bfloat16.
 
-    Also saturated and noisy images and latents of the prior, all of the first image's size, since activations are
-    largest there. `model` is in float32 and on the images' device; it is unchanged afterwards. `advance` is called
-    `audit_steps(images)` times.
+    Saturated and noisy images and latents of the prior are audited too, all of the first image's size, since
+    activations are largest there. `model` must be in float32 and on the images' device. It is unchanged afterwards.
+    `advance` is called `audit_steps(images)` times.
     """
     with peaks_of(model) as peaks:
         latents = [_and(advance, model.encode(image).mode()) for image in [*images, *_extremes(images[0])]]
         latents.append(_prior(model, latents[0]))
         exact = [_and(advance, model.decode(latent)) for latent in latents]
+
     count, psnr = len(images), {}
     for name, dtype in FORMATS.items():
         judged = latents if dtype is torch.float16 else latents[:count]  # bfloat16 has the range of float32
@@ -175,19 +185,20 @@ def audit_precision(
 
 
 def audit_steps(images: Sequence[Tensor]) -> int:
-    """How often `audit_precision` calls `advance`: each encoding, each decoding."""
+    """Return how often `audit_precision` calls `advance`: once for each encoding and each decoding."""
     count = len(images)
     encoded, decoded = count + EXTREMES, count + EXTREMES + 1
     return encoded + 2 * decoded + count
 
 
 def _and(advance: Callable[[], object], result: Tensor) -> Tensor:
+    """Call `advance`, and pass the result on."""
     advance()
     return result
 
 
 def _extremes(like: Tensor) -> list[Tensor]:
-    """White, saturated stripes, uniform noise; one each, of `like`'s size. The same every time."""
+    """Return white, saturated stripes and uniform noise, each of the size of `like`, and the same every time."""
     white = torch.ones_like(like[:1])
     stripes = white.clone()
     stripes[..., ::2] = -1.0
@@ -198,22 +209,26 @@ def _extremes(like: Tensor) -> list[Tensor]:
 
 
 def _prior(model: Autoencoder, like: Tensor) -> Tensor:
-    """Raw latents whose scaled form is N(0, PRIOR_SPREAD^2). An assumed factor will do: it is of about that size."""
+    """Return raw latents whose scaled form is N(0, PRIOR_SPREAD^2).
+
+    An assumed scaling factor is good enough here, since it is of about the right size.
+    """
     noise = torch.randn(like[:1].shape, generator=torch.Generator().manual_seed(0)).to(like)
     return unscale_latents(PRIOR_SPREAD * noise, model.config.taking_its_scale())
 
 
 def _psnr(images: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """Over all pixels as they are shown, of images in [-1, 1]."""
+    """Return the PSNR in dB over all pixels of all images in [-1, 1], clamped as they are shown."""
     errors = [(a.clamp(-1, 1) - b.clamp(-1, 1)).square().flatten() for a, b in zip(images, exact, strict=True)]
     return 10 * math.log10(4.0 / max(torch.cat(errors).mean().item(), 1e-30))
 
 
 class Excess:
-    """By how much the largest activation of each image exceeds `limit`, in limits: mean over images, sum over layers.
+    """The excess of each layer's and image's largest activation over `limit`, in multiples of `limit`.
 
-    Only of what depends on what learns. An attention's products of queries and keys count before they are scaled down,
-    as the original LDM code holds them in memory.
+    It is a mean over images and a sum over layers. Only activations that depend on parameters that learn count. An
+    attention's products of queries and keys count before they are scaled down, as the original LDM code holds them in
+    memory.
     """
 
     def __init__(self, limit: float) -> None:
@@ -223,13 +238,14 @@ class Excess:
 
     @property
     def total(self) -> Tensor | None:
-        """None where nothing that was seen learns."""
+        """The sum over layers, a scalar with a gradient. None where nothing that was seen learns."""
         return torch.stack(self._found).sum() if self._found else None
 
     def note(self, name: str, output: Tensor) -> None:
-        """Of a layer: its output (B, ...), in float32 whatever the layers compute in."""
+        """Add the output (B, ...) of the layer `name`, in float32 whatever the layers compute in."""
         with torch.autocast(output.device.type, enabled=False):
             self._add(output.float())
+
             block, _, projection = name.rpartition(".")
             if projection == "to_q":
                 self._queries[block] = output.float()
@@ -237,6 +253,7 @@ class Excess:
                 self._add(self._queries.pop(block) @ output.float().transpose(-1, -2))
 
     def _add(self, output: Tensor) -> None:
+        """Add the excess of one tensor (B, ...), if it has a gradient."""
         if output.requires_grad:
             largest = output.abs().flatten(1).amax(dim=1)
             self._found.append(torch.relu(largest / self.limit - 1.0).mean())
@@ -244,7 +261,10 @@ class Excess:
 
 @contextmanager
 def excess_of(model: Autoencoder, limit: float) -> Iterator[Excess]:
-    """Of everything that goes through `model` within the block; its layers are computed one by one there."""
+    """Yield the `Excess` of everything that goes through `model` within the block.
+
+    The layers are computed one by one there, so that each output can be seen.
+    """
     excess = Excess(limit)
     with observed(model, excess.note):
         yield excess

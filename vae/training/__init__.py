@@ -1,1 +1,1 @@
-"""Training: `vae.training.train.train` runs a configuration. Nothing is imported here: configurations stay light."""
+"""Training: `vae.training.train.train` runs a configuration. Nothing is imported here, so configurations load fast."""

@@ -1,4 +1,8 @@
-"""Training images with their latents, made before by `vae cache-latents`: the encoder is not run."""
+"""Training images with the latents that `vae cache-latents` made for them, so that training does not run the encoder.
+
+`match_cached_latents` finds the latents of a run's images and refuses those that do not belong to them.
+`ImagesWithLatents` is the data set that yields both.
+"""
 
 import shlex
 
@@ -20,28 +24,36 @@ from vae.models.base import Autoencoder
 from vae.weights.latent_files import FLIPPED, MOMENTS, StoredLatents, encoder_digest
 from vae.weights.loaded import LoadedWeights
 
-TRIED, UNLIKE = 4, 0.25  # images encoded again; relative error, far above what half precision and other devices make
+TRIED, UNLIKE = 4, 0.25  # images encoded again; relative error, far above that of half precision or another device
 
 
 class PairedLatents:
-    """Posteriors by the number of their image in a source; `rows` are their numbers in `stored`, -1 for none."""
+    """Posteriors by the number of their image in a source.
+
+    `rows` maps the number of an image in the source to its number in `stored`; -1 means that there is none.
+    """
 
     def __init__(self, stored: StoredLatents, rows: np.ndarray) -> None:
         self.stored, self.rows = stored, rows
 
     def moments(self, number: int, mirrored: bool) -> Tensor | None:
-        """Raw mean and logvar (2 * latent_channels, h, w) in float32; None where the image could not be encoded."""
+        """Return raw mean and logvar of an image, (2 * latent_channels, h, w) in float32.
+
+        The result is None if the image could not be encoded.
+        """
         row, suffix = int(self.rows[number]), FLIPPED if mirrored else ""
         if row < 0:
             return None
+
         mean, logvar = (self.stored.row(row, f"{name}{suffix}").float()[None] for name in MOMENTS)
+
         if self.stored.are_scaled:
             mean, logvar = unscale_moments(mean, logvar, self.stored.config)
         return torch.cat([mean, logvar], dim=1)[0]
 
 
 class ImagesWithLatents(TrainingImages):
-    """A pick -> its image's central square, mirrored or not as its position decides, and the moments of just that."""
+    """Pick -> the central square of its image, mirrored or not as its position decides, and the square's moments."""
 
     def __init__(  # noqa: PLR0917
         self, latents: PairedLatents, source: Source, order: Order, config: DataConfig, channels: int, seed: int
@@ -50,19 +62,25 @@ class ImagesWithLatents(TrainingImages):
         self.latents = latents
 
     def _sample(self, pick: SampleIndex) -> Sample:
+        """Return image and moments of one pick.
+
+        Raises ImageError for an image that `vae cache-latents` could not read.
+        """
         mirrored = self.config.flip and torch.rand((), generator=self._draw(pick)).item() < 0.5
         moments = self.latents.moments(pick.number, mirrored)
         if moments is None:
             raise ImageError(f"{printable(self.source.label(pick.number))}: vae cache-latents could not read it")
+
         square = center_crop(self._open(pick), self.config.resolution)
         square = square.flip(2) if mirrored else square
         return Sample(square, pick.position, self.source.names[pick.number], [], moments=moments)
 
 
 def match_cached_latents(config: TrainConfig, images: Source, found: LoadedWeights | None) -> PairedLatents:
-    """The latents of `config.data.latents` for `images`, by their names; refused where they are not `found`'s.
+    """Return the latents of `config.data.latents`, matched with `images` by name.
 
-    A run that goes on has begun with them: it has no `found` to ask.
+    Raises InputError if they do not fit the run, if an image has none, or if they are not of the encoder of `found`.
+    A resumed run was checked when it began, so it has no `found` to compare with.
     """
     assert config.data.latents is not None
     stored = StoredLatents(config.data.latents)
@@ -72,13 +90,14 @@ def match_cached_latents(config: TrainConfig, images: Source, found: LoadedWeigh
         wrong = _missing(images, rows, stored)
         if wrong is None and found is not None:
             wrong = _encoder_mismatch(config, images, PairedLatents(stored, rows), found.build())
+
     if wrong is not None:
         raise InputError(f"data.latents={config.data.latents!r}: {wrong}; {_remedy(config, images)}")
     return PairedLatents(stored, rows)
 
 
 def _difference(config: TrainConfig, stored: StoredLatents, found: LoadedWeights | None) -> str | None:
-    """Why they are not what is trained on."""
+    """Return why these latents are not what the run trains on, or None if they are."""
     data = config.data
     if MOMENTS[0] not in stored.stored:
         return "one sample of each posterior, where training draws anew"
@@ -90,16 +109,18 @@ def _difference(config: TrainConfig, stored: StoredLatents, found: LoadedWeights
 
 
 def _of_another_encoder(config: TrainConfig, stored: StoredLatents, found: LoadedWeights) -> str | None:
+    """Return how the encoder that made these latents differs from that of `found`, or None if it does not."""
     if stored.encoder is None:
         return "made before caches told their encoder"
     if stored.encoder != encoder_digest(found.state):
         return f"not of the encoder of init={config.init!r}"
-    unlike = encoder_differences(stored.config, found.config, "init's")  # which no tensor tells
+
+    unlike = encoder_differences(stored.config, found.config, "init's")  # differences that no tensor shows
     return f"of an encoder whose {', '.join(unlike)}" if unlike else None
 
 
 def _missing(images: Source, rows: np.ndarray, stored: StoredLatents) -> str | None:
-    """Which images have none, those apart that could not be encoded."""
+    """Return which images have no latents, apart from those that could not be encoded, or None if all have."""
     missing = [images.names[int(number)] for number in np.flatnonzero(rows < 0)]
     dropped = stored.dropped() if missing else set()
     absent = [name for name in missing if name not in dropped]
@@ -110,12 +131,16 @@ def _missing(images: Source, rows: np.ndarray, stored: StoredLatents) -> str | N
 
 @torch.no_grad()
 def _encoder_mismatch(config: TrainConfig, images: Source, latents: PairedLatents, model: Autoencoder) -> str | None:
-    """Names may be of other pictures than they were: a few are encoded to see."""
+    """Encode a few images and return which of them has other latents than the stored ones, or None.
+
+    An image may have changed and kept its name, which only its pixels show.
+    """
     for number in np.flatnonzero(latents.rows >= 0)[:: max(1, len(latents.rows) // TRIED)][:TRIED].tolist():
         try:
             pixels = images.open(number, model.config.in_channels)
-        except ImageError:  # left out when it is its turn
+        except ImageError:  # it is skipped when training comes to it
             continue
+
         square = to_model_range(center_crop(pixels, config.data.resolution))[None]
         stored, expected = latents.moments(number, mirrored=False), model.encode(square).mean
         assert stored is not None
@@ -125,11 +150,12 @@ def _encoder_mismatch(config: TrainConfig, images: Source, latents: PairedLatent
 
 
 def _remedy(config: TrainConfig, images: Source) -> str:
-    """The command whose images have the names that they have in training."""
+    """Return the advice to run `vae cache-latents` on this run's images, under the names that they have in training."""
     data = config.data
     folder = images.root if data.source == "folder" and isinstance(images, Files) else None
     where = folder or data.root or data.source
     words = ["vae", "cache-latents", config.init, where, "FOLDER", "--resolution", data.resolution]
+
     words += ["--source", data.source] if data.source != "folder" else []
     words += ["--split", data.split] if data.source == "huggingface" else []
     words += ["--column", data.column] if data.column else []
@@ -139,9 +165,13 @@ def _remedy(config: TrainConfig, images: Source) -> str:
 
 
 def _rows(names: Names, stored: StoredLatents) -> np.ndarray:
-    """Of each name its number in `stored`, -1 where it is not there."""
+    """Return for each name its number in `stored`, or -1 if it is not there."""
     wanted, there = names.hashes(), stored.hashes()
+
+    # Sorted hashes, so that millions of names are matched quickly.
     order = np.argsort(there, kind="stable")
     places = np.searchsorted(there, wanted, sorter=order)
+
+    # A place past the end becomes -1, which selects the appended 0; whether or not that matches, the result is -1.
     candidates = np.append(order, -1)[places]
     return np.where(np.append(there, np.uint64(0))[candidates] == wanted, candidates, -1)

@@ -1,10 +1,9 @@
-"""`skipped.jsonl`: images that could not be used, each once, as they were met; too many of them stop the run.
+"""What a run reports besides checkpoints: skipped images, advice, pictures and metrics.
 
-Signs of trouble in words: what is wrong, and what to change.
-
-At every validation, a picture of what the model does to the same held-out images.
-
-`metrics.csv`: one row for each update at which something was logged."""
+`SkippedImages` lists images that could not be used in `skipped.jsonl` and stops the run if too many are corrupt.
+`Advice` prints what is going wrong and which setting to change. `Pictures` draws the same held-out images at every
+validation. `MetricsFile` is the logger that writes `metrics.csv`.
+"""
 
 import csv
 import json
@@ -32,50 +31,56 @@ from vae.data.sources import Skipped
 from vae.files import replacing, write_text
 from vae.latents import ACTIVE
 from vae.metrics.registry import OF_SETS
+from vae.run_dir import RunDir
 from vae.training.guard import MANY, RECENT
 from vae.training.interruption import StopRequests
+from vae.training.manifest import step_name
 from vae.training.module import AutoencoderModule
-from vae.training.run_dir import step_name
 
-ALWAYS_ALLOWED = 10  # corrupt images, in however small a data set
-TOLD_EVERY = 8  # batches: processes tell each other of corrupt images
+ALWAYS_ALLOWED = 10  # corrupt images that are allowed in a data set of any size
+TOLD_EVERY = 8  # batches between two exchanges of corrupt images among the processes
 TRAINING, VALIDATION = "training", "validation"
 
 
 class SkippedImages(Callback):
-    """Lists what each batch could not use. Process r > 0 has its own list, skipped_r.jsonl.
+    """List the images of each batch that could not be used, each once. Process r > 0 writes skipped_r.jsonl.
 
-    `limit` is the share of the training `images` that may be corrupt, over all processes; any number may be only too
-    small. What an interrupted run has listed is not listed again, but counts only if it is met again: it may have been
-    repaired.
+    `limit` is the share of the training `images` that may be corrupt, counted over all processes; ALWAYS_ALLOWED of
+    them always may be. An image that an interrupted run has listed is not listed again. It counts only if it is met
+    again, since it may have been repaired.
     """
 
     def __init__(self, run: Path, limit: float, images: int, requests: StopRequests) -> None:
         self.run, self.requests = run, requests
         self.allowed = max(ALWAYS_ALLOWED, limit * images)
-        self._file = run / "skipped.jsonl"
+        self._file = RunDir(run).skipped
         self._known: set[tuple[str, str]] = set()  # (training or validation, name)
-        self._corrupt: set[str] = set()  # of all processes
-        self._untold: set[str] = set()  # of this one
+        self._corrupt: set[str] = set()  # names known to all processes
+        self._untold: set[str] = set()  # names that only this process knows
 
     def begin(self, rank: int, *, resumed: bool) -> None:
+        """Open the list of process `rank`. A new run deletes an old list; a resumed run reads it."""
         if rank:
             self._file = self.run / f"skipped_{rank}.jsonl"
         if not resumed:
-            self._file.unlink(missing_ok=True)  # of a run that has left nothing else
+            self._file.unlink(missing_ok=True)  # from a run that has left nothing else
         elif self._file.is_file():
             rows = list(_rows(self._file))
-            write_text(self._file, "".join(f"{json.dumps(row)}\n" for row in rows))  # without a line that a kill cut
+            write_text(self._file, "".join(f"{json.dumps(row)}\n" for row in rows))  # drops a line cut by a kill
             self._known = {(row["of"], row["image"]) for row in rows}
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        """List what this batch skipped, and ask the run to stop if too many images are corrupt."""
         assert isinstance(pl_module, AutoencoderModule)
         self.add(batch.skipped, TRAINING, trainer.global_step)
+
+        # A collective waits for all processes, so they exchange names only now and then, and only if there are any.
         if batch_idx % TOLD_EVERY == 0 and pl_module.process_group.all_reduce_max(len(self._untold)):
             self._corrupt = self._corrupt.union(*pl_module.process_group.all_gather(self._untold))
             self._untold = set()
+
         self.requests.has_bad_images = len(self._corrupt) > self.allowed
 
     def on_validation_batch_start(
@@ -86,18 +91,26 @@ class SkippedImages(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        """List what this validation batch skipped."""
         self.add(batch.skipped, VALIDATION, trainer.global_step)
 
     def add(self, skipped: Iterable[Skipped], of: str, updates: int) -> None:
+        """Append the images that are not yet listed, and warn at the first one.
+
+        `of` is TRAINING or VALIDATION; `updates` says when the images were met.
+        """
         skipped = list(skipped)
         if of == TRAINING:
             self._untold |= {one.name for one in skipped if one.is_corrupt} - self._corrupt
+
         new = {one.name: one for one in skipped if (of, one.name) not in self._known}
         if not new:
             return
+
         if not self._known:
             first = printable(next(iter(new)))
             warn(f"warning: some images are left out; they are listed in {self._file}. The first: {first}")
+
         self._known |= {(of, name) for name in new}
         with self._file.open("a", encoding="utf-8") as file:
             for one in new.values():
@@ -106,14 +119,15 @@ class SkippedImages(Callback):
 
 
 def _rows(file: Path) -> Iterable[dict[str, Any]]:
+    """Yield the rows of a list up to one that a kill cut short."""
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
             yield json.loads(line)
         except ValueError:
-            return  # a kill cut it
+            return  # the process was killed while it wrote this line
 
 
-WINDOW = 20  # logged updates in a row: one bad batch is no trouble
+WINDOW = 20  # logged updates in a row, since one bad batch means nothing
 CLAMPED = 0.01
 SETS_NEED = "it takes two images, and Inception's weights where every process finds them"
 HELD_BACK = 0.9
@@ -127,7 +141,7 @@ Means = Mapping[str, float]
 
 
 class Sign(NamedTuple):
-    """Something to say once, when the means over a window of logged updates show it."""
+    """One sign of trouble: `words` are printed once, when the means over a window of logged updates satisfy `shows`."""
 
     shows: Callable[[Means, LossConfig], bool]
     words: str
@@ -164,7 +178,7 @@ SIGNS = (
 
 
 class Advice(Callback):
-    """Reads what is logged, when it is logged; says each thing once."""
+    """Read the logged values whenever they are logged, and give each piece of advice once."""
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -180,14 +194,19 @@ class Advice(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
+        """Look for signs of trouble in the last WINDOW logged updates."""
         if not trainer.is_global_zero or (batch_idx + 1) % (self.every * trainer.accumulate_grad_batches):
             return
         assert isinstance(pl_module, AutoencoderModule)
+
         names = {name for name in trainer.callback_metrics if name.startswith("train/")}
         self._window.append({name.removeprefix("train/"): float(trainer.callback_metrics[name]) for name in names})
+
         if pl_module.guard.loss_scale.falls_often:
             self._say(trainer, OVERFLOWS)
+
         if len(self._window) == WINDOW:
+            # Only terms that every update of the window logged have a mean over it.
             shared = set.intersection(*(set(row) for row in self._window))
             means = {name: sum(row[name] for row in self._window) / WINDOW for name in shared}
             for sign in SIGNS:
@@ -195,14 +214,20 @@ class Advice(Callback):
                     self._say(trainer, sign.words)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Report metrics that are not finite, latent channels that stay unused, and log-variances at their bounds."""
         assert isinstance(pl_module, AutoencoderModule)
         if trainer.is_global_zero:
             self._say_what_is_not_finite(trainer, pl_module)
+
+        # The rest is about the posterior, which only a trained variational encoder changes.
         if not trainer.is_global_zero or pl_module.updates == 0 or not pl_module.posterior_learns:
             return
         if not pl_module.autoencoder.is_variational:
             return
+
         latents = pl_module.validation.latents
+
+        # A channel is reported when two validations in a row find it idle.
         before, self._idle = self._idle, set((~latents.channel_is_active).nonzero().flatten().tolist())
         if self._idle & before:
             self._say(
@@ -210,6 +235,7 @@ class Advice(Callback):
                 f"latent channels {sorted(self._idle & before)} say nothing of the image (their posterior mean varies "
                 f"by less than {ACTIVE}): lower loss.weights.kl, warm it up with loss.kl_warmup, or take fewer of them",
             )
+
         if latents.clamped_share > CLAMPED:
             self._say(
                 trainer,
@@ -218,11 +244,14 @@ class Advice(Callback):
             )
 
     def _say_what_is_not_finite(self, trainer: lightning.Trainer, training: AutoencoderModule) -> None:
-        """Of the metrics that a validation should have: each would be an empty place in a table, and no best export."""
+        """Report the metrics that a validation should have and has not.
+
+        Each would be an empty cell in a table, and if exports/best is chosen by it, no best export.
+        """
         validation, best = training.validation, training.config.best_metric
         wanted: list[str] = [*validation.metrics.names]
         if best is not None and best not in wanted:
-            wanted.append(best)  # of sets
+            wanted.append(best)  # a metric of image sets: rFID or KID
 
         measured = validation.measured
         for name in (name for name in wanted if measured and not math.isfinite(measured.get(name, math.nan))):
@@ -232,12 +261,14 @@ class Advice(Callback):
             self._say(trainer, f"validation has no finite {name}: {reason}{lost if name == best else ''}")
 
     def _say(self, trainer: lightning.Trainer, words: str) -> None:
+        """Print `words` with the number of the update, unless they were printed before."""
         if words not in self._said:
             self._said.add(words)
             warn(f"note, update {trainer.global_step}: {words}")
 
 
 def _reconstruction(means: Means, loss: LossConfig) -> float:
+    """Return the weighted sum of the pixel and perceptual means."""
     return sum(getattr(loss.weights, name) * means.get(name, 0.0) for name in ("pixel", "perceptual"))
 
 
@@ -245,13 +276,14 @@ PICTURED = 8  # held-out images on every sheet
 
 
 class Pictures(Callback):
-    """At every validation, the same held-out images: input, reconstruction, error, as one PNG."""
+    """Save one PNG at every validation: input, reconstruction and error of the same held-out images."""
 
     def __init__(self, run: Path) -> None:
-        self.folder = run / "reconstructions"
+        self.folder = RunDir(run).pictures
         self._pairs: list[tuple[Tensor, Tensor]] = []
 
     def on_validation_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Forget the images of the previous validation."""
         self._pairs = []
 
     def on_validation_batch_end(  # noqa: PLR0917  (Lightning's signature)
@@ -263,21 +295,26 @@ class Pictures(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        """Keep the batch's images and reconstructions until there are enough for a sheet."""
         if outputs is not None and sum(len(images) for images, _ in self._pairs) < PICTURED:
             self._pairs.append((as_depth(batch.images.cpu(), 8), outputs.cpu()))
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Draw the sheet, save it, and send it to the loggers."""
         if not trainer.is_global_zero or not self._pairs:
             return
         images, reconstructions = (torch.cat(parts)[:PICTURED] for parts in zip(*self._pairs, strict=True))
+
         sheet = reconstruction_sheet(images, {"reconstruction": reconstructions})
         path = self.folder / f"{step_name(trainer.global_step)}.png"
         with replacing(path) as partial:
             sheet.save(partial, format="PNG")
+
         log_picture(trainer.loggers, sheet, trainer.global_step)
 
 
 def log_picture(loggers: Sequence[Logger], picture: Image.Image, updates: int) -> None:
+    """Send a picture to the loggers that show pictures: Weights & Biases and TensorBoard."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.log_image("val/reconstructions", [picture], step=updates)
@@ -289,9 +326,10 @@ CLOCK = "updates"
 
 
 class MetricsFile(Logger):
-    """Appended to, and rewritten at once where a column is new: readable after a kill, and a resumed run goes on in it.
+    """Write metrics.csv: one row for each update at which something was logged.
 
-    `clock` gives the updates done.
+    Rows are appended, and the file is rewritten at once if a column is new. So it is readable after a kill, and a
+    resumed run continues it. `clock` returns the updates done.
     """
 
     def __init__(self, path: Path, clock: Callable[[], int]) -> None:
@@ -300,6 +338,7 @@ class MetricsFile(Logger):
         self._rows: dict[int, dict[str, Any]] = {}
         self._columns: list[str] = []
         self._written: set[int] = set()
+
         if path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
                 for row in csv.DictReader(file):
@@ -307,25 +346,29 @@ class MetricsFile(Logger):
 
     @property
     def name(self) -> str:
+        """Lightning wants a name; the file has none besides its path."""
         return ""
 
     @property
     def version(self) -> str:
+        """Lightning wants a version; the file has none."""
         return ""
 
     def log_hyperparams(self, params: object, *args: object, **kwargs: object) -> None:
-        """The configuration has its own file."""
+        """Do nothing: the configuration has its own file."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Add values to the row of the current update. The step that Lightning passes is ignored: `clock` counts."""
         updates = self._clock()
         if updates in self._written:
-            self._columns = []  # the file has this row without what comes now
+            self._columns = []  # the file has this row without the new values, so it is rewritten
+
         row = self._rows.setdefault(updates, {CLOCK: updates})
         row |= {name: value for name, value in metrics.items() if name != "epoch"}
 
     def resume_at(self, updates: int) -> None:
-        """Forget the rows after `updates`: they are about to be lived through again."""
+        """Forget the rows after `updates`: the resumed run makes these updates again."""
         self._rows = {done: row for done, row in self._rows.items() if done <= updates}
 
     @rank_zero_only
@@ -335,12 +378,15 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
+        """Write all rows: the run is over."""
         self._write(sorted(self._rows))
 
     def _write(self, complete: list[int]) -> None:
+        """Write the rows of the `complete` updates that the file does not have yet."""
         columns = [CLOCK, *sorted({name for done in complete for name in self._rows[done]} - {CLOCK})]
         fresh = [done for done in complete if done not in self._written]
-        if columns != self._columns:  # a new term, or the start of a session: the whole file anew
+
+        if columns != self._columns:  # a new term, or the start of a session: rewrite the whole file
             with replacing(self.path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, columns)
                 writer.writeheader()

@@ -1,6 +1,9 @@
-"""What an export says of its training, for those it is handed to: no paths, no names of machines.
+"""The published weights of a run, and what they say of their training.
 
-The published weights of a run: at its end, or later from one of its checkpoints."""
+`export` writes them during a run, `export_checkpoint` later from one of its checkpoints. `describe` collects the
+facts for the model card. They are for people whom the weights are handed to: they contain no paths and no names of
+machines.
+"""
 
 import csv
 import hashlib
@@ -16,10 +19,10 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-import vae
+from vae import __version__
 from vae.config.data import DataConfig
 from vae.config.model import AutoencoderConfig
-from vae.config.schema import CONFIG_FILE, TrainConfig
+from vae.config.schema import TrainConfig
 from vae.data.build import open_sources
 from vae.data.loader import first_images, validation_loader
 from vae.data.sources import Photos, Source
@@ -32,11 +35,12 @@ from vae.models.base import Autoencoder
 from vae.models.registry import build_autoencoder
 from vae.models.resize_latents import keeps_channels
 from vae.precision.audit import audit_precision
+from vae.run_dir import RunDir
 from vae.training.initialise import InitialState
+from vae.training.manifest import step_name
 from vae.training.module import AutoencoderModule, images_per_update
 from vae.training.optim import decoder_learns, freeze, posterior_learns
 from vae.training.resume import read_progress
-from vae.training.run_dir import step_name
 from vae.training.validation import AUDITED
 from vae.weights import ONE_FILE, save_autoencoder
 from vae.weights.detect import find_autoencoder
@@ -46,11 +50,10 @@ from vae.weights.model_card import CARD_FILE, HUB_NAME, may_be_written, model_ca
 from vae.weights.pickle_io import read_pickle
 from vae.weights.taesd import HALVES, PAIR_FILE, file_of_half, is_half, pair_in
 
-ORIGIN_FILE = "origin.json"  # of a run: what only its beginning knows
-CHANNELS_OF_INIT, SCALE_IS_ASSUMED = "latent_channels_of_init", "scale_is_assumed"  # keys in it, of what exports need
-STARTS = {"base": "init", "teacher": "teacher"}  # {what is said of it: the key that names it}
-CUT = "short side to {resolution} px, PIL bicubic, antialiased, central square"  # of the protocol default-v1
-KEYS_OF = {  # of the loss, by how they begin: without its term none of them counts
+CHANNELS_OF_INIT, SCALE_IS_ASSUMED = "latent_channels_of_init", "scale_is_assumed"  # keys of origin.json
+STARTS = {"base": "init", "teacher": "teacher"}  # {name in origin.json: config key}
+CUT = "short side to {resolution} px, PIL bicubic, antialiased, central square"  # as in the protocol default-v1
+KEYS_OF = {  # {term: how its config keys begin}; they have no effect without it
     "pixel": ("pixel",),
     "perceptual": ("perceptual",),
     "kl": ("kl",),
@@ -61,21 +64,24 @@ CACHED = re.compile(r"models--(.+)")  # a folder of the hub's cache, with -- for
 
 
 def record_origin(start: InitialState, run: Path, sources: tuple[Source, Source], *, resumed: bool) -> None:
-    """How many images there are to train and to validate on, and which weights are begun from, by their SHA-256.
+    """Write `origin.json`: what the run is trained on, and which weights it begins from.
 
-    And the family whose latents tiny ones have, where they tell; a teacher or new channels make them others. And the
-    channels of init, where some were asked for, and whether the scale is a guess. A run that is `resumed` has said so;
-    what it began from may be gone.
+    It has the number of training and validation images, and the SHA-256 of the weights of `init` and `teacher`. For
+    a tiny autoencoder it also has the family whose latents it makes, if the weights show it and neither a teacher
+    nor new channels change them. It notes the latent channels of `init` if the run asks for a number of them, and
+    whether the scaling factor is a guess. A `resumed` run has written it before, and the weights may be gone by now.
     """
     if resumed:
         return
     config, (images, held_out) = start.config, sources
     counts = {"training_images": len(images), "validation_images": len(held_out)}
+
     origin: dict[str, Any] = {"data": _named(config, images) | counts}
     for name, key in STARTS.items():
         path = getattr(config, key)
         if path is not None:
             origin[name] = _weights_facts(find_export(path, key))
+
     are_the_same = config.teacher is None and keeps_channels(config.latent_channels, start.channels_before)
     if config.latent_channels is not None:
         origin[CHANNELS_OF_INIT] = start.channels_before
@@ -83,7 +89,8 @@ def record_origin(start: InitialState, run: Path, sources: tuple[Source, Source]
         origin[SCALE_IS_ASSUMED] = True
     if start.found is not None and are_the_same and config.model.architecture == "tiny":
         origin["family"] = start.found.family
-    write_text(run / ORIGIN_FILE, json.dumps(origin, indent=2) + "\n")
+
+    write_text(RunDir(run).origin, json.dumps(origin, indent=2) + "\n")
 
 
 def describe(  # noqa: PLR0917
@@ -94,9 +101,9 @@ def describe(  # noqa: PLR0917
     autoencoder: Autoencoder,
     weights: str = "EMA",
 ) -> dict[str, Any]:
-    """How the `weights` of `run`, trained as `config` says, came to be. What is not known is not there.
+    """Return how the `weights` of `run`, trained as `config` says, came to be. Unknown facts are absent.
 
-    What learns is read off `autoencoder`, whose frozen parts are.
+    `config` is the run's saved configuration. `autoencoder` has its frozen parts frozen, so it shows what learned.
     """
     data = config["data"]
     known = {
@@ -116,48 +123,61 @@ def describe(  # noqa: PLR0917
         "trained": config.get("trained"),
         "latent_channels": config.get("latent_channels"),
         "fp16_safe": config.get("fp16_safe") or None,
-        "vae": vae.__version__,
+        "vae": __version__,
         "torch": torch.__version__,
     }
-    origin = read_json(run / ORIGIN_FILE) if (run / ORIGIN_FILE).is_file() else {}
+
+    origin = read_json(RunDir(run).origin) if (RunDir(run).origin).is_file() else {}
     return {name: value for name, value in (known | origin).items() if value not in (None, "", [])}
 
 
 def validation_of(measured: Mapping[str, float], images: int, resolution: int) -> dict[str, Any]:
-    """What was measured of so many images, and by which protocol. Empty where nothing was."""
+    """Return what a validation measured on so many images, and by which protocol; empty if it measured nothing.
+
+    `resolution` is the side of the images in pixels.
+    """
     metrics = {name: measured[name] for name in METRICS if math.isfinite(measured.get(name, math.nan))}
     protocol = f"default-v1: averaged weights, posterior mode, {images} images, {CUT.format(resolution=resolution)}"
     return {"validation": {"protocol": protocol, "metrics": metrics}} if metrics else {}
 
 
 def logged_at(run: Path, updates: int) -> dict[str, float]:
-    """What the validation at that update measured, from metrics.csv; empty where there was none."""
-    if not (run / "metrics.csv").is_file():
+    """Return what the validation at update `updates` measured, from metrics.csv; empty if there was none."""
+    if not (RunDir(run).metrics).is_file():
         return {}
-    with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
+    with (RunDir(run).metrics).open(newline="", encoding="utf-8") as file:
         row = next((row for row in csv.DictReader(file) if row["updates"] == str(updates)), {})
     return {name.removeprefix("val/"): float(value) for name, value in row.items() if "val/" in name and value}
 
 
 def as_logged(measured: Mapping[str, float]) -> dict[str, float]:
-    """As float32 has them: so Lightning logs them, and an export made later reads them back."""
+    """Return the values rounded to float32.
+
+    Lightning logs them so, and an export that is made later reads them back from the log.
+    """
     return {name: torch.tensor(value, dtype=torch.float32).item() for name, value in measured.items()}
 
 
 def _loss(config: dict[str, Any], autoencoder: Autoencoder) -> dict[str, Any]:
-    """Of the terms that are computed; without the path to LPIPS's weights."""
+    """Return the loss settings of those terms that are computed, without the path to LPIPS's weights."""
     is_taught, learns = config.get("teacher") is not None, posterior_learns(autoencoder)
     decodes = not is_taught or decoder_learns(autoencoder)
     computed = dict.fromkeys(("pixel", "perceptual", "adversarial"), decodes)
     computed |= {"latent": learns and is_taught, "kl": learns and not is_taught and autoencoder.is_variational}
+
     weights = {name: value for name, value in config["loss"]["weights"].items() if value and computed.get(name, True)}
+
+    # Settings of a term that is not computed would only mislead.
     keys = tuple(key for term, owned in KEYS_OF.items() if term not in weights for key in owned)
     rest = {name: value for name, value in config["loss"].items() if not name.startswith((*keys, "perceptual_weights"))}
     return rest | {"weights": weights}
 
 
 def _named(config: TrainConfig, images: Source) -> dict[str, str]:
-    """The images of a program have no name here, whatever `data` says."""
+    """Return the public name of the training images, or nothing.
+
+    Images that a program passes to `train` have no name here, whatever `data` says.
+    """
     root = config.data.root
     if isinstance(images, Photos):
         return {"source": "the photographs inside scikit-image's wheel"}
@@ -167,18 +187,27 @@ def _named(config: TrainConfig, images: Source) -> dict[str, str]:
 
 
 def _weights_facts(path: Path) -> dict[str, Any]:
-    """Of a published pair both: the half that was named, of a folder the decoder, and its other half."""
+    """Return the file name and SHA-256 of the weights at `path`, and their name on the hub if they come from its cache.
+
+    Of a published pair both halves are described: the one that was named, or the decoder if a folder was named, and
+    the other.
+    """
     inside = [folder / name for folder in (path, path / PIPELINE_PART) for name in PREFERRED]
     file = next((file for file in (path, *inside) if file.is_file()), None) or pair_in(path)
-    assert file is not None  # it has been read
+    assert file is not None  # the weights have been read from it
+
     other = _other_half(file)
+
     cached = next((match[1] for part in path.parts if (match := CACHED.fullmatch(part))), "")
     hub_name = {"hub_name": cached.replace("--", "/", 1)} if cached else {}
     return _hashed(file) | ({"other_half": _hashed(other)} if other else {}) | hub_name
 
 
 def _other_half(file: Path) -> Path | None:
-    """Of a pair by its content too: a whole autoencoder may have such a name."""
+    """Return the other half of a pair, or None.
+
+    The content must be a half too: a whole autoencoder may have such a file name.
+    """
     named = PAIR_FILE.fullmatch(file.name)
     if named is None:
         return None
@@ -187,35 +216,44 @@ def _other_half(file: Path) -> Path | None:
 
 
 def _hashed(file: Path) -> dict[str, str]:
+    """Return the name and the SHA-256 of a file."""
     with file.open("rb") as content:
         return {"file": _called(file), "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
 
 
 def _called(file: Path) -> str:
-    """Of a run's export from the run's folder on: more than the name that diffusers gives to all, and no machine's."""
-    exports = (folder for folder in file.absolute().parents if folder.name == "exports")
-    run = next((folder.parent for folder in exports if (folder.parent / CONFIG_FILE).is_file()), None)
-    return file.name if run is None else file.absolute().relative_to(run.parent).as_posix()
+    """Return the name by which an export calls `file`.
+
+    If it is an export of a run this is its path from the run's directory on. That says more than the file name that
+    diffusers gives to all weights, and names no machine.
+    """
+    runs = (RunDir.of_export(folder) for folder in file.absolute().parents)
+    run = next((run for run in runs if run is not None and run.config.is_file()), None)
+    return file.name if run is None else file.absolute().relative_to(run.path.parent).as_posix()
 
 
-EXPORTS = "exports"  # of a run, in its directory
 LATER: dict[str, Any] = dict.fromkeys(("init", "latent_channels", "teacher")) | {
     "frozen": [],
     "trained": [],
-}  # not in older runs
+}  # keys that older runs do not have
 Part = TypeVar("Part")
 
 
 def export(training: AutoencoderModule, run: Path, name: str | None = None) -> list[Path]:
-    """The averaged weights of `training`, as its last validation found them: `exports/NAME`, else by their update."""
+    """Write the EMA weights of `training` as its last validation found them, and return the paths of the weights.
+
+    They go to `exports/NAME`, or to a folder named after the update.
+    """
     config = training.config
     with torch.device("meta"):
         model = build_autoencoder(config.model)
     model.load_state_dict(training.ema_model.state_dict(), strict=True, assign=True)
+
     images = images_per_update(config, training.trainer)
     summary = describe(asdict(config), run, training.updates, images, training.autoencoder)
-    folder, validation = run / EXPORTS / (name or step_name(training.updates)), training.validation
+    folder, validation = RunDir(run).export(name or step_name(training.updates)), training.validation
     summary |= _validation(as_logged(validation.measured), validation.latents, config.data, config.model)
+
     scale_stays = _scale_stays(asdict(config), summary, learns=training.posterior_learns)
     return publish(model.eval(), folder, summary, validation.latents, validation.audited, scale_stays=scale_stays)
 
@@ -229,27 +267,39 @@ def publish(
     *,
     scale_stays: bool,
 ) -> list[Path]:
-    """`model` as a diffusers folder, where that can hold it, and as one file, in `folder`, one of a run's exports.
+    """Write `model` to `folder`, one of a run's exports, and return the paths of the weights.
 
-    The card is in the diffusers folder, or else beside the file. Returns the paths of the weights.
-    The scaling factor is the measured one, 1 / std of the validation latents; so is the shift where the model has one.
-    With `scale_stays` they are the model's: its latents are those of a published one, and of diffusion models for that.
-    So are a tiny one's, which are scaled. Where they are a guess of the run's beginning, `summary` says so.
-    `force_upcast` says whether float16 is unsafe, as found on `images` (B, C, H, W) in [-1, 1], where they are.
+    It is written as a diffusers folder, if that format can hold it, and as one file. The model card is in the
+    diffusers folder, or else beside the file.
+
+    The scaling factor is the measured one, 1 / std of the validation latents; so is the shift if the model has one.
+    With `scale_stays` both are the model's own: its latents are those of a published model, and diffusion models for
+    it expect its scale. A tiny autoencoder also keeps its own, since its raw latents are scaled already. If the
+    scale is a guess made when the run began, `summary` says so.
+
+    `force_upcast` says whether float16 is unsafe. This is tested on `images` (B, C, H, W) in [-1, 1], on their
+    device.
     """
     shift = None if model.config.shift_factor is None else statistics.mean
     kept = model.config.assuming_its_scale() if summary.get(SCALE_IS_ASSUMED) else model.config
     stays = scale_stays or model.config.architecture == "tiny"
     config = kept if stays else model.config.with_scale(statistics.scaling_factor, shift)
     model.config = replace(config, sample_size=summary["resolution"])
+
+    # The audit decides whether float16 needs `force_upcast`, on the weights as they are published.
     audit = audit_precision(model.to(images.device), list(images[:AUDITED].split(1)))
     model.config = replace(model.config, force_upcast=not audit.is_safe)
+
     training = {name: value for name, value in summary.items() if name != SCALE_IS_ASSUMED}
     notes = Notes(latents=statistics.summary(), training=training | {"precision": audit.verdict})
+
+    # The diffusers format cannot describe a pooled mid-block.
     places = {} if model.config.mid_block_pool else {folder / "diffusers": "diffusers"}
-    places |= {folder / f"{folder.parents[1].name}.vae.safetensors": ONE_FILE[model.config.architecture]}
+    places |= {RunDir(folder.parents[1]).weights_file(folder.name): ONE_FILE[model.config.architecture]}
     family = summary.get("family")
+
     paths = [save_autoencoder(model, path, format, notes=notes, family=family) for path, format in places.items()]
+
     if len(paths) == 1 and may_be_written(folder / CARD_FILE):
         parameters = sum(tensor.numel() for tensor in model.state_dict().values())
         write_text(folder / CARD_FILE, model_card(model.config, notes, parameters))
@@ -259,36 +309,48 @@ def publish(
 def export_checkpoint(
     run: Path, checkpoint: Path, device: torch.device, images: str | None = None, *, live: bool = False
 ) -> tuple[list[Path], AutoencoderConfig]:
-    """What `export` would have written at `checkpoint` of `run`; `live` takes the weights as they were, not averaged.
+    """Write what `export` would have written at `checkpoint` of `run`; return the paths and the model's configuration.
 
-    Measured on the run's validation images, or on those of the folder `images`. Returns the configuration too.
+    With `live` it takes the trained weights instead of the EMA weights. Latents are measured on the run's validation
+    images, or on those in the folder `images`. Raises InputError if the checkpoint or the run's configuration cannot
+    be used.
     """
-    config = LATER | read_json(run / CONFIG_FILE)
-    found = _weights(run, checkpoint, config, "autoencoder." if live else "average.")
+    config = LATER | read_json(RunDir(run).config)
+    found = _weights(run, checkpoint, config, ("autoencoder.",) if live else ("ema_model.", "average."))
+
     data = _part(run, config, "data", DataConfig)
     if images is not None:
         data = data.of_folder(images)
+
     held_out, channels = open_sources(data)[1], found.config.in_channels
     loader = validation_loader(held_out, data, channels, rank=0, world_size=1)
     batches = track(loader, "Measuring latents", math.ceil(len(held_out) / data.validation_batch_size))
+
     model = found.build().to(device)
     whole = (to_model_range(batch.images.to(device)) for batch in batches if len(batch.images))
     statistics = measure_latents(model, whole)
+
+    # What learned decides whether the scale stays, and what the card says.
     freeze(model, config["frozen"], config["trained"])
     learns, (updates, together, _) = posterior_learns(model), read_progress(checkpoint)
     summary = describe(config, run, updates, together, model, "live" if live else "EMA")
-    if images is None and not live:  # else they are not those that were validated
+    if images is None and not live:  # else the logged metrics are not of these images or weights
         summary |= _validation(logged_at(run, updates), statistics, data, model.config)
+
     judged = to_model_range(first_images(held_out, data, channels).to(device))
-    mark = "live_" if live else ""  # beside the averaged ones, and never taken for them
-    folder = run / EXPORTS / f"{mark}{step_name(updates)}"
+
+    mark = "live_" if live else ""  # beside the EMA weights, and never mistaken for them
+    folder = RunDir(run).export(f"{mark}{step_name(updates)}")
     scale_stays = _scale_stays(config, summary, learns=learns)
     paths = publish(model, folder, summary, statistics, judged, scale_stays=scale_stays)
     return paths, model.config
 
 
 def _scale_stays(config: dict[str, Any], summary: dict[str, Any], *, learns: bool) -> bool:
-    """Where latents are a published model's: its encoder does not learn, or what it learns are a teacher's."""
+    """Return whether the latents are those of a published model.
+
+    They are if the encoder does not learn, or if it learns a teacher's latents.
+    """
     channels_stay = keeps_channels(config["latent_channels"], summary.get(CHANNELS_OF_INIT))
     is_as_before = config["init"] is not None and channels_stay and not learns
     return is_as_before or config["teacher"] is not None
@@ -297,14 +359,21 @@ def _scale_stays(config: dict[str, Any], summary: dict[str, Any], *, learns: boo
 def _validation(
     measured: dict[str, float], statistics: LatentStatistics, data: DataConfig, model: AutoencoderConfig
 ) -> dict[str, Any]:
-    """Images that could not be read were not measured, so they are counted by their latents."""
+    """Return the metrics of a validation with the number of its images.
+
+    Images that could not be read were not measured, so the images are counted by their latents.
+    """
     images = statistics.count // (data.resolution // model.downsample_factor) ** 2
     return validation_of(measured, images, data.resolution)
 
 
-def _weights(run: Path, checkpoint: Path, config: dict[str, Any], prefix: str) -> LoadedWeights:
-    state = read_pickle(checkpoint, lambda names: {name for name in names if name.startswith(prefix)})
-    state = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+def _weights(run: Path, checkpoint: Path, config: dict[str, Any], prefixes: tuple[str, ...]) -> LoadedWeights:
+    """Read the autoencoder under one of `prefixes` from a checkpoint.
+
+    There are two prefixes for the EMA weights, since the first version of vae called them `average`.
+    """
+    state = read_pickle(checkpoint, lambda names: {name for name in names if name.startswith(prefixes)})
+    state = {name: tensor for name, tensor in state.items() if name.startswith(prefixes)}
     found = find_autoencoder(WeightsFile(checkpoint, state), _part(run, config, "model", AutoencoderConfig))
     check_complete(found)
     check_finite(found)
@@ -312,7 +381,8 @@ def _weights(run: Path, checkpoint: Path, config: dict[str, Any], prefix: str) -
 
 
 def _part(run: Path, config: dict[str, Any], name: str, kind: type[Part]) -> Part:
+    """Build one part of a run's configuration. Raises InputError if it has other keys than this version writes."""
     try:
         return kind(**config[name])
     except (KeyError, TypeError) as error:
-        raise InputError(f"{run / CONFIG_FILE}: {name} is not what this version of vae writes ({error})") from error
+        raise InputError(f"{RunDir(run).config}: {name} is not what this version of vae writes ({error})") from error

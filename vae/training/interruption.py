@@ -1,10 +1,11 @@
-"""Signals and the wall clock: a run that is asked to stop finishes its update, saves, and says so by its status.
+"""How a run ends early: on a signal, by the wall clock, or because another process is gone.
 
-Lightning's own handlers are kept out: on SIGTERM they exit with status 0 and no checkpoint, and with several
+A run that is asked to stop finishes its update, saves, and says so by its exit status. A run that has lost a process
+says which one and why, and does not wait for it.
+
+Lightning's own signal handlers are kept out. On SIGTERM they exit with status 0 and no checkpoint, and with several
 processes they broadcast from inside the handler, which hangs (Lightning issue 20806).
-
-
-When a process that a run needs is gone: in words, and without waiting for it."""
+"""
 
 import re
 import signal
@@ -23,15 +24,16 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from vae import distributed
 from vae.console import warn
 from vae.errors import BAD_IMAGES, PROCESS_LOST, TIME_IS_UP, Stopped
-from vae.training.run_dir import checkpoints_in
+from vae.run_dir import RunDir
+from vae.training.manifest import checkpoints_in
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequests:
-    """Notes signals while entered; `status` is what the run shall exit with, 0 as long as it shall go on.
+    """Note signals while entered. `status` is the status that the run should exit with, 0 while it should go on.
 
-    Before `is_training` there is nothing to save: a signal ends the process at once. So does a second SIGINT.
+    Before `is_training` there is nothing to save, so a signal ends the process at once. So does a second SIGINT.
     """
 
     def __init__(self, minutes: float | None) -> None:
@@ -43,6 +45,7 @@ class StopRequests:
 
     @property
     def status(self) -> int:
+        """The exit status that a signal, the deadline or bad images ask for, in this order; 0 for none."""
         is_late = self._deadline is not None and time.monotonic() >= self._deadline
         return self._signalled or (TIME_IS_UP if is_late else BAD_IMAGES if self.has_bad_images else 0)
 
@@ -56,6 +59,7 @@ class StopRequests:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal: remember it, or raise `Stopped` at once."""
         is_second_interrupt = number == signal.SIGINT and self._signalled == 128 + signal.SIGINT
         self._signalled = 128 + number
         if is_second_interrupt or not self.is_training:
@@ -63,28 +67,35 @@ class StopRequests:
 
 
 def reason(status: int) -> str:
-    """In words, why a run ends with `status`."""
+    """Return in words why a run ends with `status`."""
     if status == BAD_IMAGES:
         return "more images than data.max_corrupt allows cannot be read; skipped.jsonl lists them: stopped"
     return "max_minutes are over" if status == TIME_IS_UP else f"stopped by {signal.Signals(status - 128).name}"
 
 
 def keep_lightning_out(trainer: lightning.Trainer) -> None:
-    """Of the signals, and of a broadcast per batch that waits for the GPU (Lightning issue 21487)."""
+    """Disable Lightning's signal handlers and its broadcast of SIGTERM.
+
+    The broadcast happens at every batch and waits for the GPU (Lightning issue 21487).
+    """
     trainer._signal_connector.register_signal_handlers = lambda: None
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
 
 POLL_SECONDS = 0.5
-FAREWELL_SECONDS = 3.0  # for processes that stop by agreement; below the period of Lightning's own watch
+FAREWELL_SECONDS = 3.0  # for processes that agreed to stop; shorter than the period of Lightning's own watch
 SIGNS_OF_A_LOST_PROCESS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 @contextmanager
 def reporting_failures(trainer: lightning.Trainer, folder: Path, timeout_minutes: float) -> Iterator[None]:
-    """Every early end as `Stopped`, with what happened and how to go on."""
+    """Turn every early end into `Stopped`, with what happened and how to go on.
+
+    Other processes that Lightning started are ended, since they would wait for this one.
+    """
     watching = threading.Event()
     threading.Thread(target=_watch, args=(trainer, watching), daemon=True).start()
+
     try:
         yield
     except Stopped as stop:
@@ -101,20 +112,26 @@ def reporting_failures(trainer: lightning.Trainer, folder: Path, timeout_minutes
 
 
 def _leave(trainer: lightning.Trainer, folder: Path, code: object, message: str) -> SystemExit:
-    """Of the processes that Lightning started only the first speaks and has a status: a child's would get it killed."""
+    """Return the exception to leave with.
+
+    Of the processes that Lightning started only the first prints a message and has a status. If a child had a
+    status, Lightning would kill the first.
+    """
     if isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment) and trainer.local_rank:
         return SystemExit(0 if code != PROCESS_LOST else PROCESS_LOST)
-    remedy = f". Go on with: python train.py resume={folder}" if checkpoints_in(folder / "checkpoints") else ""
+    remedy = f". Go on with: python train.py resume={folder}" if checkpoints_in(RunDir(folder).checkpoints) else ""
     return Stopped(int(str(code)), f"{message}{remedy}")
 
 
 def _in_words(error: BaseException, timeout_minutes: float) -> str | None:
-    """None where it is no sign of a process that is gone."""
+    """Return which process was lost, in words, or None if the error is no sign of that."""
     if not isinstance(error, RuntimeError):
         return None
-    text = re.sub(r"\[\S+\.cc:\d+\] ", "", " ".join(str(error).split()))  # where in gloo is not the user's
+
+    text = re.sub(r"\[\S+\.cc:\d+\] ", "", " ".join(str(error).split()))  # drops the line of gloo's source
     if "DataLoader worker" in text:
         return f"a data worker died ({text[:200]}): most often memory ran out; lower data.workers or data.batch_size"
+
     is_lost = isinstance(error, dist.DistError) or any(sign in str(error) for sign in SIGNS_OF_A_LOST_PROCESS)
     if distributed.world_size() == 1 or not is_lost:
         return None
@@ -125,7 +142,10 @@ def _in_words(error: BaseException, timeout_minutes: float) -> str | None:
 
 
 def _watch(trainer: lightning.Trainer, is_over: threading.Event) -> None:
-    """Say which child process died: Lightning kills the others without a word, a GPU's collective waits for ever."""
+    """Print which child process died.
+
+    Lightning kills the others without a message, and a collective on a GPU waits for ever.
+    """
     while not is_over.wait(POLL_SECONDS):
         for number, child in enumerate(_children(trainer), start=1):
             if child.poll():
@@ -134,7 +154,10 @@ def _watch(trainer: lightning.Trainer, is_over: threading.Event) -> None:
 
 
 def _end_children(trainer: lightning.Trainer, patience: float = 0.0) -> None:
-    """Those that Lightning started, which would wait for this one; also one that is stopped and hears nothing else."""
+    """End the processes that Lightning started, after `patience` seconds for each.
+
+    They would wait for this one. They are killed, since a process that is stopped reacts to no other signal.
+    """
     for child in _children(trainer):
         with suppress(TimeoutExpired):
             child.wait(patience)
@@ -143,4 +166,5 @@ def _end_children(trainer: lightning.Trainer, patience: float = 0.0) -> None:
 
 
 def _children(trainer: lightning.Trainer) -> list["Popen[bytes]"]:
+    """Return the processes that Lightning started, on the first process of a machine."""
     return getattr(trainer.strategy.launcher, "procs", [])

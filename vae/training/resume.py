@@ -1,58 +1,33 @@
-"""The directory of a run: one process writes there, and goes on there only with the configuration it was made with."""
+"""The directory of a run, and how a run is resumed in it: only with the configuration that it was made with.
+
+Which keys may change all the same is stated beside each field of the configuration.
+"""
 
 import glob
 import json
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from vae.config.fields import walk
 from vae.config.model import AutoencoderConfig
-from vae.config.schema import AUTO, CONFIG_FILE, TrainConfig
+from vae.config.schema import AUTO, TrainConfig
 from vae.errors import InputError, require
 from vae.files import write_text
-from vae.training.run_dir import checkpoints_in, newest_whole
+from vae.run_dir import RunDir
+from vae.training.manifest import checkpoints_in, newest_whole
 from vae.weights.loaded import read_json
 
 TIME = "{time}"
-RUN_NAME = "VAE_RUN_NAME"  # the processes that Lightning starts must find the name that the first one made
-MAY_CHANGE = (  # at resume, and is listed then: where it runs, how long, in which precision, what it writes
-    "name",
-    "output",
-    "resume",
-    "plan",
-    "updates",
-    "validate_every",
-    "keep_best",
-    "license",
-    "about",
-    "inception",
-    "compare_with_init",
-    "checkpoint_minutes",
-    "max_minutes",
-    "timeout_minutes",
-    "guard.",
-    "logger",
-    "compile",
-    "channels_last",
-    "gradient_checkpointing",
-    "data.root",  # the images may have moved: their names and number must be the same
-    "data.validation_root",
-    "data.latents",
-    "teacher",
-    "data.cache",
-    "data.workers",
-    "data.max_corrupt",
-    "data.batch_size",  # with as many more processes: images_per_update is what must stay
-    "trainer.",
-)
-SILENT = ("name", "output", "resume", "plan")  # differences that nobody needs to be told
+RUN_NAME = "VAE_RUN_NAME"  # passes the name that the first process made to those that Lightning starts
 
 
-CORRECTED = (  # a key of the loss, the values it is about, and what runs from before `loss.adaptive_bound` are told
+CORRECTED = (  # a key of the loss, the values concerned, and a note for runs from before `loss.adaptive_bound`
     (
         "r1",
         lambda gamma: gamma > 0,
@@ -69,7 +44,7 @@ CORRECTED = (  # a key of the loss, the values it is about, and what runs from b
 
 
 class Progress(NamedTuple):
-    """Where a checkpoint stands; `images` is the digest of the names it was trained and validated on."""
+    """Where a checkpoint stands. `images` is the digest of the names it was trained and validated on."""
 
     updates: int
     images_per_update: int
@@ -77,66 +52,76 @@ class Progress(NamedTuple):
 
 
 def folder_of(config: TrainConfig) -> Path:
-    """Where the run is, or will be."""
+    """Return the directory in which the run is, or will be.
+
+    Raises InputError if `resume` names no directory.
+    """
     if config.resume is not None and config.resume != AUTO:
         folder = Path(config.resume).expanduser()
         require(folder.is_dir(), f"resume={config.resume!r}", "the directory of a run, or auto")
         return folder
+
+    # The processes that Lightning starts must not look for a run: the first one has made or found it.
     made = os.environ.get(RUN_NAME) or config.name.replace(TIME, time.strftime("%Y-%m-%d_%H-%M-%S"))
     found = _newest_alike(config) if config.resume == AUTO and RUN_NAME not in os.environ else None
     return found or Path(config.output).expanduser() / made
 
 
 def is_resumed(config: TrainConfig, folder: Path) -> bool:
-    """Whether the run that is there is meant, and not a new one."""
-    return config.resume is not None and (config.resume != AUTO or bool(checkpoints_in(folder / "checkpoints")))
+    """Return whether `config` means the run that is in `folder`, and not a new one."""
+    return config.resume is not None and (config.resume != AUTO or bool(checkpoints_in(RunDir(folder).checkpoints)))
 
 
 def model_of(run: Path) -> AutoencoderConfig:
-    """As its configuration has it."""
+    """Return the architecture that is in the configuration of `run`. Raises InputError if there is none."""
     try:
-        return AutoencoderConfig(**read_json(run / CONFIG_FILE)["model"])
+        return AutoencoderConfig(**read_json(RunDir(run).config)["model"])
     except (KeyError, TypeError) as error:
-        raise InputError(f"{run / CONFIG_FILE}: no model in it ({error}); restore it or start a new run") from error
+        raise InputError(f"{RunDir(run).config}: no model in it ({error}); restore it or start a new run") from error
 
 
 def with_bound_of(config: TrainConfig, run: Path) -> TrainConfig:
-    """`config` for going on in `run`: one that began with the adaptive weight's older bound keeps it, to the last bit.
+    """Return `config` for resuming `run`, with the bound of the adaptive weight that the run began with.
 
-    Presets no longer name that bound. One that is asked for all the same is compared with the run's, as other keys.
+    A run that began with the older bound keeps it, to the last bit. Presets no longer contain that bound. If
+    `config` states one all the same, it is compared with the run's like any other key.
     """
-    saved = run / CONFIG_FILE
+    saved = RunDir(run).config
     if not saved.is_file():
         return config  # no run: refused in better words where it is opened
     return _with_bound_of(config, _read(saved))
 
 
 def open_folder(config: TrainConfig, folder: Path, *, is_first: bool) -> tuple[Path | None, list[str]]:
-    """Make the run's directory, or find what to go on from there: (checkpoint, what to tell about it).
+    """Make the run's directory, or find the checkpoint to resume from; return it and notes to print.
 
-    Only the first of several processes (`is_first`) writes.
+    Only the first of several processes (`is_first`) writes. Raises InputError if the directory holds a run that is
+    not to be resumed, has no whole checkpoint, or was made with another configuration.
     """
-    checkpoints = folder / "checkpoints"
+    checkpoints = RunDir(folder).checkpoints
     if is_resumed(config, folder):
         if not checkpoints_in(checkpoints):
             raise InputError(
                 f"resume={config.resume!r}: no checkpoint below it; name the directory of a run, or resume=auto"
             )
-        changed = _changes(config, folder / CONFIG_FILE)
+
+        changed = _changes(config, RunDir(folder).config)
         checkpoint, damaged = newest_whole(checkpoints)
         taken = [f"taking {checkpoint.name} instead"] if damaged else []
         return checkpoint, [*damaged, *taken, *changed]
+
     if is_first:
         if checkpoints_in(checkpoints):
             raise InputError(
                 f"name={config.name!r}: {folder} already holds a run; choose another name, resume={folder}, "
                 f"or resume=auto"
             )
-        write_text(folder / CONFIG_FILE, json.dumps(asdict(config), indent=2) + "\n")
+        write_text(RunDir(folder).config, json.dumps(asdict(config), indent=2) + "\n")
     return None, []
 
 
 def read_progress(checkpoint: Path) -> Progress:
+    """Return where `checkpoint` stands. Raises InputError if this version of vae cannot read it."""
     try:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
         return Progress(int(saved["global_step"]), int(saved["images_per_update"]), str(saved["images"]))
@@ -145,36 +130,49 @@ def read_progress(checkpoint: Path) -> Progress:
 
 
 def _newest_alike(config: TrainConfig) -> Path | None:
-    """The newest run below `output` with this name and configuration that has a checkpoint."""
+    """Return the newest run below `output` with this name and configuration that has a checkpoint, or None."""
     pattern = glob.escape(config.name).replace(TIME, "*")  # braces mean nothing to glob
-    runs = Path(config.output).expanduser().glob(f"{pattern}/{CONFIG_FILE}")
+    runs = Path(config.output).expanduser().glob(f"{pattern}/{RunDir('').config}")
+
     alike = [
         file.parent
         for file in runs
-        if checkpoints_in(file.parent / "checkpoints") and (TIME not in config.name or not _refused(config, file))
+        if checkpoints_in(RunDir(file.parent).checkpoints) and (TIME not in config.name or not _refused(config, file))
     ]
-    return max(alike, key=lambda run: (run / CONFIG_FILE).stat().st_mtime, default=None)
+    return max(alike, key=lambda run: RunDir(run).config.stat().st_mtime, default=None)
 
 
 def _changes(config: TrainConfig, saved: Path) -> list[str]:
-    """What differs from the saved configuration and may; refuses what may not."""
+    """Return notes on what differs from the saved configuration. Raises InputError if that must not change."""
     refused = _refused(config, saved)
     if refused:
         raise InputError(
             f"resume={config.resume!r}: {'; '.join(refused)}. Repeat the run's overrides or none, or start a new run"
         )
-    changed = [line for key, line in _differences(config, saved).items() if not key.startswith(SILENT)]
+
+    changed = [line for key, line in _differences(config, saved).items() if not _metadata(key).get("quiet")]
     return [*changed, *_corrected(_read(saved))]
 
 
 def _refused(config: TrainConfig, saved: Path) -> list[str]:
-    return [line for key, line in _differences(config, saved).items() if not key.startswith(MAY_CHANGE)]
+    """Return one line for each key that differs from the saved configuration and must not."""
+    return [line for key, line in _differences(config, saved).items() if not _metadata(key).get("may_change")]
+
+
+def _metadata(key: str) -> Mapping[str, Any]:
+    """Return the metadata of the config's field for `key`.
+
+    A key below `trainer` is Lightning's and has the metadata of `trainer`. An unknown key is that of an older run.
+    """
+    known = {name: field.metadata for name, field, _ in walk(TrainConfig())}
+    return known.get(key) or known.get(key.partition(".")[0], {})
 
 
 def _differences(config: TrainConfig, saved: Path) -> dict[str, str]:
-    """{key: what it was and is}. The architecture is that of `init`, where there is one.
+    """Return {key: what it was and is} for all keys that differ from the saved configuration.
 
-    A key younger than the run had no other value than the default.
+    With `init` the architecture is that of `init`, so it is not compared. A key that is younger than the run had its
+    default.
     """
     known = _read(saved)
     before, now = _flat(asdict(TrainConfig())) | known, _flat(asdict(_with_bound_of(config, known)))
@@ -186,7 +184,7 @@ def _differences(config: TrainConfig, saved: Path) -> dict[str, str]:
 
 
 def _corrected(before: dict[str, Any]) -> list[str]:
-    """What a run that began with these values learns by another rule from now on."""
+    """Return notes on settings whose rule was corrected since the run began with these values."""
     values = _flat(asdict(TrainConfig())) | before
     if "loss.adaptive_bound" in before or not values["loss.weights.adversarial"]:
         return []
@@ -194,6 +192,7 @@ def _corrected(before: dict[str, Any]) -> list[str]:
 
 
 def _with_bound_of(config: TrainConfig, before: dict[str, Any]) -> TrainConfig:
+    """Return `config` with the older bound, if the run began with it and `config` states no other."""
     older = before.get("loss.adaptive_maximum")
     if older is None or "loss.adaptive_bound" in before or config.loss.adaptive_maximum is not None:
         return config
@@ -201,7 +200,7 @@ def _with_bound_of(config: TrainConfig, before: dict[str, Any]) -> TrainConfig:
 
 
 def _read(saved: Path) -> dict[str, Any]:
-    """The configuration in a run's directory: {"a.b": value}."""
+    """Read the configuration in a run's directory, as {"a.b": value}. Raises InputError if it is not readable."""
     try:
         return _flat(json.loads(saved.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
@@ -211,7 +210,7 @@ def _read(saved: Path) -> dict[str, Any]:
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    """Flatten nested mappings: {"a": {"b": 1}} -> {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}

@@ -1,10 +1,16 @@
-"""`train`: from a configuration to a finished run in its own directory."""
+"""`train`: from a configuration to a finished run in its own directory.
+
+`_train` is the order of a run: the Trainer, the order of the data, the run's directory, the networks, the loaders,
+the updates, the export.
+"""
 
 import os
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import lightning
 import torch
@@ -32,63 +38,161 @@ from vae.training.trainer import build_trainer
 Sources = tuple[Source, Source]  # training, validation
 
 
+class Begun(NamedTuple):
+    """Where a run stands when it begins or is resumed: its checkpoint, the updates done, and notes to print."""
+
+    checkpoint: Path | None
+    done: int
+    notes: Sequence[str]
+
+
 def train(config: TrainConfig, sources: Sources | None = None) -> Path:
-    """Run `config` to its last update; returns the run's directory.
+    """Run `config` to its last update and return the run's directory.
 
     `sources` are training and validation images of your own, in place of those that `config.data` names.
 
-    Refuses what cannot work before weights are built: absent images, a Trainer that cannot be, an unusable directory.
-    Raises `Stopped` where the run ends before its last update: by a signal, by the clock, by what is not finite, by the
-    loss of a process. What it had learned is in a checkpoint then.
+    Raises InputError, before weights are built, for what cannot work: absent images, impossible arguments of the
+    Trainer, a directory that cannot be used. Raises `Stopped` if the run ends before its last update: on a signal,
+    by the clock, on values that are not finite, or because a process was lost. What it has learned is then in a
+    checkpoint.
     """
     require(not config.plan, "plan=true", "false to train; vae.training.plan.plan makes plans")
+
     with StopRequests(config.max_minutes) as requests:
-        if sources is None:
-            images, held_out = open_sources(config.data)
-            apart = images.fingerprint() != held_out.fingerprint()
-            require(apart, f"data.root={config.data.root!r}: training and validation", "different images")
-        else:
-            images, held_out = map(checked, sources)
+        opened = _open(config, sources)
         folder = folder_of(config)
-        start = initial_state(config, folder, images)
-        config = start.config
-        skipped = SkippedImages(folder, config.data.max_corrupt, len(images), requests)
-        best = Best(folder, config.best_metric)
-        trainer = build_trainer(config, folder, requests, skipped, best)
-        _check_named(config, trainer)
-        _check_enough(config, images, held_out, trainer.world_size)
-        with (
-            locked(folder, "training") if trainer.is_global_zero else nullcontext(),
-            reporting_failures(trainer, folder, config.timeout_minutes),
-        ):
-            _run(start, trainer, (images, held_out), skipped, best)
+        start = initial_state(config, folder, opened[0])
+        _train(start, folder, opened, requests)
     return folder
 
 
-def _run(start: InitialState, trainer: lightning.Trainer, sources: Sources, skipped: SkippedImages, best: Best) -> None:
-    started, folder, (images, held_out) = time.monotonic(), best.run, sources
+def build_module(config: TrainConfig) -> AutoencoderModule:
+    """Build the Lightning module of a run, before weights are loaded."""
+    module = AutoencoderModule(config)
+    if config.channels_last:
+        module.autoencoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        module.ema_model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+    if config.compile:
+        for block in module.autoencoder.blocks():
+            block.compile(dynamic=False)  # in place: parameter names stay as they are; one shape a block
+    return module
+
+
+def _open(config: TrainConfig, sources: Sources | None) -> Sources:
+    """Return the images to train and to validate on. Raises InputError if they are the same."""
+    if sources is not None:
+        images, held_out = sources
+        return checked(images), checked(held_out)
+
+    images, held_out = open_sources(config.data)
+    apart = images.fingerprint() != held_out.fingerprint()
+    require(apart, f"data.root={config.data.root!r}: training and validation", "different images")
+    return images, held_out
+
+
+def _train(start: InitialState, folder: Path, sources: Sources, requests: StopRequests) -> None:
+    """Make the whole run. `start.config` is final: it has the architecture of the weights that the run begins from."""
+    started = time.monotonic()
     config = start.config
-    together, factor = images_per_update(config, trainer), config.model.downsample_factor
+    skipped = SkippedImages(folder, config.data.max_corrupt, len(sources[0]), requests)
+    best = Best(folder, config.best_metric)
+    trainer = build_trainer(config, folder, requests, skipped, best)
+
+    _check_named(config, trainer)
+    _check_enough(config, *sources, trainer.world_size)
+
+    # One process at a time trains in a folder, and each says how it ended.
+    lock = locked(folder, "training") if trainer.is_global_zero else nullcontext()
+    with lock, reporting_failures(trainer, folder, config.timeout_minutes):
+        order = _order(config, trainer, sources[0])
+        digest = " ".join((*(each.fingerprint() for each in sources), order.fingerprint(), *start.fingerprint))
+        begun = _begin_or_resume(config, folder, trainer, digest)
+        module = _module(start, digest)
+        batches, validation = _loaders(start, trainer, sources, order, begun.done)
+        _record_beginning(start, begun, module, trainer, sources, order, skipped, best)
+
+        before = _fit(module, trainer, batches, validation, begun.checkpoint, folder)
+        if trainer.is_global_zero:
+            after = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
+            shut_down(validation)
+            minutes = (time.monotonic() - started) / 60
+            pace = f"{trainer.global_step - begun.done} updates in {minutes:.1f} minutes, start-up included"
+            conclude(config, export(module, folder), (before, after), best, pace)
+
+
+def _order(config: TrainConfig, trainer: lightning.Trainer, images: Source) -> Order:
+    """Return the order of the training images.
+
+    Reading the sizes of many images takes a while, so the first process shows a progress bar.
+    """
+    together = images_per_update(config, trainer)
     show = measuring if trainer.is_global_zero else lambda sizes, _: sizes
-    order = order_of(images, config.data, config.seed, together, factor, show)
-    digest = " ".join((images.fingerprint(), held_out.fingerprint(), order.fingerprint(), *start.fingerprint))
+    return order_of(images, config.data, config.seed, together, config.model.downsample_factor, show)
+
+
+def _begin_or_resume(config: TrainConfig, folder: Path, trainer: lightning.Trainer, digest: str) -> Begun:
+    """Make the run's directory, or find the checkpoint to resume from and check that it fits."""
     checkpoint, notes = open_folder(config, folder, is_first=trainer.is_global_zero)
     done = _check_progress(config, trainer, checkpoint, digest) if checkpoint else 0
-    lightning.seed_everything(config.seed, workers=True, verbose=False)
-    module = load_initial_weights(start, build_module(config))
+    return Begun(checkpoint, done, notes)
+
+
+def _module(start: InitialState, digest: str) -> AutoencoderModule:
+    """Build the networks with the weights to begin from.
+
+    `digest` identifies the images, and what their order depends on.
+    """
+    lightning.seed_everything(start.config.seed, workers=True, verbose=False)
+    module = load_initial_weights(start, build_module(start.config))
     module.images_digest = digest
-    skipped.begin(trainer.global_rank, resumed=checkpoint is not None)
-    if trainer.is_global_zero and isinstance(order, BucketOrder):
-        skipped.add(without_bucket(images, order), TRAINING, done)
-    batches, validation = _loaders(start, trainer, sources, order, done)
+    return module
+
+
+def _record_beginning(  # noqa: PLR0917
+    start: InitialState,
+    begun: Begun,
+    module: AutoencoderModule,
+    trainer: lightning.Trainer,
+    sources: Sources,
+    order: Order,
+    skipped: SkippedImages,
+    best: Best,
+) -> None:
+    """Write the files and print the lines with which a run begins.
+
+    The first process does most of it; every logger learns where the run stands.
+    """
+    resumed = begun.checkpoint is not None
+
+    skipped.begin(trainer.global_rank, resumed=resumed)
     if trainer.is_global_zero:
-        best.begin(resumed=checkpoint is not None)
-        record_origin(start, folder, (images, held_out), resumed=checkpoint is not None)
-        announce(config, module, folder, (len(images), len(held_out)), done, (*start.notes, *notes))
+        if isinstance(order, BucketOrder):
+            skipped.add(without_bucket(sources[0], order), TRAINING, begun.done)
+        best.begin(resumed=resumed)
+        record_origin(start, best.run, sources, resumed=resumed)
+        images = (len(sources[0]), len(sources[1]))
+        announce(start.config, module, best.run, images, begun.done, (*start.notes, *begun.notes))
+
     for logger in trainer.loggers:
-        if checkpoint and isinstance(logger, MetricsFile):
-            logger.resume_at(done)
-    os.environ[RUN_NAME] = folder.name
+        if resumed and isinstance(logger, MetricsFile):
+            logger.resume_at(begun.done)
+
+
+def _fit(  # noqa: PLR0917
+    module: AutoencoderModule,
+    trainer: lightning.Trainer,
+    batches: DataLoader[Batch],
+    validation: DataLoader[Batch],
+    checkpoint: Path | None,
+    folder: Path,
+) -> Mapping[str, float]:
+    """Make all updates, with a validation before the first and after the last; return what the first one measured.
+
+    A resumed run has no validation before its first update, so the result is empty.
+    """
+    os.environ[RUN_NAME] = folder.name  # read by the processes that Lightning starts
+
     try:
         before = {} if checkpoint else trainer.validate(module, validation, verbose=False)[0]
         trainer.fit(module, batches, validation, ckpt_path=checkpoint, weights_only=True)
@@ -100,20 +204,17 @@ def _run(start: InitialState, trainer: lightning.Trainer, sources: Sources, skip
     finally:
         os.environ.pop(RUN_NAME, None)
         shut_down(batches)
-    if trainer.is_global_zero:
-        after = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
-        shut_down(validation)
-        minutes = (time.monotonic() - started) / 60
-        pace = f"{trainer.global_step - done} updates in {minutes:.1f} minutes, start-up included"
-        conclude(config, export(module, folder), (before, after), best, pace)
+
+    return before
 
 
 def _loaders(
     start: InitialState, trainer: lightning.Trainer, sources: Sources, order: Order, done: int
 ) -> tuple[DataLoader[Batch], DataLoader[Batch]]:
-    """Training batches from update `done` on, and this process's share of the validation images."""
+    """Return the training batches from update `done` on, and this process's share of the validation images."""
     (images, held_out), config = sources, start.config
     first, channels = done * images_per_update(config, trainer), config.model.in_channels
+
     sampler = EndlessSampler(order, first, trainer.global_rank, trainer.world_size)
     kind = TrainingImages if start.latents is None else partial(ImagesWithLatents, start.latents)
     batches = training_loader(kind(images, order, config.data, channels, config.seed), sampler)
@@ -121,7 +222,11 @@ def _loaders(
 
 
 def _check_progress(config: TrainConfig, trainer: lightning.Trainer, checkpoint: Path, images: str) -> int:
-    """Updates done. The images, and how many make an update, must be as before, or the order of the data would jump."""
+    """Return the updates done.
+
+    Raises InputError if the images, or the number of them in an update, have changed: the order of the data would
+    jump.
+    """
     progress, now = read_progress(checkpoint), images_per_update(config, trainer)
     require(
         now == progress.images_per_update,
@@ -129,11 +234,14 @@ def _check_progress(config: TrainConfig, trainer: lightning.Trainer, checkpoint:
         f"{trainer.accumulate_grad_batches}: {now} images an update",
         f"a product of {progress.images_per_update}, as the run had",
     )
+
     more = f"at least the {progress.updates} that are done"
     require(config.updates >= progress.updates, f"updates={config.updates}", more)
+
     is_known = images == progress.images
-    if config.teacher is not None:  # of whose configuration earlier versions noted nothing
+    if config.teacher is not None:  # earlier versions did not note the teacher's configuration
         is_known |= images.rpartition(" ")[0] == progress.images
+
     if not is_known:
         others = {"data.latents": config.data.latents, "teacher": config.teacher}
         given = "".join(f" and {key}={value!r}" for key, value in others.items() if value is not None)
@@ -146,28 +254,22 @@ def _check_progress(config: TrainConfig, trainer: lightning.Trainer, checkpoint:
 
 
 def _check_named(config: TrainConfig, trainer: lightning.Trainer) -> None:
-    """Processes that others start would each put their own time into the name."""
+    """Refuse a name with the time in it if others than Lightning start the processes.
+
+    Each of these would put its own time into the name.
+    """
     environment = getattr(trainer.strategy, "cluster_environment", None)
+
     lightnings = environment is None or isinstance(environment, LightningEnvironment)
     needs = trainer.world_size > 1 and not lightnings and config.resume in {None, AUTO}
     require(not needs or TIME not in config.name, f"name={config.name!r}", "a fixed name under torchrun or SLURM")
 
 
 def _check_enough(config: TrainConfig, training: Source, validation: Source, processes: int) -> None:
+    """Check that there are training images, and a validation image for every process."""
     if not len(training):
         given = f"data.root={config.data.root!r}"
         raise InputError(f"{given}: no image is left to train on; add images or set data.validation_root")
+
     fewest = f"at least one for each of the {processes} processes; raise data.validation_fraction or add images"
     require(len(validation) >= processes, f"{len(validation)} validation images", fewest)
-
-
-def build_module(config: TrainConfig) -> AutoencoderModule:
-    """As a run has it, before weights are loaded."""
-    module = AutoencoderModule(config)
-    if config.channels_last:
-        module.autoencoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        module.ema_model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    if config.compile:
-        for block in module.autoencoder.blocks():
-            block.compile(dynamic=False)  # in place: parameter names stay as they are; one shape a block
-    return module

@@ -1,4 +1,4 @@
-"""The Lightning Trainer that a configuration means, or one line that says why there is none."""
+"""The Lightning Trainer of a configuration, or one line that says why it cannot be built."""
 
 import inspect
 import logging
@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from vae.config.schema import TrainConfig
 from vae.errors import InputError, require
+from vae.run_dir import RunDir
 from vae.training.callbacks import Advice, MetricsFile, Pictures, SkippedImages
 from vae.training.checkpointing import Best, CheckedCheckpointIO, Checkpoints
 from vae.training.interruption import StopRequests, keep_lightning_out
@@ -23,7 +24,7 @@ from vae.training.terminal import ProgressBar
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 STRATEGIES = ("auto", "ddp")
 COUNTS = ("accumulate_grad_batches", "log_every_n_steps", "num_nodes")
-OWNED = {  # arguments of lightning.Trainer that follow from our keys
+OWNED = {  # {argument of lightning.Trainer: the config key that it follows from}
     "max_steps": "updates",
     "max_epochs": "updates",
     "val_check_interval": "validate_every",
@@ -55,13 +56,18 @@ OWNED = {  # arguments of lightning.Trainer that follow from our keys
 def build_trainer(
     config: TrainConfig, folder: Path, requests: StopRequests, skipped: SkippedImages, best: Best
 ) -> lightning.Trainer:
-    """A Trainer that counts in updates, writes below `folder` and nowhere else, and leaves the data order alone."""
+    """Return a Trainer that counts in updates, writes only below `folder`, and leaves the data order alone.
+
+    Raises InputError if Lightning refuses the arguments, or if they need another device.
+    """
     arguments: dict[str, Any] = {"devices": 1, "log_every_n_steps": 10} | config.trainer
     check_arguments(arguments)
     arguments["strategy"] = _strategy(arguments, config.timeout_minutes)
     silence_lightning()
+
     accumulate = arguments.get("accumulate_grad_batches", 1)
     has_batch_norm = bool(config.loss.weights.adversarial) and config.loss.discriminator.mixes_images
+
     bar = [ProgressBar()] if arguments.get("enable_progress_bar", True) else []
     checkpoints = Checkpoints(best, config.validate_every, config.checkpoint_minutes, requests)
     try:
@@ -75,9 +81,9 @@ def build_trainer(
             val_check_interval=min(config.validate_every, config.updates) * accumulate,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
-            enable_checkpointing=False,  # Lightning's; ours is a callback
+            enable_checkpointing=False,  # our own callback writes checkpoints
             use_distributed_sampler=False,
-            inference_mode=False,  # metrics live on from one validation to the next; inference tensors could not
+            inference_mode=False,  # metrics are used again by the next validation, which inference tensors forbid
             sync_batchnorm=has_batch_norm,
             logger=_build_loggers(config, folder, lambda: trainer.global_step),
             callbacks=[checkpoints, skipped, Pictures(folder), best, Advice(arguments["log_every_n_steps"]), *bar],
@@ -85,7 +91,9 @@ def build_trainer(
         )
     except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"trainer={config.trainer}: {' '.join(str(error).split())}") from error
+
     keep_lightning_out(trainer)
+
     on_cpu = trainer.strategy.root_device.type == "cpu"
     if on_cpu and arguments.get("precision") == "16-mixed":
         raise InputError(
@@ -98,7 +106,11 @@ def build_trainer(
 
 
 def _strategy(arguments: dict[str, Any], timeout_minutes: float) -> str | DDPStrategy:
-    """Every process runs the module's forward, buffers are alike by construction, and none waits for ever."""
+    """Return the strategy: Lightning's choice for a single process, else DDP.
+
+    In DDP every process runs the module's forward. Buffers are the same on all processes by construction, so they
+    are not broadcast. No process waits longer than the timeout.
+    """
     is_alone = arguments["devices"] in (1, "1") and arguments.get("num_nodes", 1) == 1
     if is_alone and arguments.get("strategy", "auto") == "auto":
         return "auto"
@@ -108,7 +120,7 @@ def _strategy(arguments: dict[str, Any], timeout_minutes: float) -> str | DDPStr
 
 
 def check_arguments(arguments: dict[str, Any]) -> None:
-    """Of lightning.Trainer, as `trainer` has them."""
+    """Check the arguments of lightning.Trainer in `trainer`. Raises InputError for one that cannot be used."""
     known = set(inspect.signature(lightning.Trainer).parameters) - set(OWNED)
     for name, value in arguments.items():
         if name in OWNED:
@@ -116,32 +128,42 @@ def check_arguments(arguments: dict[str, Any]) -> None:
         require(name in known, f"trainer.{name}", f"an argument of lightning.Trainer: {sorted(known)}")
         if name in COUNTS:
             require(isinstance(value, int) and value >= 1, f"trainer.{name}={value!r}", "1 or more")
+
     precision, devices = arguments.get("precision", "32-true"), arguments["devices"]
     require(precision in PRECISIONS, f"trainer.precision={precision!r}", f"one of {list(PRECISIONS)}")
+
     strategy = arguments.get("strategy", "auto")
     enough = f"one of {list(STRATEGIES)}; of the largest preset there are 2.1 GB to share"
     require(strategy in STRATEGIES, f"trainer.strategy={strategy!r}", enough)
+
     counted = not isinstance(devices, int) or devices >= 1 or devices == -1
     require(counted, f"trainer.devices={devices}", "1 or more, or -1 for all")
 
 
 def silence_lightning() -> None:
-    """What Lightning says about itself, or about data loaders unlike ours, is not about the user's run."""
+    """Silence Lightning's messages about itself, and about data loaders unlike ours.
+
+    They are not about the user's run.
+    """
     for noisy in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
     not_ours = (
         ".*treespec.*",
         ".*does not have many workers.*",
         ".*dataloader is not resumable.*",
         ".*logging interval.*",
     )
-    for message in (*not_ours, ".*AMP with fp16 is not supported on CPU.*"):  # the last is refused in our words
+    for message in (*not_ours, ".*AMP with fp16 is not supported on CPU.*"):  # build_trainer refuses the last itself
         warnings.filterwarnings("ignore", message)
 
 
 def _build_loggers(config: TrainConfig, folder: Path, clock: Callable[[], int]) -> list[Logger]:
-    """Always a CSV file. Weights & Biases runs offline where no key is configured: it never asks for a login."""
-    loggers: list[Logger] = [MetricsFile(folder / "metrics.csv", clock)]
+    """Return the loggers: always a CSV file, and the one that the configuration names.
+
+    Weights & Biases runs offline if no key is configured, so it never asks for a login.
+    """
+    loggers: list[Logger] = [MetricsFile(RunDir(folder).metrics, clock)]
     if config.logger == "tensorboard":
         loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
     if config.logger == "wandb":

@@ -1,6 +1,8 @@
-"""rFID and KID of a validation: of all images and all reconstructions together, whichever process saw them.
+"""What a validation measures, over all images of all processes, each counted once.
 
-What a validation measures: means over all images of all processes, each counted once."""
+`SetMetrics` measures rFID and KID, which need all images together. `Validation` measures means over images, and the
+statistics of their latents.
+"""
 
 from typing import NamedTuple
 
@@ -28,7 +30,7 @@ MOST_FOR_KID = 5_000  # images: training waits, and the time grows with their sq
 
 
 class Seen(NamedTuple):
-    """Features (2048,) of a validation image and of its reconstruction."""
+    """Inception features (2048,) of a validation image and its reconstruction, with the image's place in the order."""
 
     place: int
     image: np.ndarray
@@ -36,7 +38,11 @@ class Seen(NamedTuple):
 
 
 class SetMetrics:
-    """Keeps Inception features until all images are seen, 16 KB for each. Without `inception` nothing is measured."""
+    """rFID and KID of all images and all reconstructions together, whichever process saw them.
+
+    Inception features are kept until all images are seen, 16 KB for each image. Without `inception` nothing is
+    measured.
+    """
 
     def __init__(self, inception: Inception | None) -> None:
         self.inception = inception
@@ -44,7 +50,10 @@ class SetMetrics:
 
     @classmethod
     def of(cls, config: TrainConfig) -> "SetMetrics":
-        """With the weights that are on this machine; none is fetched. What `config` asks for must be there."""
+        """Return the metrics with the Inception weights that are on this machine; none are downloaded.
+
+        Raises InputError if `config` asks for weights, or for a metric that needs them, and they are absent.
+        """
         if config.model.out_channels != 3:
             return cls(None)
         try:
@@ -56,26 +65,33 @@ class SetMetrics:
             return cls(None)
 
     def to(self, device: torch.device) -> None:
+        """Move Inception to `device`."""
         if self.inception is not None:
             self.inception.to(device)
 
     def start(self) -> None:
+        """Forget the images of the previous validation."""
         self._seen: list[Seen] = []
 
     def update(self, indices: list[int], images: Tensor, reconstructions: Tensor) -> None:
-        """uint8 (B, 3, H, W) twice."""
+        """Take in images and reconstructions, both uint8 (B, 3, H, W), by their places in the order."""
         if self.inception is not None:
             both = [self.inception.features(one, CONVENTION).cpu().numpy() for one in (images, reconstructions)]
             self._seen += map(Seen, indices, *both)
 
     def finish(self) -> dict[str, float]:
-        """In the order of the images, so that the number of processes decides nothing. Empty but in the first one."""
+        """Return rFID and KID on the first process, and nothing on the others.
+
+        Features are sorted in the order of the images, so the result does not depend on the number of processes.
+        """
         shares = self._shares()
         if not shares:
             return {}
+
         seen = sorted((one for share in shares for one in share), key=lambda one: one.place)
         if len(seen) < 2:
             return {}
+
         images, reconstructions = np.stack([one.image for one in seen]), np.stack([one.reconstruction for one in seen])
         return {
             "rfid": frechet_distance(images, reconstructions),
@@ -83,7 +99,10 @@ class SetMetrics:
         }
 
     def _shares(self) -> list[list[Seen]]:
-        """Of all processes, for the first one; nothing where one of them is without weights."""
+        """Return the features of all processes, on the first process only.
+
+        The result is empty if any process has no Inception weights.
+        """
         mine = None if self.inception is None else self._seen
         shares: list[list[Seen] | None] = [mine]
         if distributed.world_size() > 1:
@@ -92,6 +111,7 @@ class SetMetrics:
             dist.gather_object(mine, shares if is_first else None)
             if not is_first:
                 return []
+
         whole = [share for share in shares if share is not None]
         if len(whole) == len(shares):
             return whole
@@ -105,10 +125,10 @@ AUDITED = 2  # images that decide whether an export is safe in float16
 
 
 class Validation:
-    """Sums in float64, merged over the processes when all have seen their share.
+    """Means of metrics, summed in float64 and merged over the processes when all have seen their share.
 
-    `measured` is what the last one found, `latents` what lay between, `absent` the metrics that its images cannot have,
-    each with the reason.
+    `measured` is what the last validation found and `latents` are the statistics of its latents. `absent` are the
+    metrics that its images cannot have, each with the reason.
     """
 
     def __init__(self, metrics: PairedMetrics, latent_channels: int, sets: SetMetrics) -> None:
@@ -116,11 +136,13 @@ class Validation:
         self.start()
 
     def to(self, device: torch.device) -> "Validation":
+        """Move the networks of the metrics to `device`, and return the validation itself."""
         self.metrics.to(device)
         self.sets.to(device)
         return self
 
     def start(self) -> None:
+        """Forget the previous validation."""
         self.measured: dict[str, float] = {}
         self.absent: dict[str, str] = {}
         self._first: list[Tensor] = []
@@ -131,37 +153,48 @@ class Validation:
 
     @property
     def audited(self) -> Tensor:
-        """This process's first images, at most AUDITED, in [-1, 1]."""
+        """This process's first images, at most AUDITED, (B, C, H, W) in [-1, 1].
+
+        Raises InputError if it could read none.
+        """
         require(bool(self._first), "none of this process's validation images can be read", "some: see skipped.jsonl")
         return to_model_range(torch.stack(self._first))
 
     def update(self, indices: list[int], images: Tensor, reconstructions: Tensor, posterior: DiagonalGaussian) -> None:
-        """uint8 images (B, C, H, W), their reconstructions, and what lay between. Infinite values are not counted."""
+        """Take in uint8 images (B, C, H, W), their reconstructions, and the posterior between them.
+
+        A value that is not finite does not count for the mean of its metric.
+        """
         self.absent = self.metrics.absent(images)
         self._first += images[: AUDITED - len(self._first)]
         self.latents.update(posterior)
         self.sets.update(indices, images, reconstructions)
+
         for name, values in self.metrics(images, reconstructions).items():
             finite = values[torch.isfinite(values)].double()
             self._sums[name] += finite.sum().item()
             self._counts[name] += len(finite)
 
     def finish(self) -> dict[str, float]:
-        """Means by name, the latents' standard deviation, and what each of their channels carries.
+        """Return means by name, the standard deviation of latents, and what each of their channels carries.
 
-        What is measured of all images together the first process alone has.
+        The KL of a channel is in nats. Only the first process has the metrics of all images together. Raises
+        InputError if no image could be read.
         """
         shares = [(self._sums, self._counts, self.latents)] * distributed.world_size()
         if distributed.world_size() > 1:
             dist.all_gather_object(shares, shares[0])
+
         self.latents = LatentStatistics(self.latent_channels)
         for _, _, latents in shares:
             self.latents.merge(latents)
         require(self.latents.count > 0, "none of the validation images can be read", "some: skipped.jsonl lists them")
+
         measured = self.sets.finish()
         for name in self.metrics.names:
             count = sum(counts[name] for _, counts, _ in shares)
             measured[name] = sum(sums[name] for sums, _, _ in shares) / count if count else float("nan")
+
         measured |= {"latent_std": self.latents.std, "active_channels": float(self.latents.channel_is_active.sum())}
         kl = self.latents.channel_kl.tolist() if self.latents.has_width else []
         measured |= {f"kl_{channel}": nats for channel, nats in enumerate(kl)}

@@ -1,10 +1,9 @@
-"""Which programs can hold an autoencoder, and what they will get wrong about it.
+"""Describe an autoencoder's file for people: what it is, which programs load it, and what they get wrong about it.
 
-Read off their loaders: A1111 1.10, Forge (2025-06), ComfyUI 0.3 to 0.5, SD.Next (2026-07), kohya sd-scripts (2026-02).
-All but diffusers take the architecture from the diffusion model's family and the scaling factor from a constant.
-
-
-What an autoencoder's file is, in words and numbers for people."""
+What programs load is read from their loaders: A1111 1.10, Forge (2025-06), ComfyUI 0.3 to 0.5, SD.Next (2026-07) and
+kohya sd-scripts (2026-02). All but diffusers take the architecture from the diffusion model's family and the scaling
+factor from a constant.
+"""
 
 from collections import Counter
 from dataclasses import asdict
@@ -32,15 +31,18 @@ WEB_UIS = ["Forge", "SD.Next", "kohya sd-scripts"]
 
 
 def clients_of(config: AutoencoderConfig) -> list[str]:
-    """The programs that load such a network."""
+    """List the programs that load a network of this configuration."""
     if config.architecture == "tiny":
         theirs = [] if oddities(config) else ["ComfyUI (newer ones, as taef2)" if config.mid_block_pool else "ComfyUI"]
         return theirs if config.mid_block_pool else ["diffusers", *theirs]
+
     if oddities(config):
         return ANY_NETWORK
     clients, latent, widths = ["diffusers"], config.latent_channels, config.block_out_channels
+
     if latent not in (32, 64):
         clients.append("ComfyUI")
+
     is_sd = latent == LATENT_CHANNELS["sd"]
     is_sd3_or_flux = latent == LATENT_CHANNELS["flux"] and not (config.use_quant_conv or config.use_post_quant_conv)
     if widths == SD_WIDTHS and (is_sd or is_sd3_or_flux):
@@ -50,9 +52,10 @@ def clients_of(config: AutoencoderConfig) -> list[str]:
 
 
 def oddities(config: AutoencoderConfig) -> list[str]:
-    """What no web UI has."""
+    """List the settings of a network that no web UI supports, in words."""
     is_kl = config.architecture == "kl"
     widths, layers = ((SD_WIDTHS, X4_WIDTHS), 2) if is_kl else ((TINY_WIDTHS,), TINY_LAYERS)
+
     found = {
         f"widths {config.block_out_channels}": config.block_out_channels not in widths,
         f"{config.layers_per_block} layers per block": config.layers_per_block != layers,
@@ -65,12 +68,17 @@ def oddities(config: AutoencoderConfig) -> list[str]:
 
 
 def warnings_of(found: LoadedWeights, family: str | None = None) -> list[str]:
-    """What somebody who hands `found` over must know, to a diffusion model of `family` if that is known."""
+    """List what somebody who passes `found` on must know, in words.
+
+    `family` is the family of the diffusion model that it is for, where that is known.
+    """
     if found.config.architecture == "tiny" and found.family is None and families_of(found.config):
         whose = f"whose latents it has the file does not tell ({' or '.join(families_of(found.config))})"
         return [*warnings_about(found.config), f"{whose}: ComfyUI must know it of one file; --family says which"]
+
     if found.scale_is_known:
         return [*warnings_about(found.config, family), *_about_groups(found)]
+
     fitting, lines = families_of(found.config), [*_about_clients(found.config), *_about_groups(found)]
     if len(fitting) > 1 and family is None and not oddities(found.config):
         guess = f"scaling_factor {found.config.scaling_factor:g} is assumed; --family says which"
@@ -79,18 +87,21 @@ def warnings_of(found: LoadedWeights, family: str | None = None) -> list[str]:
 
 
 def warnings_about(config: AutoencoderConfig, family: str | None = None) -> list[str]:
-    """`warnings_of`, where the scaling factor is known."""
+    """List the warnings about a configuration whose scaling factor is known, in words."""
     return [*_about_clients(config), *_about_scale(config, family)]
 
 
 def _about_clients(config: AutoencoderConfig) -> list[str]:
+    """Warn where only some programs can load the network."""
     clients, odd = clients_of(config), oddities(config)
     if config.architecture == "tiny":
         able = f"only {' and '.join(clients)} can" if clients else "no other program can"
         return [f"{able} load it ({', '.join(odd)}); the others expect a published tiny network"] if odd else []
+
     if not set(WEB_UIS) <= set(clients):
         why = ", ".join(odd) or f"f{config.downsample_factor} with {config.latent_channels} latent channels"
         return [f"only {' and '.join(clients)} can load it ({why}); the other programs expect a known family's network"]
+
     is_sd = config.latent_channels == LATENT_CHANNELS["sd"]
     if is_sd and not config.use_post_quant_conv and config.force_upcast:
         return ["diffusers' SDXL pipelines fail in float16 on a folder without post_quant_conv; use the single file"]
@@ -98,20 +109,26 @@ def _about_clients(config: AutoencoderConfig) -> list[str]:
 
 
 def _about_groups(found: LoadedWeights) -> list[str]:
-    """A published network's are what every program takes them for."""
+    """Warn where the number of groups is assumed.
+
+    A published network needs no warning: every program assumes the same number for it.
+    """
     if found.groups_are_known or is_published_network(found.config):
         return []
     return [f"the file does not tell norm_num_groups: {found.config.norm_num_groups} is assumed; --config states it"]
 
 
 def _about_scale(config: AutoencoderConfig, family: str | None) -> list[str]:
+    """Warn where programs will use another scale than the configuration states."""
     families = families_of(config) if family is None else [family]
     if config.architecture == "tiny":
         scaled = f"programs take a tiny autoencoder's latents as scaled: scaling_factor {config.scaling_factor:.5g}"
         return [] if config.scaling_factor == 1.0 else [f"{scaled} is for a diffusion model of your own"]
+
     if not families or oddities(config):
         return []
     lines = []
+
     if not any(has_scale_of(name, config) for name in families):
         constants = " or ".join(f"{FAMILIES[name][0]} ({name})" for name in families)
         lines.append(
@@ -129,12 +146,13 @@ FAMILY_NAMES = {"sd": "SD 1.x/2.x", "sdxl": "SDXL", "x4": "the x4 upscaler", "sd
 
 
 def title_of(found: LoadedWeights) -> str:
+    """Return a title: class, downsampling factor, latent channels and family."""
     config = found.config
     return f"{KINDS[config.architecture]} f{config.downsample_factor}c{config.latent_channels}, {family_words(found)}"
 
 
 def facts_of(found: LoadedWeights) -> dict[str, Any]:
-    """About the file and its weights."""
+    """Return facts about the file and its weights: {topic: words}."""
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in found.state.values())
     whence = "stated" if found.stated else "read from the tensors"
     groups = "" if found.groups_are_known else f", {found.config.norm_num_groups} groups are assumed"
@@ -150,17 +168,18 @@ def facts_of(found: LoadedWeights) -> dict[str, Any]:
 
 
 def notes_of(found: LoadedWeights) -> dict[str, str]:
-    """What the file says about its latents, its training and its architecture, if it is one of ours."""
+    """Return the notes of a file of ours about its latents, its training and its architecture: {topic: words}."""
     topics = asdict(found.notes)
     return {f"{topic}: {name}": _short(value) for topic, noted in topics.items() for name, value in noted.items()}
 
 
 def family_words(found: LoadedWeights) -> str:
-    """The family where the file tells it, else those that it may be of."""
+    """Name the family that the file states, or else the families that it may belong to."""
     if found.family is not None and found.config.architecture == "tiny":
         return f"for the latents of {FAMILY_NAMES[found.family]}"
     if found.family is not None:
         return f"of the {FAMILY_NAMES[found.family].removeprefix('the ')} checkpoint it is in"
+
     config = found.config
     fitting = families_of(config)
     scaled = [name for name in fitting if found.stated and has_scale_of(name, config)]
@@ -171,7 +190,7 @@ def family_words(found: LoadedWeights) -> str:
 
 
 def soundness(found: LoadedWeights) -> tuple[list[str], dict[str, str]]:
-    """(tensors with NaN or infinite values, how the weights fit into float16)."""
+    """Return (names of tensors with NaN or infinite values, facts about how the weights fit into float16)."""
     broken, dead, largest = [], [], 0.0
     for name, stored in found.state.items():
         sizes = stored.float().abs()
@@ -181,8 +200,10 @@ def soundness(found: LoadedWeights) -> tuple[list[str], dict[str, str]]:
         largest = max(largest, sizes.max().item())
         if name.endswith("weight") and not sizes.any():
             dead.append(name)
+
     lost = narrowed({name: tensor for name, tensor in found.state.items() if name not in broken}, torch.float16)
     small, vanished = lost.fewer / max(lost.total, 1), lost.zero / max(lost.total, 1)
+
     facts = {
         "finite": f"no: {len(broken)} tensors hold NaN or infinite values" if broken else "yes",
         "largest weight": f"{largest:.4g}, {HALF.max / max(largest, 1e-30):,.0f} times below float16's limit",
@@ -192,6 +213,7 @@ def soundness(found: LoadedWeights) -> tuple[list[str], dict[str, str]]:
 
 
 def _short(value: object) -> str:
+    """Format a value on one line, numbers with six digits."""
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, list):

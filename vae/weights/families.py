@@ -1,4 +1,4 @@
-"""The diffusion models that autoencoders belong to: their constants, and how a file gives itself away."""
+"""The families of diffusion models that autoencoders belong to: their constants, and how a file shows its family."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from vae.config.model import AutoencoderConfig
 
 SD_WIDTHS = [128, 256, 512, 512]
 X4_WIDTHS = [128, 256, 512]
-SAME_SCALE = 0.01  # relative; what a few per cent do to an image is not seen
+SAME_SCALE = 0.01  # relative; an error of a few per cent in the scale is not visible in an image
 LATENT_CHANNELS = {"sd": 4, "sdxl": 4, "x4": 4, "sd3": 16, "flux": 16}
 FAMILIES: dict[str, tuple[float, float | None]] = {  # scaling and shift factor; x4 is the upscaler
     "sd": (0.18215, None),
@@ -17,16 +17,16 @@ FAMILIES: dict[str, tuple[float, float | None]] = {  # scaling and shift factor;
     "sd3": (1.5305, 0.0609),
     "flux": (0.3611, 0.1159),
 }
-SIGNS = {  # a tensor whose name has this in it says which diffusion model a full checkpoint holds; the first that fits
+SIGNS = {  # pattern in a tensor's name: the diffusion model of a full checkpoint; the first match counts
     r"joint_blocks\.": "sd3",
     r"double_blocks\.": "flux",
-    r"low_scale_model\.|\.label_emb\.weight$": "x4",  # a table of noise levels, where SDXL has two layers
+    r"low_scale_model\.|\.label_emb\.weight$": "x4",  # a table of noise levels; SDXL has two layers there
     r"cond_stage_model\.": "sd",
     r"conditioner\.embedders\.[1-9]\d*\.|\.label_emb\.": "sdxl",
     r"conditioner\.embedders\.": "sd",  # one text encoder alone: SD 2 in sgm's names
     r"model\.diffusion_model\.input_blocks\.": "sd",
 }
-LOOKS = {  # what a file without an autoencoder is, by a part of its names; the first that fits
+LOOKS = {  # what a file without an autoencoder is, by a part of a tensor's name; the first match counts
     "average.decoder.": "a checkpoint of a training run; vae export publishes its weights",
     "lora_": "a LoRA",
     "low_scale_model.": "the x4 upscaler's diffusion model without a VAE",
@@ -46,15 +46,17 @@ LOOKS = {  # what a file without an autoencoder is, by a part of its names; the 
 
 
 def family_of(names: Iterable[str]) -> str | None:
-    """Of the diffusion model whose tensors are among `names`."""
+    """Return the family of the diffusion model whose tensors are among `names`, or None."""
     names = list(names)
     return next((family for sign, family in SIGNS.items() if any(re.search(sign, name) for name in names)), None)
 
 
 def family_beside(names: Iterable[str], config: AutoencoderConfig) -> str | None:
-    """Of an autoencoder among `names`: its diffusion model's, as far as that can have one of this shape.
+    """Return the family of an autoencoder with this configuration among `names`, or None where it cannot be told.
 
-    The x4 upscaler is an SD 2 but for a few names that not all of its checkpoints have; its autoencoder is not.
+    It is the diffusion model's family if that family can have an autoencoder of this shape. The x4 upscaler is an SD 2
+    except for a few names that not all of its checkpoints have, but its autoencoder has another shape: so the shape
+    decides where only one family fits it.
     """
     family, fitting = family_of(names), families_of(config)
     if family is None or family in fitting:
@@ -63,23 +65,30 @@ def family_beside(names: Iterable[str], config: AutoencoderConfig) -> str | None
 
 
 def families_of(config: AutoencoderConfig) -> list[str]:
-    """The families whose latents have so many channels and whose autoencoder as many levels; often more than one."""
+    """List the families with this number of latent channels and of levels in the autoencoder.
+
+    There is often more than one.
+    """
     is_x4 = config.block_out_channels == X4_WIDTHS
     fitting = [name for name, channels in LATENT_CHANNELS.items() if channels == config.latent_channels]
     return [name for name in fitting if (name == "x4") == (is_x4 and config.latent_channels == LATENT_CHANNELS["x4"])]
 
 
 def is_published_network(config: AutoencoderConfig) -> bool:
-    """Whether a family's own autoencoder has these widths; all of them have groups of 32."""
+    """Return whether these are the widths of a family's own autoencoder.
+
+    All published autoencoders of these families have groups of 32.
+    """
     return bool(families_of(config)) and config.block_out_channels in (SD_WIDTHS, X4_WIDTHS)
 
 
 def has_scale_of(family: str, config: AutoencoderConfig) -> bool:
+    """Return whether the scaling factor is that of `family`, up to one per cent."""
     return math.isclose(config.scaling_factor, FAMILIES[family][0], rel_tol=SAME_SCALE)
 
 
 def looks_like(names: Iterable[str]) -> str:
-    """A sentence about a file that has no autoencoder."""
+    """Describe a file that has no autoencoder, by the names of its tensors, for an error message."""
     names = sorted(names)
     for sign, kind in LOOKS.items():
         if any(sign in name for name in names):

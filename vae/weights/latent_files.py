@@ -1,6 +1,8 @@
-"""Latents on disk, one image a file, in the form of ComfyUI's .latent files so that they open there too.
+"""Latents on disk: one image per file, and shards of many.
 
-Shards of latents, as `vae cache-latents` writes them: what is stored of each image, read a row at a time."""
+A single file has the form of ComfyUI's .latent files, so it opens there too. Shards are written by `vae cache-latents`
+and read here one row at a time.
+"""
 
 import hashlib
 import json
@@ -25,17 +27,18 @@ from vae.weights.taesd import AS_TINY
 
 SUFFIX = ".latent"
 RAW = "latent_tensor"  # ComfyUI's key, for raw latents
-MARK = "latent_format_version_0"  # without this empty tensor ComfyUI takes them for scaled by SD's factor
+MARK = "latent_format_version_0"  # without this empty tensor ComfyUI assumes latents scaled by SD's factor
 SCALED = "scaled_latents"  # a key of ours, so that nobody takes scaled latents for raw ones
-DESCRIBED = "vae.latents"  # key of the metadata
+DESCRIBED = "vae.latents"  # our key in the metadata
 SCALE_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
-TINY_SHAPE = {**AS_TINY, "block_out_channels": [64] * 4}  # whichever: of a tiny maker the scale is asked for
+TINY_SHAPE = {**AS_TINY, "block_out_channels": [64] * 4}  # any: only the scale of a tiny maker is used
 
 
 def write_latents(path: Path, latents: Tensor, config: AutoencoderConfig, *, scaled: bool, drawn: str) -> None:
-    """`latents` (1, C, h, w); the metadata says whether they are scaled, by what, and how they were `drawn`.
+    """Write `latents` (1, C, h, w) to a .latent file.
 
-    A scale that is not known is not written; `scaled` latents must not be of such a one.
+    The metadata states whether they are `scaled`, by which scale, how they were `drawn` from the posterior, and the
+    architecture. A scale that is not known is not written, and `scaled` latents must have a known one.
     """
     assert config.scale_is_known or not scaled
     tensors = {SCALED: latents} if scaled else {RAW: latents, MARK: torch.empty(0)}
@@ -45,30 +48,31 @@ def write_latents(path: Path, latents: Tensor, config: AutoencoderConfig, *, sca
 
 
 def scale_of(config: AutoencoderConfig) -> dict[str, Any]:
-    """What files of latents say of their scale: nothing where it is not known."""
+    """Return what a file of latents states about their scale; nothing where the scale is not known."""
     return {key: value for key, value in asdict(config).items() if key in SCALE_KEYS} if config.scale_is_known else {}
 
 
 def stated_scale(about: Mapping[str, Any]) -> dict[str, Any]:
-    """What `scale_of` has put into a file; raises KeyError where a part of it is missing."""
+    """Return the scale that `scale_of` put into a file. Raises KeyError where a part of it is missing."""
     return {key: about[key] for key in SCALE_KEYS} if SCALE_KEYS[0] in about else {}
 
 
 def scale_in(path: Path, channels: int) -> AutoencoderConfig | None:
-    """A configuration of the architecture and the scale of what made the latents in a file; None where it tells none.
+    """Return a configuration with the architecture and the scale of the autoencoder that made the latents in a file.
 
-    Raises WeightsError where what it tells cannot be.
+    Return None where the file does not state them. Raises WeightsError where what it states is impossible.
     """
     described = read_index(path).metadata.get(DESCRIBED)
     if described is None:
         return None
+
     try:
         about = json.loads(described)
         if about["scaled"] in (True, False) and SCALE_KEYS[0] not in about:
             return None
         scale = stated_scale(about)
         unscaled = {**dict.fromkeys(SCALE_KEYS), SCALE_KEYS[0]: 1.0}
-        usual = "tiny" if scale == unscaled else "kl"  # early files do not tell the architecture
+        usual = "tiny" if scale == unscaled else "kl"  # early files do not state the architecture
         shape = TINY_SHAPE if about.get("architecture", usual) == "tiny" else {}
         return AutoencoderConfig(**{**shape, "latent_channels": channels, **scale})
     except (TypeError, ValueError, LookupError, RecursionError) as error:
@@ -76,19 +80,25 @@ def scale_in(path: Path, channels: int) -> AutoencoderConfig | None:
 
 
 def read_latents(path: Path, channels: int) -> tuple[Tensor, bool]:
-    """(float32 latents (B, channels, h, w), whether they are scaled), of ours or ComfyUI's."""
+    """Read a .latent file of ours or of ComfyUI: (float32 latents (B, channels, h, w), whether they are scaled).
+
+    Raises WeightsError where there are none, of another shape, or with NaN or infinite values.
+    """
     index = read_index(path)
     key = next((key for key in (RAW, SCALED) if key in index.entries), None)
     if key is None:
         raise WeightsError(
             f"{path}: neither {RAW} nor {SCALED} in it; expected a {SUFFIX} file of vae encode or ComfyUI's"
         )
+
     latents = index.read(key).float()
     if latents.ndim != 4 or latents.shape[1] != channels:
         shape = tuple(latents.shape)
         raise WeightsError(f"{path}: latents are {shape}, expected (images, {channels}, height, width) for this model")
     if not latents.isfinite().all():
         raise WeightsError(f"{path}: latents hold NaN or infinite values; encode the image again")
+
+    # As in ComfyUI: latents without the mark are taken for scaled by SD's factor.
     if key == RAW and MARK not in index.entries:
         latents = latents / FAMILIES["sd"][0]
     return latents, key == SCALED
@@ -96,14 +106,14 @@ def read_latents(path: Path, channels: int) -> tuple[Tensor, bool]:
 
 NAMES = "vae.names"  # key of a shard's metadata
 MOMENTS, DRAWN, FLIPPED = ("mean", "logvar"), ("latents",), "_flipped"  # names of its tensors
-INDICES, LISTS = 4096, 16  # of tensors and of names, kept of the shards last asked for
-ENCODING = ("encoder.", "quant_conv.")  # the weights that posteriors are a function of
+INDICES, LISTS = 4096, 16  # indices and lists of names that are kept, of the shards used last
+ENCODING = ("encoder.", "quant_conv.")  # the weights that posteriors depend on
 
 
 def encoder_digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the names and the float32 values of those weights of an autoencoder that its posteriors depend on.
+    """Return the SHA-256 of the names and float32 values of those weights that posteriors depend on.
 
-    Whatever decoder it has, the latents are the same.
+    Autoencoders that differ only in the decoder have the same digest, because their latents are the same.
     """
     digest = hashlib.sha256()
     for name in sorted(name for name in state if name.startswith(ENCODING)):
@@ -113,19 +123,24 @@ def encoder_digest(state: Mapping[str, Tensor]) -> str:
 
 
 def config_digest(config: AutoencoderConfig) -> str:
-    """SHA-256 over what scaled latents depend on besides: what no tensor's name or shape tells."""
+    """Return the SHA-256 of what else scaled latents depend on: settings that no tensor's name or shape shows."""
     told = {name: getattr(config, name) for name in ("norm_num_groups", *SCALE_KEYS)}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 class StoredLatents:
-    """number -> what is stored of an image. `config` is the autoencoder's, `names` are the images'.
+    """What is stored of each image in a folder of shards, by the image's number.
 
-    `stored` are the names of the tensors, `are_scaled` says whether for a diffusion model, `encoder` is the digest of
-    what made them. An access reads its row alone, so that there may be any number of shards.
+    `config` is the autoencoder's configuration, `names` are the images' names, `stored` are the names of the tensors
+    that each image has, `are_scaled` says whether they are scaled for a diffusion model, and `encoder` is the digest of
+    the encoder that made them. An access reads one row only, so there may be any number of shards.
     """
 
     def __init__(self, folder: str | Path) -> None:
+        """Read the index of `folder` and check that every shard is there.
+
+        Raises InputError where the index is not readable or a shard is missing or has another size.
+        """
         self.folder = Path(folder).expanduser()
         index = _read(self.folder)
         try:
@@ -134,12 +149,13 @@ class StoredLatents:
             config = AutoencoderConfig(**about["config"], **scale)
             self.config = config if scale else config.assuming_its_scale()
             self.stored, self.are_scaled = tuple(about["stored"]), bool(about["scaled"])
-            self.resolution, self.encoder = int(about["resolution"]), about.get("encoder")  # early ones do not tell
+            self.resolution, self.encoder = int(about["resolution"]), about.get("encoder")  # early indices lack it
             kept = [shard for shard in index["shards"] if shard["images"]]
             self.shards, self.counts = [shard["name"] for shard in kept], [int(shard["images"]) for shard in kept]
             sizes = [int(shard["bytes"]) for shard in kept]
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{self.folder / INDEX}: not an index of vae cache-latents ({error!r})") from error
+
         self._check_there(sizes)
         self._ends = np.cumsum(self.counts, dtype=np.int64)
         self.names = Computed(len(self), self.name)
@@ -148,27 +164,28 @@ class StoredLatents:
         return int(self._ends[-1]) if self.counts else 0
 
     def row(self, number: int, name: str) -> Tensor:
-        """(C, h, w) of one of the tensors, in the type on disk."""
+        """Read a stored tensor (C, h, w) of one image, in the type on disk."""
         shard, row = self.place(number)
         return self._index(shard).row(name, row)
 
     def name(self, number: int) -> str:
+        """Return the name of one image."""
         shard, row = self.place(number)
         return _names_in(self.folder / self.shards[shard])[row]
 
     def place(self, number: int) -> tuple[int, int]:
-        """(number of the shard, row in it)"""
+        """Return (index of the shard, row in it) of one image. Raises IndexError beyond the last one."""
         number = range(len(self))[number]
         shard = int(np.searchsorted(self._ends, number, side="right"))
         return shard, number - int(self._ends[shard]) + self.counts[shard]
 
     def hashes(self) -> np.ndarray:
-        """Of all names, as `Names` has them."""
+        """Return the hashes of all names, as `Names.hashes` computes them."""
         found = [Names(_names_in(self.folder / shard)).hashes() for shard in self.shards]
         return np.concatenate([np.empty(0, np.uint64), *found])
 
     def dropped(self) -> set[str]:
-        """Names of the images that could not be encoded."""
+        """Return the names of the images that could not be encoded. Raises InputError where they are not readable."""
         file = self.folder / DROPPED
         try:
             return {json.loads(line)["name"] for line in file.read_text(encoding="utf-8").splitlines()}
@@ -176,10 +193,11 @@ class StoredLatents:
             raise InputError(f"{file}: not readable ({error}); vae cache-latents makes it again") from error
 
     def fingerprint(self) -> str:
-        """Another one when any latents are others."""
+        """Return a digest of the index, which changes when any latents do."""
         return hashlib.sha256((self.folder / INDEX).read_bytes()).hexdigest()
 
     def _index(self, shard: int) -> Index:
+        """Return the index of a shard. Raises InputError where its tensors are not those of the folder's index."""
         index = _index_of(self.folder / self.shards[shard])
         for name in self.stored:
             shape = index.entries[name].shape if name in index.entries else ()
@@ -188,6 +206,7 @@ class StoredLatents:
         return index
 
     def _check_there(self, sizes: list[int]) -> None:
+        """Raise InputError unless every shard exists and has the size that the index states."""
         for name, size in zip(self.shards, sizes, strict=True):
             file = self.folder / name
             if not file.is_file():
@@ -198,11 +217,13 @@ class StoredLatents:
 
 @lru_cache(maxsize=INDICES)
 def _index_of(file: Path) -> Index:
+    """Return the index of a shard, without its metadata; the most recent ones are kept."""
     return replace(read_index(file), metadata={})  # the names are much longer than all the rest
 
 
 @lru_cache(maxsize=LISTS)
 def _names_in(file: Path) -> list[str]:
+    """Return the names of the images in a shard, by row; the most recent lists are kept."""
     metadata = read_index(file).metadata
     try:
         return json.loads(metadata[NAMES])
@@ -211,6 +232,7 @@ def _names_in(file: Path) -> list[str]:
 
 
 def _read(folder: Path) -> dict[str, Any]:
+    """Read the index of a folder of latents. Raises InputError where it is not one."""
     file = folder / INDEX
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
@@ -226,4 +248,5 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _damaged(file: Path, wrong: str) -> InputError:
+    """Return the error for a shard that is not the one its index describes."""
     return InputError(f"{file}: damaged or of another job ({wrong}); remove it and run vae cache-latents again")

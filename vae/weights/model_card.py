@@ -1,8 +1,7 @@
-"""What a file states about itself, as Markdown. It may be a stranger's, so each value is taken by its type.
+"""The model card of an export: `README.md` as the Hugging Face hub reads it, with what is known and nothing else.
 
-The model card of an export, `README.md` as the Hugging Face hub reads it: what is known, and nothing that is not.
-
-What is known of the training stands in the metadata of the weights.
+What is known of the training stands in the metadata of the weights. The file may be a stranger's, so every value is
+read by its type, and its words are escaped for Markdown.
 """
 
 import json
@@ -14,53 +13,61 @@ from pathlib import Path
 from typing import Any
 
 from vae.config.model import AutoencoderConfig
+from vae.run_dir import FILE_ENDING
 from vae.weights.describe import clients_of, warnings_about
 from vae.weights.diffusers import KINDS
 from vae.weights.loaded import ASSUMED, ASSUMED_GROUPS, Notes
 
-LONGEST = 1_000  # characters of a value
+LONGEST = 1_000  # characters of a value that are shown
 ESCAPED = str.maketrans({"<": "&lt;", "&": "&amp;", "`": "'"} | {mark: f"\\{mark}" for mark in "\\|[]!*~#"})
-EMPHASIS = re.compile(r"(?<![^\W_])_|_(?![^\W_])")  # within a word it is none, and names stay legible
+EMPHASIS = re.compile(r"(?<![^\W_])_|_(?![^\W_])")  # inside a word an underscore is no emphasis, and names stay legible
 
 
 class Facts:
-    """Values of a JSON object by type; what is absent or of another type is empty."""
+    """Values of a JSON object by type. What is absent or of another type is empty."""
 
     def __init__(self, values: object) -> None:
         self._values: Mapping[str, Any] = values if isinstance(values, dict) else {}
 
     def of(self, name: str) -> "Facts":
+        """Return the facts in the object `name`."""
         return Facts(self._values.get(name))
 
     def text(self, name: str) -> str:
+        """Return a value in words, safe in Markdown; "" where it is absent."""
         return words_of(self._values[name]) if name in self._values else ""
 
     def number(self, name: str) -> float | None:
-        """Finite, and no integer beyond a float's range, which could not be written as one."""
+        """Return a finite number, or None.
+
+        An integer beyond a float's range is None too, because it could not be written as one.
+        """
         value = self._values.get(name)
         if type(value) is int:
             return value if abs(value) <= sys.float_info.max else None
         return value if isinstance(value, float) and math.isfinite(value) else None
 
     def code(self, name: str) -> str:
-        """A string for between backticks, where nothing else has to be escaped."""
+        """Return a string to stand between backticks, where only backticks have to be replaced; "" where it is none."""
         value = self._values.get(name)
         return " ".join(value.split())[:LONGEST].replace("`", "'") if isinstance(value, str) else ""
 
     def matching(self, name: str, pattern: re.Pattern[str]) -> str | None:
+        """Return a string that `pattern` matches whole, or None."""
         value = self._values.get(name)
         return value if isinstance(value, str) and pattern.fullmatch(value) else None
 
     def items(self) -> Iterator[tuple[str, str]]:
-        """What is neither empty nor off."""
+        """Yield (name, value) in words, without values that are empty; False is kept."""
         return ((words_of(name), self.text(name)) for name, value in self._values.items() if value or value is False)
 
 
 def words_of(value: object, depth: int = 3) -> str:
-    """One line of about so many characters at most, which Markdown and HTML take for plain words.
+    """Return a value as one line that Markdown and HTML take for plain words, of about `LONGEST` characters at most.
 
-    So no file brings an image, a link under another name or a tag into a card. What the user says `about` a run is
-    plain words as well: it comes back out of files, and nothing tells it from a stranger's. A bare address stays one.
+    So no file brings an image, a link under another name or a tag into a card. What the user says `about` a run becomes
+    plain words as well: it is read back from files, where it cannot be told from a stranger's text. A bare address
+    stays an address. Nested lists and objects deeper than `depth` become "...".
     """
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -77,7 +84,7 @@ def words_of(value: object, depth: int = 3) -> str:
 
 CARD_FILE = "README.md"
 MARK = "<!-- Written by vae with the weights, and again with others. Without this line it is yours and stays. -->"
-LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")  # an identifier of the hub's list: apache-2.0, openrail++, other
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")  # an identifier from the hub's list: apache-2.0, openrail++, other
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 FILE_NAME = re.compile(r"[\w.+-]{1,120}")
 FOLDERS = {"A1111": "models/VAE", "Forge": "models/VAE", "SD.Next": "models/VAE", "ComfyUI": "models/vae"}
@@ -86,12 +93,12 @@ UNITS = {"psnr": " dB"}
 
 
 def may_be_written(path: Path) -> bool:
-    """Whether there is no card yet, or one of ours: somebody else's is never replaced."""
+    """Return whether there is no card at `path` yet, or one of ours. A card of somebody else is never replaced."""
     return not path.exists() or (path.is_file() and MARK.encode() in path.read_bytes())
 
 
 def model_card(config: AutoencoderConfig, notes: Notes, parameters: int) -> str:
-    """Markdown with YAML in front, of an autoencoder of so many `parameters`."""
+    """Return the card of an autoencoder with this number of `parameters`: Markdown with YAML in front."""
     known = Facts(notes.training)
     sections = {
         "Data": _data(known),
@@ -102,6 +109,7 @@ def model_card(config: AutoencoderConfig, notes: Notes, parameters: int) -> str:
         "Known limits": _limits(config, notes),
         "Licence": [_licence(known)],
     }
+
     lines = [*_front(config, known), MARK, "", f"# {known.text('name') or 'An autoencoder'}", ""]
     lines += [_what(config, parameters), "", *([known.text("about"), ""] if known.text("about") else [])]
     for title, content in sections.items():
@@ -110,9 +118,10 @@ def model_card(config: AutoencoderConfig, notes: Notes, parameters: int) -> str:
 
 
 def _front(config: AutoencoderConfig, known: Facts) -> list[str]:
-    """JSON strings are YAML strings, whatever is in them."""
+    """Return the YAML header for the hub. JSON strings are valid YAML strings, whatever they contain."""
     license, base = known.matching("license", LICENSE), known.of("base").matching("hub_name", HUB_NAME)
     dataset = known.of("data").matching("hub_name", HUB_NAME)
+
     return [
         "---",
         *(["library_name: diffusers"] if _is_theirs(config) else []),
@@ -128,11 +137,12 @@ def _front(config: AutoencoderConfig, known: Facts) -> list[str]:
 
 
 def _is_theirs(config: AutoencoderConfig) -> bool:
-    """Whether there is a folder that diffusers loads; else there is one file."""
+    """Return whether diffusers can load the network from a folder; otherwise there is a single file."""
     return "diffusers" in clients_of(config)
 
 
 def _what(config: AutoencoderConfig, parameters: int) -> str:
+    """Describe the network in one sentence."""
     factor, kind = config.downsample_factor, KINDS[config.architecture]
     name = f"f{factor}c{config.latent_channels}"
     latents = f"latents of {config.latent_channels} channels, {factor} times smaller each way"
@@ -144,6 +154,7 @@ def _what(config: AutoencoderConfig, parameters: int) -> str:
 
 
 def _data(known: Facts) -> list[str]:
+    """List the facts about the training data."""
     data = known.of("data")
     lines = [f"- {name.replace('_', ' ')}: {words}" for name, words in data.items()]
     if known.number("resolution"):
@@ -152,9 +163,11 @@ def _data(known: Facts) -> list[str]:
 
 
 def _training(known: Facts) -> list[str]:
+    """List the facts about the training: updates, weights, loss and optimiser."""
     updates, images = known.number("updates"), known.number("images_per_update")
     if updates is None:
         return ["Not stated."]
+
     loss = known.of("loss")
     lines = [
         f"- {updates:,} updates"
@@ -177,15 +190,19 @@ def _training(known: Facts) -> list[str]:
         *(f"| optim.{name} | {words} |" for name, words in known.of("optim").items()),
         *(f"| {name} | {known.text(name)} |" for name in OF_THE_RUN),
     ]
+
+    # A row without a value is omitted.
     return [line for line in lines if not line.endswith("|  |")]
 
 
 def _files(start: Facts) -> str:
+    """Name the file of weights, or both files of a pair, with their checksums."""
     pair = (file for file in (start, start.of("other_half")) if file.code("file"))
     return " and ".join(f"`{file.code('file')}`, SHA-256 `{file.code('sha256') or 'not known'}`" for file in pair)
 
 
 def _validation(known: Facts) -> list[str]:
+    """Tabulate the metrics of the validation, with their protocol."""
     validation = known.of("validation")
     metrics = validation.of("metrics")
     rows = [
@@ -193,16 +210,19 @@ def _validation(known: Facts) -> list[str]:
         for name, _ in metrics.items()
         if (value := metrics.number(name)) is not None
     ]
+
     if not rows:
         return ["Not stated."]
     return [f"Protocol {validation.text('protocol')}.", "", "| metric | mean |", "|---|---|", *rows]
 
 
 def _latents(config: AutoencoderConfig, notes: Notes, known: Facts) -> list[str]:
+    """List the facts about the latents: scale, spread, and whether float16 is safe."""
     latents = Facts(notes.latents)
     std, active = latents.number("std"), latents.number("active_channels")
     shift = "none" if config.shift_factor is None else f"{config.shift_factor:.6g}"
     lines = [f"- scaling factor {config.scaling_factor:.6g}, shift {shift}: {_whence(config, latents, known)}"]
+
     if std is not None:
         used = "" if active is None else f"; {active:g} of {config.latent_channels} channels are in use"
         lines.append(f"- standard deviation of the latents {std:.6g}{used}")
@@ -210,6 +230,7 @@ def _latents(config: AutoencoderConfig, notes: Notes, known: Facts) -> list[str]
 
 
 def _whence(config: AutoencoderConfig, latents: Facts, known: Facts) -> str:
+    """Say where the scale comes from: measured, assumed, kept, per channel or configured."""
     if config.latents_std is not None:
         return "`latents_mean` and `latents_std` in `config.json` stand for them, channel by channel"
     if latents.number("scaling_factor") == config.scaling_factor:
@@ -221,9 +242,11 @@ def _whence(config: AutoencoderConfig, latents: Facts, known: Facts) -> str:
 
 
 def _loading(config: AutoencoderConfig, known: Facts) -> list[str]:
-    file = f"{known.matching('name', FILE_NAME) or 'NAME'}.vae.safetensors"
+    """Show how to load the weights in Python, and into which folder of which program they go."""
+    file = f"{known.matching('name', FILE_NAME) or 'NAME'}{FILE_ENDING}"
     programs = {client: client.partition(" (")[0] for client in clients_of(config)}
     there = ", ".join(f"`{FOLDERS[name]}` of {client}" for client, name in programs.items() if name in FOLDERS)
+
     if _is_theirs(config):
         library, kind = "diffusers", KINDS[config.architecture]
         call = f'{kind}.from_pretrained("THIS_FOLDER")  # or its name on the hub'
@@ -231,6 +254,7 @@ def _loading(config: AutoencoderConfig, known: Facts) -> list[str]:
     else:
         library, kind, call = "vae", "load_autoencoder", f'load_autoencoder("{file}")'
         single = f"The file goes to {there}."
+
     return [
         "```python",
         f"from {library} import {kind}",
@@ -243,6 +267,7 @@ def _loading(config: AutoencoderConfig, known: Facts) -> list[str]:
 
 
 def _limits(config: AutoencoderConfig, notes: Notes) -> list[str]:
+    """List the known limits of the network."""
     lines = [f"- {line}." for line in warnings_about(config)]
     if any(Facts(notes.architecture).text(name) for name in ASSUMED_GROUPS):
         lines.append(f"- Its norms have {config.norm_num_groups} groups, which is assumed: nothing told their number.")
@@ -250,5 +275,6 @@ def _limits(config: AutoencoderConfig, notes: Notes) -> list[str]:
 
 
 def _licence(known: Facts) -> str:
+    """Name the licence, or say that none is stated."""
     license = known.matching("license", LICENSE)
     return f"`{license}`" if license else "Not stated. Ask whoever trained it before you use it for more than a look."

@@ -1,12 +1,8 @@
-"""What a pickle says about tensors, learned without running anything in it.
+"""Read tensors from PyTorch's files (.ckpt, .pt, .pth, .bin) without running anything in them.
 
-Every global that is not needed to describe a tensor becomes an inert stand-in, so that checkpoints with Lightning
-callbacks, OmegaConf objects or numpy scalars beside their weights load too.
-
-
-Tensors out of PyTorch's files (.ckpt, .pt, .pth, .bin): zip archives, and the older form that is only pickles.
-
-Tensors are checked against the file's size before they exist.
+A file is a zip archive or, in the older form, a series of pickles. Every global that is not needed to describe a tensor
+becomes an inert stand-in. So checkpoints with Lightning callbacks, OmegaConf objects or numpy scalars beside their
+weights load too. Tensors are checked against the size of the file before they exist.
 """
 
 import math
@@ -37,12 +33,12 @@ STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-LARGEST_TUPLE = 1000  # items, those of the tuples in it counted each time they stand there
+LARGEST_TUPLE = 1000  # items; those of a nested tuple count each time the tuple occurs
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Where a tensor's bytes lie: filled in for legacy files only once the pickle has been read."""
+    """The storage of a tensor in a file. Its data are found only after the pickle has been read."""
 
     dtype: torch.dtype
     key: str
@@ -51,6 +47,8 @@ class Storage:
 
 @dataclass(frozen=True)
 class View:
+    """A tensor as a view of a storage; offset and strides count elements."""
+
     storage: Storage
     offset: int
     size: tuple[int, ...]
@@ -59,7 +57,7 @@ class View:
 
 @dataclass(frozen=True)
 class Pickle:
-    """An object, the storages it speaks of, and kinds of tensors in it that could not be read."""
+    """The object in a pickle, the storages that it mentions, and the kinds of tensors that could not be read."""
 
     tree: object
     storages: dict[str, Storage]
@@ -67,13 +65,13 @@ class Pickle:
 
 
 def unpickle(file: IO[bytes]) -> Pickle:
-    """Of the pickle that `file` stands at."""
+    """Read one pickle from the position of `file`."""
     reader = _TensorsOnly(file)
     return Pickle(reader.load(), reader.storages, reader.unread)
 
 
 class _Inert:
-    """Stands in for any class or function of a pickle: takes everything, does nothing."""
+    """A stand-in for any class or function in a pickle: it accepts everything and does nothing."""
 
     def __init__(self, *args: object, **kwargs: object) -> None: ...
 
@@ -88,18 +86,23 @@ class _Inert:
 
 
 class _Tuple(tuple[object, ...]):
-    """Knows how much it holds: tuples nest by reference, and a few bytes make one whose hash takes for ever."""
+    """A tuple that knows its size with everything nested in it.
+
+    Tuples nest by reference, so a few bytes of pickle can make one whose hash takes for ever.
+    """
 
     size: int
 
 
-_Unpickler: Any = pickle._Unpickler  # whose insides have no types
+_Unpickler: Any = pickle._Unpickler  # a private class without types
 
 
 class _TensorsOnly(_Unpickler):
-    """The unpickler written in Python: its memo is a dictionary, where the one in C makes room for any slot named.
+    """An unpickler that makes only tensors and plain containers.
 
-    `storages` collects every storage that was spoken of, by its key; `unread` functions that make other tensors.
+    It is based on the unpickler written in Python, whose memo is a dictionary; the one in C reserves memory up to any
+    memo slot that a file names. `storages` collects every storage that is mentioned, by its key. `unread` collects the
+    names of the functions that make other kinds of tensors.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -108,6 +111,7 @@ class _TensorsOnly(_Unpickler):
         self.unread: set[str] = set()
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
+        """Return the safe function for a global that describes tensors, and the inert stand-in for any other."""
         if (module_name, global_name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module_name == "torch._utils" and global_name == "_rebuild_tensor_v2":
@@ -121,6 +125,7 @@ class _TensorsOnly(_Unpickler):
         return _Inert
 
     def persistent_load(self, pid: Any) -> object:
+        """Return the storage that a persistent id describes, or the stand-in where it is not one."""
         kind, dtype, key, _, elements, *_ = pid
         known = kind == "storage" and isinstance(dtype, torch.dtype)
         if not known or not isinstance(key, str | int) or not isinstance(elements, int):
@@ -128,19 +133,23 @@ class _TensorsOnly(_Unpickler):
         return self.storages.setdefault(str(key), Storage(dtype, str(key), elements))
 
     def _forget_state(self) -> None:
-        """BUILD: would set attributes of whatever is there, ours included."""
+        """Ignore BUILD, which would set attributes of any object, ours included."""
         self.stack.pop()
 
     def _forget_items(self) -> None:
-        """FROZENSET: would hash its items."""
+        """Ignore FROZENSET, which would hash its items."""
         self.pop_mark()
         self.append(_Inert())
 
     def _read_bytearray(self) -> None:
-        """BYTEARRAY8: would make room for any length named, before it is seen whether so much is there."""
+        """Read BYTEARRAY8 without reserving memory first.
+
+        The original reserves any length that is stated, before it is known whether the file has so many bytes.
+        """
         self.append(self.read(int.from_bytes(self.read(8), "little")))
 
     def _measure_tuple(self) -> None:
+        """Replace a new tuple on the stack by one that knows its size, or by the stand-in where it is too large."""
         made = _Tuple(self.stack[-1])
         made.size = 1 + sum(item.size if isinstance(item, _Tuple) else 1 for item in made)
         self.stack[-1] = made if made.size <= LARGEST_TUPLE else _Inert()
@@ -150,6 +159,8 @@ Operation = Callable[[Any], None]
 
 
 def _measured(load: Operation) -> Operation:
+    """Wrap an operation that makes a tuple, so that the tuple is measured at once."""
+
     def run(reader: _TensorsOnly) -> None:
         load(reader)
         reader._measure_tuple()
@@ -167,34 +178,38 @@ _TensorsOnly.dispatch = _theirs | {
 
 
 def _rebuild_tensor(storage: object, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> object:
+    """Return the view that `torch._utils._rebuild_tensor_v2` would make a tensor of."""
     return View(storage, offset, tuple(size), tuple(stride)) if isinstance(storage, Storage) else _Inert()
 
 
 def _rebuild_parameter(data: object, *_: object) -> object:
+    """Return the tensor of a parameter, as `torch._utils._rebuild_parameter` would."""
     return data
 
 
 ZIP_MAGIC = b"PK\x03\x04"
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file that torch wrote before 1.6
-LOCAL_HEADER = 30  # bytes of a zip member's header before its name
-MAX_ELEMENTS = 2**40  # of a tensor, were its empty sides 1
-MOST_SHARED = 16  # times the file that its tensors may be, each with data of its own, where some are tied
-DEPTH = 4  # of nested dictionaries that are looked through for the weights
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file that torch before 1.6 wrote
+LOCAL_HEADER = 30  # bytes of a zip member's header that precede its name
+MAX_ELEMENTS = 2**40  # of a tensor, with empty sides counted as 1
+MOST_SHARED = 16  # times the file's size: the most that all tensors may take once tied ones are apart
+DEPTH = 4  # levels of nested dictionaries that are searched for the weights
 
 
 @dataclass
 class Data:
-    """A storage's bytes, and the checksum that the archive has of them until it has been compared."""
+    """The bytes of a storage, and the checksum that the archive states until it has been compared."""
 
     content: memoryview
     crc: int | None = None
 
 
 def read_pickle(path: Path, wanted: Callable[[Iterable[str]], set[str]] = set, *, whole: bool = False) -> State:
-    """Tensors of a PyTorch file by name, out of nested `state_dict`s; other contents are passed over.
+    """Read the tensors of a PyTorch file by name, out of nested `state_dict`s; other contents are ignored.
 
-    Those not among `wanted(names)` stay on "meta". `whole` is for those who go through all of a large file: tensors are
-    views of it, so it must stay as it is, and kinds that cannot be read are refused and not passed over.
+    `wanted` chooses the names to read out of all names. The other tensors stay on "meta". `whole` is for callers that
+    go through all of a large file. Its tensors are then views of the file, which must not change meanwhile, and a file
+    with tensors of an unreadable kind is refused instead of read in part. Raises WeightsError where the file cannot be
+    used.
     """
     try:
         with path.open("rb") as file:
@@ -208,15 +223,20 @@ def read_pickle(path: Path, wanted: Callable[[Iterable[str]], set[str]] = set, *
         raise
     except Exception as error:  # a damaged pickle can fail in any way; none of them has run anything
         raise WeightsError(f"{path}: not a readable PyTorch file ({type(error).__name__}: {error})") from error
+
     if not views:
         raise WeightsError(f"{path}: a PyTorch file without tensors by name; expected a model's state_dict")
+
     chosen = wanted(views)
     for name, view in views.items():
         _check_view(path, name, view, storages)
+
+    # Tensors may share their data: without a limit a small file could ask for any amount of memory.
     needed = sum(views[name].storage.dtype.itemsize * math.prod(views[name].size) for name in chosen)
     if needed > MOST_SHARED * len(mapped):
         times = f"{needed / len(mapped):,.0f} times as large as the file, and at most {MOST_SHARED} are read"
         raise WeightsError(f"{path}: its tensors share their data and are {times}; save it with data for each")
+
     return {
         name: _read(path, name, view, storages[view.storage.key], copy=not whole)
         if name in chosen
@@ -226,6 +246,10 @@ def read_pickle(path: Path, wanted: Callable[[Iterable[str]], set[str]] = set, *
 
 
 def _read_zip(path: Path, mapped: mmap.mmap) -> tuple[Pickle, dict[str, Data]]:
+    """Read the pickle in a zip archive: (pickle, storages by key).
+
+    Raises WeightsError where a member is compressed or claims more bytes than the file has, as a zip bomb does.
+    """
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         if sum(member.file_size for member in members) > len(mapped):
@@ -233,6 +257,7 @@ def _read_zip(path: Path, mapped: mmap.mmap) -> tuple[Pickle, dict[str, Data]]:
         for member in members:
             if member.compress_type != zipfile.ZIP_STORED or member.file_size > len(mapped):
                 raise WeightsError(f"{path}: {member.filename!r} is not stored whole, as torch does it; refused")
+
         (description,) = (member for member in members if member.filename.endswith("/data.pkl"))
         folder = description.filename.removesuffix("data.pkl") + "data/"
         storages = {
@@ -240,12 +265,17 @@ def _read_zip(path: Path, mapped: mmap.mmap) -> tuple[Pickle, dict[str, Data]]:
             for member in members
             if member.filename.startswith(folder)
         }
+
         with archive.open(description) as stream:
             return unpickle(stream), storages
 
 
 def _bytes_of(member: zipfile.ZipInfo, mapped: mmap.mmap) -> memoryview:
-    """Stored members lie in the archive as they are, behind a header whose last fields are two lengths."""
+    """Return a view of a member's bytes.
+
+    Stored members lie in the archive uncompressed, behind a header whose last fields are the lengths of the name and of
+    the extra field.
+    """
     start = member.header_offset + LOCAL_HEADER
     name, extra = (int.from_bytes(mapped[start - 4 + i : start - 2 + i], "little") for i in (0, 2))
     start += name + extra
@@ -253,12 +283,19 @@ def _bytes_of(member: zipfile.ZipInfo, mapped: mmap.mmap) -> memoryview:
 
 
 def _read_legacy(path: Path, file: IO[bytes], mapped: mmap.mmap) -> tuple[Pickle, dict[str, Data]]:
+    """Read a file that torch before 1.6 wrote: (pickle, storages by key).
+
+    Such a file is five pickles (magic number, protocol, system, objects, keys of the storages), and then the data of
+    each storage behind its number of elements.
+    """
     if unpickle(file).tree != LEGACY_MAGIC:
         raise WeightsError(f"{path}: neither safetensors nor a file of torch.save; fetch it again or convert it")
+
     for _ in range(2):  # protocol, system
         unpickle(file)
     pickled = unpickle(file)
     spoken_of, keys = pickled.storages, unpickle(file).tree
+
     storages: dict[str, Data] = {}
     position = file.tell()
     for key in keys if isinstance(keys, list) else []:
@@ -273,21 +310,27 @@ def _read_legacy(path: Path, file: IO[bytes], mapped: mmap.mmap) -> tuple[Pickle
 
 
 def _tensors(path: Path, tree: object) -> dict[str, View]:
-    """The tensors of the dictionary that has most of them, at most `DEPTH` levels down; none is looked at twice."""
+    """Return the tensors of the dictionary that has most of them, at most `DEPTH` levels down.
+
+    Every dictionary is looked at once. Raises WeightsError where several have the most.
+    """
     level: list[tuple[str, object]] = [("", tree)]
     seen: set[int] = set()
     sets: list[tuple[str, dict[str, View]]] = []
+
     for _ in range(DEPTH):
         dictionaries = {id(item): (key, item) for key, item in level if isinstance(item, dict) and id(item) not in seen}
         seen |= dictionaries.keys()
         for key, item in dictionaries.values():
             sets.append((key, {n: v for n, v in item.items() if isinstance(n, str) and isinstance(v, View)}))
+
         level = [
             (str(key)[:40], value)
             for _, item in dictionaries.values()
             for key, value in item.items()
             if isinstance(key, str)
         ]
+
     most = max((len(views) for _, views in sets), default=0)
     largest = [(key, views) for key, views in sets if len(views) == most]
     if most and len(largest) > 1:
@@ -297,13 +340,15 @@ def _tensors(path: Path, tree: object) -> dict[str, View]:
 
 
 def _check_view(path: Path, name: str, view: View, storages: dict[str, Data]) -> None:
-    """Refuse a tensor that the file does not hold, before it exists."""
+    """Raise WeightsError where the file does not hold a tensor, before the tensor exists."""
     data = storages.get(view.storage.key)
     sizes = (view.offset, *view.size, *view.stride)
     if data is None or not all(isinstance(n, int) and n >= 0 for n in sizes) or len(view.size) != len(view.stride):
         raise WeightsError(f"{path}: {name} has no data of its own; the file is damaged")
+
     if math.prod(max(1, n) for n in view.size) > MAX_ELEMENTS or max(sizes) > MAX_ELEMENTS:
         raise WeightsError(f"{path}: {name} has sides of {view.size}; it is damaged")
+
     available = len(data.content) // view.storage.dtype.itemsize
     elements = math.prod(view.size)
     last = view.offset + sum((n - 1) * step for n, step in zip(view.size, view.stride, strict=True))
@@ -312,9 +357,11 @@ def _check_view(path: Path, name: str, view: View, storages: dict[str, Data]) ->
 
 
 def _read(path: Path, name: str, view: View, data: Data, *, copy: bool) -> Tensor:
+    """Return the tensor of a view: a copy, or a view of the file. Raises WeightsError where its checksum differs."""
     dtype = view.storage.dtype
     if not math.prod(view.size):
         return torch.empty(view.size, dtype=dtype)
+
     _check_sum(path, name, data)
     whole = torch.frombuffer(data.content, dtype=dtype, count=len(data.content) // dtype.itemsize)
     tensor = whole.as_strided(view.size, view.stride, view.offset)
@@ -322,6 +369,7 @@ def _read(path: Path, name: str, view: View, data: Data, *, copy: bool) -> Tenso
 
 
 def _check_sum(path: Path, name: str, data: Data) -> None:
+    """Compare a storage with the checksum that the archive states, the first time it is read."""
     if data.crc is not None and zlib.crc32(data.content) != data.crc:
         raise WeightsError(f"{path}: {name} is not what was written there; the file is damaged, fetch it again")
     data.crc = None

@@ -1,7 +1,7 @@
-"""Tiny autoencoders under the names of others: the published pair of files, and ComfyUI's single one.
+"""Tiny autoencoders under published names: the pair of TAESD files, and ComfyUI's single file.
 
-Native names are diffusers'. The published numbers of layers are the same but for the decoder, whose first layer bounds
-the latents and has no weights.
+Our names are diffusers'. The published layers have the same numbers except in the decoder, whose first layer bounds the
+latents and has no weights.
 """
 
 import math
@@ -18,31 +18,34 @@ from vae.weights.loaded import LoadedWeights, WeightsFile
 
 ANCHOR = "decoder.layers.0.weight"
 OURS = ("encoder.layers.", "decoder.layers.")
-COMBINED = ("taesd_encoder.", "taesd_decoder.")  # ComfyUI's, before the published names
-SHIFTS = (0, 1)  # of the published numbers against ours
-SCALE = ("vae_scale", "vae_shift")  # ComfyUI's, by which it makes raw latents scaled ones
-FAMILY_OF = {"taesd": "sd", "taesdxl": "sdxl", "taesd3": "sd3", "taef1": "flux"}  # by the names of the published files
+COMBINED = ("taesd_encoder.", "taesd_decoder.")  # ComfyUI's prefixes of the published names
+SHIFTS = (0, 1)  # published layer number minus ours, of encoder and decoder
+SCALE = ("vae_scale", "vae_shift")  # ComfyUI's tensors, with which it scales raw latents
+FAMILY_OF = {"taesd": "sd", "taesdxl": "sdxl", "taesd3": "sd3", "taef1": "flux"}  # by the base name of a published file
 HALF_NAME = r"(?:0|[1-9]\d*)\.(?:(?:conv|pool)\.\d\.)?(?:weight|bias)"
 PAIR_FILE = re.compile(r"(?P<base>.+)_(?P<half>encoder|decoder)(?P<suffix>\.[^.]+)")
 HALVES = ("encoder", "decoder")
-USUAL_BLOCKS = 3  # at each level but the first, which has one
+USUAL_BLOCKS = 3  # per level, except the first level, which has one
 AS_TINY = {**KL_ONLY, "architecture": "tiny", "scaling_factor": 1.0, "force_upcast": False}
 
 
 def tiny_names(names: Iterable[str]) -> set[str]:
-    """Those of the tensors in a file that belong to a tiny autoencoder under others' names, or to a half of one."""
+    """Return the names that belong to a tiny autoencoder under published names, or to one half of it."""
     names = set(names)
     return names if is_half(names) else {name for name in names if name.startswith(COMBINED) or name in SCALE}
 
 
 def is_half(names: Iterable[str]) -> bool:
-    """Whether they are the numbered layers of an encoder or a decoder, without a word which."""
+    """Return whether these are the numbered layers of an encoder or a decoder, with nothing that says which."""
     names = list(names)
     return bool(names) and all(re.fullmatch(HALF_NAME, name, re.ASCII) for name in names)
 
 
 def file_of_half(path: Path, half: str) -> Path:
-    """The file of the pair that `path` is one of which holds the other, or the same, `half`: it may not exist."""
+    """Return the file with the encoder or the decoder (`half`) of the pair that `path` belongs to.
+
+    The file may be `path` itself, and it need not exist. Raises WeightsError unless `path` is named as one of a pair.
+    """
     named = PAIR_FILE.fullmatch(path.name)
     if named is None:
         raise WeightsError(f"{path}: one half of a tiny autoencoder; name the two NAME_encoder and NAME_decoder")
@@ -50,7 +53,10 @@ def file_of_half(path: Path, half: str) -> Path:
 
 
 def pair_in(folder: Path) -> Path | None:
-    """The decoder of the one published pair in a folder; None where there is none."""
+    """Return the decoder file of the one published pair in `folder`, or None where there is none.
+
+    Raises WeightsError where there are several.
+    """
     decoders = sorted(path for path in folder.glob("*_decoder.*") if file_of_half(path, "encoder").is_file())
     if len(decoders) > 1:
         raise WeightsError(f"{folder}: {len(decoders)} tiny autoencoders, name the file of one, as {decoders[0].name}")
@@ -58,16 +64,17 @@ def pair_in(folder: Path) -> Path | None:
 
 
 def to_combined(state: State, family: str | None = None) -> State:
-    """Our names to ComfyUI's; with the scale of the family, where that is known."""
+    """Rename our tensors to ComfyUI's names, and add the scale of `family` where it is given."""
     renamed = {_renumbered(name, OURS, COMBINED, 1): tensor for name, tensor in state.items()}
     if family is None:
         return renamed
+
     scaling, shift = FAMILIES[family]
     return renamed | dict(zip(SCALE, (torch.tensor(scaling), torch.tensor(shift or 0.0)), strict=True))
 
 
 def to_pair(state: State, path: Path) -> dict[Path, State]:
-    """Our names to the published ones: {file: tensors} of the pair that `path` is one of."""
+    """Rename our tensors to the published names: {file: tensors} for both files of the pair that `path` belongs to."""
     named = to_combined(state)
     return {
         file_of_half(path, half): {name.removeprefix(mark): t for name, t in named.items() if name.startswith(mark)}
@@ -76,37 +83,50 @@ def to_pair(state: State, path: Path) -> dict[Path, State]:
 
 
 def from_pair(encoder: State, decoder: State) -> State:
-    """The published names of both to ComfyUI's."""
+    """Combine the two published halves into one set of tensors under ComfyUI's names."""
     pairs = zip(COMBINED, (encoder, decoder), strict=True)
     return {f"{mark}{name}": tensor for mark, half in pairs for name, tensor in half.items()}
 
 
 def find_tiny(source: WeightsFile, config: AutoencoderConfig | None) -> LoadedWeights | None:
-    """The tiny autoencoder in `source`, or None where there is none."""
+    """Find the tiny autoencoder in `source`. Return None where there is none.
+
+    `config` is the known configuration; without it the architecture is read from the tensors. Raises WeightsError where
+    `config` is of another architecture, or where only a part of a tiny autoencoder is there.
+    """
     path, layout = source.file, "diffusers"
     state = source.state
+
     if any(name.startswith(COMBINED) for name in state):
         layout = "taesd"
         state = {_renumbered(name, COMBINED, OURS, -1): tensor for name, tensor in state.items()}
+
+    # The tensors may have a prefix, which the one first layer of the decoder shows.
     prefixes = [name.removesuffix(ANCHOR) for name in state if name.endswith(ANCHOR)]
     if len(prefixes) != 1:
         return None
     (prefix,) = prefixes
     ours = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix) and name not in SCALE}
+
     stated = config is not None
     config = config or infer_tiny(path, ours)
     if config.architecture != "tiny":
         raise WeightsError(f"{path}: a tiny autoencoder, but the configuration is of another kind; leave that out")
+
     others = len(source.state) - len(ours) - sum(name in SCALE for name in source.state)
     return LoadedWeights(path, ours, config, layout, "live", _family_of(source), stated, others, source.notes)
 
 
 def infer_tiny(path: Path, state: State) -> AutoencoderConfig:
-    """The architecture that tensors under our names have."""
+    """Read the architecture from tensors under our names.
+
+    `path` is for the error. Raises WeightsError where the tensors are not a whole tiny autoencoder.
+    """
     encoder, decoder = OURS
     try:
         first, *lower, last = _convolutions(state, encoder)
         into, out = state[f"{encoder}{first}.weight"], state[f"{encoder}{last}.weight"]
+
         return AutoencoderConfig(
             in_channels=into.shape[1],
             out_channels=state[f"{decoder}{_convolutions(state, decoder)[-1]}.weight"].shape[0],
@@ -124,26 +144,34 @@ def infer_tiny(path: Path, state: State) -> AutoencoderConfig:
 
 
 def _family_of(source: WeightsFile) -> str | None:
-    """Of the latents: ComfyUI's scale tells it, or what a run of ours knew, or the name of a published file."""
+    """Return the family whose latents a tiny autoencoder has, or None.
+
+    ComfyUI's scale says it, or the notes of one of our runs, or the name of a published file.
+    """
     scale = source.state.get(SCALE[0])
     if scale is not None and scale.numel() == 1:
         near = (name for name, (factor, _) in FAMILIES.items() if math.isclose(factor, float(scale), rel_tol=1e-3))
         return next(near, None)
+
     known = source.notes.training.get("family")
     if isinstance(known, str) and known in FAMILIES:
         return known
+
     named = PAIR_FILE.fullmatch(source.file.name)
     return None if named is None else FAMILY_OF.get(named["base"])
 
 
 def _convolutions(state: State, half: str) -> list[int]:
-    """The numbers of the layers that are one, ascending: the others are blocks."""
+    """Return the numbers of the layers of `half` that are convolutions, ascending; the other layers are blocks."""
     matches = (re.fullmatch(rf"{re.escape(half)}(\d{{1,6}})\.weight", name, re.ASCII) for name in state)
     return sorted(int(match[1]) for match in matches if match)
 
 
 def _renumbered(name: str, old: tuple[str, str], new: tuple[str, str], step: int) -> str:
-    """A name that is not of the `old` ones is kept, for the strict check that follows."""
+    """Replace the `old` prefix of `name` by the `new` one, and move its layer number by `step` times the shift.
+
+    A name without one of the `old` prefixes is kept, so that the strict check that follows reports it.
+    """
     for before, after, shift in zip(old, new, SHIFTS, strict=True):
         numbered = re.fullmatch(rf"{re.escape(before)}(0|[1-9]\d{{0,5}})\.(.+)", name, re.ASCII)
         if numbered:

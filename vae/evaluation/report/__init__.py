@@ -1,1 +1,1 @@
-"""The report, one self-contained HTML file: `gallery.choose` names the images it shows, `page.render` writes it."""
+"""The report, one self-contained HTML file: `gallery.choose` picks its images, and `page.render` writes it."""

@@ -1,4 +1,8 @@
-"""Charts as inline SVG, in CSS pixels: no names, models by the colour and dash of m0, m1, ... as in the page's key."""
+"""Charts of the report as inline SVG, with sizes in CSS pixels.
+
+A chart does not name models. A model has the colour and dash of its class m0, m1, ..., which the page's key explains.
+`words` describes a chart for screen readers.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -9,18 +13,19 @@ from markupsafe import Markup
 
 from vae.evaluation.report.gallery import significant
 
-COLOURS = 6  # classes m0 to m5, then again
+COLOURS = 6  # classes m0 to m5; further models repeat them
 BINS = 48
 Point = tuple[float, float]
 
 
 def colour_class(number: int) -> str:
+    """Return the CSS class of model `number`, counted from 0."""
     return f"m{number % COLOURS}"
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Values [low, high] onto pixels [start, end]."""
+    """A linear map of values [low, high] onto pixels [start, end]."""
 
     low: float
     high: float
@@ -28,11 +33,12 @@ class Scale:
     end: float
 
     def __call__(self, value: float) -> float:
+        """Return the pixel of a value. Values outside are drawn just beyond the end."""
         share = (value - self.low) / ((self.high - self.low) or 1.0)
         return round(self.start + min(max(share, -0.02), 1.02) * (self.end - self.start), 2)
 
     def ticks(self, most: int) -> list[float]:
-        """Round numbers inside, at most `most` + 1."""
+        """Return at most `most` + 1 round numbers within the range."""
         span = (self.high - self.low) or 1.0
         rough = span / max(most, 1)
         power = 10.0 ** math.floor(math.log10(rough))
@@ -42,17 +48,20 @@ class Scale:
 
 
 def histograms(columns: Sequence[Sequence[float]], means: Sequence[float | None], words: str) -> Markup:
-    """A row for each model over one axis: how its values are distributed, and their mean."""
+    """Draw a row for each model over one axis: the distribution of its values, and their mean."""
     known = np.concatenate([np.asarray(column, np.float64) for column in columns])
     low, high = _padded(known.min(), known.max())
     width, row = 340, 46
     across = Scale(low, high, 6, width - 6)
+
     edges = np.linspace(low, high, BINS + 1)
     counts = [np.histogram(column, edges)[0] for column in columns]
     parts = []
     for number, (count, mean) in enumerate(zip(counts, means, strict=True)):
+        # Each row is scaled to its own highest bin, because shapes are to be compared and not counts.
         base = (number + 1) * row
         tallest = count.max() or 1.0
+
         heights = [base - (row - 8) * share / tallest for share in count]
         steps = [
             (across(x), y)
@@ -60,21 +69,27 @@ def histograms(columns: Sequence[Sequence[float]], means: Sequence[float | None]
             for x in (edge, edge + edges[1] - edges[0])
         ]
         area = _path([(across(low), base), *steps, (across(high), base)]) + "Z"
+
         parts.append(Markup('<path class="{} area" d="{}"/>').format(colour_class(number), area))
         parts.append(Markup('<line class="base" x1="6" x2="{}" y1="{}" y2="{}"/>').format(width - 6, base, base))
+
         if mean is not None:
             parts.append(
                 Markup('<line class="{} mean" x1="{x}" x2="{x}" y1="{}" y2="{}"/>').format(
                     colour_class(number), base - row + 6, base, x=across(mean)
                 )
             )
+
     bottom = len(columns) * row
     parts += [_tick_below(across, value, bottom) for value in across.ticks(5)]
     return _svg(width, bottom + 20, words, parts)
 
 
 def intervals(summaries: Sequence[dict[str, float | None] | None], ideal: float, words: str) -> Markup:
-    """Means as dots, their intervals as whiskers, one above the other; a thin line where perfect is in view."""
+    """Draw each mean as a dot and its interval as whiskers, a row for each model.
+
+    A thin line marks the ideal value if it is in view. Returns no markup if there are no values.
+    """
     ends = [
         value
         for summary in summaries
@@ -84,6 +99,7 @@ def intervals(summaries: Sequence[dict[str, float | None] | None], ideal: float,
     ]
     if not ends:
         return Markup()
+
     width, row = 150, 13
     across = Scale(*_padded(min(ends), max(ends)), 4, width - 4)
     parts = []
@@ -93,9 +109,11 @@ def intervals(summaries: Sequence[dict[str, float | None] | None], ideal: float,
                 len(summaries) * row, x=across(ideal)
             )
         )
+
     for number, summary in enumerate(summaries):
         if summary is None or summary["mean"] is None:
             continue
+
         y = number * row + row / 2
         if summary["low"] is not None and summary["high"] is not None:
             parts.append(
@@ -112,12 +130,13 @@ def intervals(summaries: Sequence[dict[str, float | None] | None], ideal: float,
 
 
 def lines(series: Sequence[Sequence[Point]], x_label: str, y_label: str, words: str, *, marked: bool = True) -> Markup:
-    """A line for each model through its points; a model without points leaves its colour unused."""
+    """Draw a line for each model through its points. A model without points leaves its colour unused."""
     points = [point for line in series for point in line]
     width, height, left, bottom = 400, 232, 44, 196
     xs, ys = [x for x, _ in points], [y for _, y in points]
     across = Scale(min(xs), max(xs), left + 8, width - 12)
     up = Scale(*_padded(min(ys), max(ys)), bottom, 12)
+
     parts: list[Markup] = []
     for value in up.ticks(4):
         parts.append(
@@ -126,10 +145,14 @@ def lines(series: Sequence[Sequence[Point]], x_label: str, y_label: str, words: 
         parts.append(
             Markup('<text class="end" x="{}" y="{}">{}</text>').format(left - 6, up(value) + 4, significant(value))
         )
+
+    # A few distinct x, such as the tested strengths of noise, are labelled exactly.
     distinct = sorted(set(xs))
     parts += [_tick_below(across, value, bottom) for value in (distinct if len(distinct) <= 10 else across.ticks(5))]
+
     parts.append(_text("end", width - 6, bottom + 32, x_label))
     parts.append(_text("start", 2, 9, y_label))
+
     for number, line in enumerate(series):
         drawn = [(across(x), up(y)) for x, y in line]
         if len(drawn) > 1:
@@ -143,15 +166,17 @@ def lines(series: Sequence[Sequence[Point]], x_label: str, y_label: str, words: 
 
 
 def bars(values: Sequence[float], number: int, words: str) -> Markup:
-    """A bar for each value from zero on, of model `number`."""
+    """Draw a bar for each value, starting at zero, in the colour of model `number`."""
     width, height = 400, 92
     low, high = min(0.0, *values), max(0.0, *values)
     up = Scale(low, high or 1e-12, height - 18 if low >= 0 else height - 4, 12)
+
     step = min((width - 44) / len(values), 34.0)
     parts = [
         Markup('<text class="end" x="38" y="{}">{}</text>').format(up(value) + 4, significant(value))
         for value in {high, low}
     ]
+
     for place, value in enumerate(values):
         top, foot = sorted((up(value), up(0.0)))
         parts.append(
@@ -165,16 +190,18 @@ def bars(values: Sequence[float], number: int, words: str) -> Markup:
                 significant(value),
             )
         )
+
     parts.append(Markup('<line class="base" x1="44" x2="{}" y1="{y}" y2="{y}"/>').format(width, y=up(0.0)))
     return _svg(width, height, words, parts)
 
 
 def logarithms(points: Iterable[Point]) -> list[Point]:
-    """Points with log10 of their positive y."""
+    """Return the points with log10 of y; points whose y is not positive are dropped."""
     return [(x, math.log10(y)) for x, y in points if y > 0]
 
 
 def _svg(width: float, height: float, words: str, parts: Sequence[Markup]) -> Markup:
+    """Wrap the parts of a chart into an SVG element."""
     opening = Markup('<svg viewBox="0 0 {w} {h}" width="{w}" height="{h}" role="img" aria-label="{}">').format(
         words, w=width, h=height
     )
@@ -182,17 +209,21 @@ def _svg(width: float, height: float, words: str, parts: Sequence[Markup]) -> Ma
 
 
 def _path(points: Sequence[Point]) -> str:
+    """Return the path data of a line through the points."""
     return "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
 def _tick_below(across: Scale, value: float, y: float) -> Markup:
+    """Label a value below the axis."""
     return _text("mid", across(value), y + 15, significant(value))
 
 
 def _text(anchor: str, x: float, y: float, words: str) -> Markup:
+    """Make a text element; `anchor` is its CSS class."""
     return Markup('<text class="{}" x="{}" y="{}">{}</text>').format(anchor, x, y, words)
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
+    """Widen a range by 5 % on each side; a range of zero width too gets a margin."""
     margin = 0.05 * (high - low) or 0.02 * abs(high) or 1e-6
     return float(low - margin), float(high + margin)

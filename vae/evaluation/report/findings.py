@@ -1,23 +1,25 @@
-"""What the numbers say, in sentences: first of all which model is better, and what a user would see."""
+"""Findings: what the numbers say, in sentences.
+
+They come first on the page. They say which model is better, what a viewer would notice, and what failed.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vae.evaluation.report.gallery import counted, figure, listed, main_metrics, short
-from vae.evaluation.report.sections import not_finite
+from vae.evaluation.report.gallery import counted, figure, listed, main_metrics, not_finite, short
 from vae.evaluation.statistics import Comparison, percent
 from vae.metrics.registry import PAIRED, VISIBLE
 
-NEAR = {"contrast": 0.05, "saturation": 0.05, "sharpness": 0.1}  # how far from 1 before it is worth a word
+NEAR = {"contrast": 0.05, "saturation": 0.05, "sharpness": 0.1}  # distances from 1 that one would overlook
 BELOW = {"contrast": "foggy", "saturation": "washed out", "sharpness": "blurred"}
 ABOVE = {"contrast": "harsh", "saturation": "oversaturated", "sharpness": "oversharpened"}
-RELIABLE = 10_000  # images below which an rFID is mostly the bias of few samples
+RELIABLE = 10_000  # images: with fewer, an rFID is mostly the bias of a small sample
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`kind` is "good", "bad" or "plain"."""
+    """One sentence with its details; `kind` is "good", "bad" or "plain"."""
 
     kind: str
     headline: str
@@ -25,6 +27,7 @@ class Finding:
 
 
 def findings(document: dict[str, Any]) -> list[Finding]:
+    """Return the findings of an evaluation, the verdict against the base first."""
     found = [finding for dataset in document["datasets"] for finding in _of_dataset(document, dataset)]
     failed = (document.get("gates") or {}).get("failed") or []
     gates = [Finding("bad", f"{counted(len(failed), 'gate')} failed.", "; ".join(map(short, failed)))] if failed else []
@@ -33,19 +36,20 @@ def findings(document: dict[str, Any]) -> list[Finding]:
 
 
 def _against_base(document: dict[str, Any]) -> Iterator[Finding]:
+    """Yield whether each model can replace the base."""
     for verdict in (document.get("against_base") or {}).values():
         kind = {True: "good", False: "bad", None: "plain"}[verdict["is_harmless"]]
         yield Finding(kind, f"{short(verdict['headline'])}.", _sentence("; ".join(verdict["reasons"])))
 
 
 def winner(row: dict[str, Any]) -> str | None:
-    """The model that a comparison shows to be the better one."""
+    """Return the model that a comparison shows to be better, or None."""
     compared = Comparison.of_row(row)
     return {1: compared.second, -1: compared.first}.get(compared.sign)
 
 
 def best(document: dict[str, Any], dataset: str, metric: str) -> str | None:
-    """The model that is shown to be better than each of the others."""
+    """Return the model that is shown to be better than each of the others in a metric, or None."""
     models = list(document["models"])
     beaten: dict[str, int] = dict.fromkeys(models, 0)
     for comparison in document["comparisons"].get(dataset, []):
@@ -55,8 +59,9 @@ def best(document: dict[str, Any], dataset: str, metric: str) -> str | None:
 
 
 def _of_dataset(document: dict[str, Any], dataset: str) -> Iterator[Finding]:
+    """Yield the findings on one data set."""
     where = f" on {short(dataset)}" if len(document["datasets"]) > 1 else ""
-    is_pair = document.get("base") is not None and len(document["models"]) == 2  # which has been said
+    is_pair = document.get("base") is not None and len(document["models"]) == 2  # `_against_base` has said it
     if len(document["models"]) > 1 and not is_pair:
         yield _ranking(document, dataset, where)
     elif not is_pair:
@@ -65,6 +70,7 @@ def _of_dataset(document: dict[str, Any], dataset: str) -> Iterator[Finding]:
         yield from _appearance(document["metrics"].get(dataset, {}).get(model, {}), short(model), where)
         latents = document.get("latents", {}).get(dataset, {}).get(model) or {}
         yield from (Finding("bad", f"{short(model)}: {warning}.") for warning in latents.get("warnings") or ())
+
     about = document["datasets"][dataset]
     lost = len(about["left_out"]) + len(about["not_finite"])
     if lost:
@@ -72,7 +78,7 @@ def _of_dataset(document: dict[str, Any], dataset: str) -> Iterator[Finding]:
 
 
 def _means(document: dict[str, Any], dataset: str, where: str) -> Finding:
-    """Of a single model."""
+    """List the mean values of the main metrics of a single model."""
     model = next(iter(document["models"]))
     metrics = document["metrics"].get(dataset, {}).get(model, {})
     known = [(PAIRED[name], one["mean"]) for name in main_metrics(document) if (one := metrics.get(name))]
@@ -82,17 +88,22 @@ def _means(document: dict[str, Any], dataset: str, where: str) -> Finding:
 
 
 def _ranking(document: dict[str, Any], dataset: str, where: str) -> Finding:
+    """Say which model is best in which of the main metrics."""
     metrics = main_metrics(document)
     shown = {metric: better for metric in metrics if (better := best(document, dataset, metric)) is not None}
+
     open_ = [PAIRED[metric].title for metric in metrics if metric not in shown]
     unclear = f"No difference shown in {listed(open_)}." if open_ else ""
+
     if not shown:
         count = document["datasets"][dataset]["images"]
         detail = f"On {counted(count, 'image')} no model is shown to be better than all others in {listed(open_)}."
+
         unbeaten = _unbeaten(document, dataset, metrics)
         if 1 < len(unbeaten) < len(document["models"]):
             detail += f" None is shown to be better than {' or '.join(unbeaten)}."
         return Finding("plain", f"No best model is shown{where}.", detail)
+
     if len(set(shown.values())) == 1:
         first = next(iter(shown.values()))
         titles = [PAIRED[metric].title for metric in shown]
@@ -108,7 +119,7 @@ def _ranking(document: dict[str, Any], dataset: str, where: str) -> Finding:
 
 
 def _unbeaten(document: dict[str, Any], dataset: str, metrics: list[str]) -> list[str]:
-    """Models that lose no comparison by one of `metrics`."""
+    """Return the models that lose no comparison by one of `metrics`."""
     rows = [row for row in document["comparisons"].get(dataset, []) if row["metric"] in metrics]
     losers = {
         row["first"] if better == row["second"] else row["second"]
@@ -119,12 +130,14 @@ def _unbeaten(document: dict[str, Any], dataset: str, metrics: list[str]) -> lis
 
 
 def _margin(document: dict[str, Any], dataset: str, metric: str, first: str) -> str:
-    """The closest of its wins, in the words of the comparison."""
+    """Say by how much the model wins in a metric, against the model that comes closest to it."""
     rows = [row for row in document["comparisons"][dataset] if row["metric"] == metric]
     wins = [Comparison.of_row(row) for row in rows if winner(row) == first]
     closest = min(wins, key=lambda one: abs(one.difference or 0.0))
+
     is_second = first == closest.second
     other, share = (closest.first, closest.wins) if is_second else (closest.second, 1.0 - closest.wins)
+
     about = PAIRED[metric]
     if not closest.is_shown:
         return f"{about.title}: {closest.identical}."
@@ -133,9 +146,10 @@ def _margin(document: dict[str, Any], dataset: str, metric: str, first: str) -> 
 
 
 def _appearance(metrics: dict[str, Any], model: str, where: str) -> Iterator[Finding]:
-    """Foggy, washed out, blurred? Said where the whole interval is off by more than one would overlook.
+    """Say whether images come out foggy, washed out or blurred, and what is kept.
 
-    Kept is what the whole interval is within that of; what lies on both sides is neither.
+    `NEAR` is the distance from 1 that one would overlook. A property is wrong if its whole interval is farther from 1
+    than that, on one side, and kept if its whole interval is within it. Otherwise it is reported as not shown.
     """
     known = {name: one for name in NEAR if (one := metrics.get(name)) and None not in (one["low"], one["high"])}
     wrong, kept, untold = [], [], []
@@ -149,9 +163,11 @@ def _appearance(metrics: dict[str, Any], model: str, where: str) -> Iterator[Fin
             kept.append((PAIRED[name].title, detail))
         else:
             untold.append((PAIRED[name].title, f"{detail}, where 1 within {NEAR[name]:g} would be kept"))
+
     shift = metrics.get("colour_shift")
     if shift and shift["low"] is not None and shift["low"] > VISIBLE:
         wrong.append(("off in colour", f"mean colour moved by {shift['mean']:.1f} ΔE, visible from {VISIBLE} on"))
+
     if wrong:
         yield _together("bad", f"{model} comes out {{}}{where}.", wrong)
     elif kept:
@@ -161,11 +177,13 @@ def _appearance(metrics: dict[str, Any], model: str, where: str) -> Iterator[Fin
 
 
 def _together(kind: str, headline: str, said: Sequence[tuple[str, str]]) -> Finding:
+    """Join several remarks to one finding; `{}` in the headline becomes the list of words."""
     words, details = zip(*said, strict=True)
     return Finding(kind, headline.replace("{}", listed(words)), _sentence("; ".join(details)))
 
 
 def _disturbed(robustness: dict[str, Any]) -> Iterator[Finding]:
+    """Yield the models whose reconstructions are not finite under some probe."""
     for model, one in robustness.items():
         broken = not_finite(one) if one else {}
         if broken:
@@ -174,6 +192,7 @@ def _disturbed(robustness: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _precision(verdicts: dict[str, Any]) -> Iterator[Finding]:
+    """Yield which models are safe in float16 and which are not."""
     for is_safe, kind, words in ((True, "good", "safe"), (False, "bad", "not safe")):
         known = {short(model): one["verdict"] for model, one in verdicts.items() if one["is_safe"] == is_safe}
         if known:
@@ -183,7 +202,7 @@ def _precision(verdicts: dict[str, Any]) -> Iterator[Finding]:
 
 
 def cautions(document: dict[str, Any]) -> list[str]:
-    """What a reader should know before quoting a number."""
+    """Return what a reader should know before quoting a number."""
     said = []
     counts = [about["images"] for about in document["datasets"].values()]
     sets = {
@@ -193,6 +212,7 @@ def cautions(document: dict[str, Any]) -> list[str]:
         for name in one
         if one[name] and name.startswith("rfid")
     }
+
     if sets and min(counts) < RELIABLE:
         said.append(
             f"An rFID of fewer than {RELIABLE:,} images is mostly the bias of few samples: compare it only between "
@@ -204,4 +224,5 @@ def cautions(document: dict[str, Any]) -> list[str]:
 
 
 def _sentence(text: str) -> str:
+    """Begin with a capital letter and end with a full stop."""
     return f"{text[:1].upper()}{text[1:]}."

@@ -1,6 +1,7 @@
-"""Pictures inside the page: images, reconstructions, amplified errors and latent maps, as data of bounded size.
+"""Pictures in the report: images, reconstructions, amplified errors and latent maps, as data of bounded size.
 
-Models beside the base that they came from: the table of a page, and a grid of pictures before and after."""
+It also prepares what the report shows of models beside their base: a table, and a grid of pictures before and after.
+"""
 
 import base64
 import io
@@ -22,16 +23,19 @@ from vae.evaluation.drop_in import Line, lines_against_base, unfit
 from vae.evaluation.report.gallery import Case, short
 
 QUALITIES = (95, 90, 80, 65, 45)
-SMALLEST = 8  # pixels that a picture is never reduced below
-LEAST = 6_000  # bytes below which a picture is not worth showing: rather fewer of them
+SMALLEST = 8  # pixels: no picture is reduced below this
+LEAST = 6_000  # bytes: a picture of fewer is not worth showing, so the page shows fewer pictures instead
 GAINS = (1, 2, 4, 8, 16, 32)
-SPREAD = 2.5  # standard deviations of a latent channel from the middle of the scale to its ends
+SPREAD = 2.5  # standard deviations of a latent channel between the middle of the colour scale and its ends
 COLD, MIDDLE, WARM = (33, 90, 130), (245, 242, 235), (176, 72, 44)  # sRGB
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """What is shown of one image: uint8 (C, H, W), by model the same of its reconstruction, and latents (c, h, w)."""
+    """What is shown of one image: the image, and by model its reconstruction and its latents.
+
+    The image and its reconstructions are uint8 (C, H, W), and latents are (c, h, w).
+    """
 
     image: Tensor
     reconstructions: dict[str, Tensor]
@@ -39,12 +43,15 @@ class Pictures:
 
 
 def as_shown(pixels: Tensor) -> Tensor:
-    """uint8 (C, H, W) -> (3, H, W): of more than four channels the first three."""
+    """Turn uint8 (C, H, W) into (3, H, W); of more than four channels the first three are shown."""
     return as_channels(pixels[:3] if len(pixels) > 4 else pixels, 3)
 
 
 def error_gain(pictures: Sequence[Pictures]) -> int:
-    """The power of two that brings the largest errors of most pictures near to white; one for all of them."""
+    """Return the power of two that makes the largest errors of most pictures nearly white.
+
+    It is the same for all pictures, so that their errors can be compared.
+    """
     largest = [
         torch.quantile(_error(shown.image, other).flatten()[:: max(1, other.numel() // 100_000)].float(), 0.99).item()
         for shown in pictures
@@ -55,16 +62,20 @@ def error_gain(pictures: Sequence[Pictures]) -> int:
 
 
 def amplified(image: Tensor, reconstruction: Tensor, gain: int) -> Image.Image:
-    """The absolute error of each colour, `gain` times, on black."""
+    """Draw the absolute error of each colour, `gain` times, on black."""
     return to_picture((_error(image, reconstruction) * gain).clamp(max=255).to(torch.uint8))
 
 
 def to_picture(pixels: Tensor) -> Image.Image:
+    """Convert uint8 (C, H, W) to a Pillow image."""
     return Image.fromarray(as_shown(pixels).permute(1, 2, 0).contiguous().cpu().numpy())
 
 
 def latent_map(latents: Tensor) -> Image.Image:
-    """All channels of (c, h, w) side by side, about as wide as high; each from cold to warm around its own mean."""
+    """Draw all channels of (c, h, w) side by side, about as wide as high.
+
+    Each channel goes from cold to warm around its own mean.
+    """
     values = latents.detach().cpu().double()
     centred = values - values.mean(dim=(1, 2), keepdim=True)
     deviation = centred.square().mean(dim=(1, 2), keepdim=True).sqrt().clamp(min=1e-12)
@@ -73,36 +84,39 @@ def latent_map(latents: Tensor) -> Image.Image:
 
 
 def coloured(levels: np.ndarray) -> np.ndarray:
-    """[-1, 1] (...) -> uint8 (..., 3): cold, neutral at 0, warm."""
+    """Map [-1, 1] (...) to colours, uint8 (..., 3): cold, neutral at 0, warm."""
     share = np.abs(levels)[..., None]
     ends = np.where(levels[..., None] < 0, np.array(COLD), np.array(WARM))
     return np.rint((1.0 - share) * np.array(MIDDLE) + share * ends).astype(np.uint8)
 
 
 def tiled(tiles: np.ndarray) -> Image.Image:
-    """uint8 (count, h, w, 3) -> one picture, a clear pixel or more between them."""
+    """Arrange tiles, uint8 (count, h, w, 3), in one picture with transparent gaps of at least a pixel."""
     count, height, width, _ = tiles.shape
     columns = columns_of(count)
     gap = max(1, height // 24)
     rows = math.ceil(count / columns)
+
     sheet = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, 4), np.uint8)
     for number, tile in enumerate(tiles):
         top, left = number // columns * (height + gap), number % columns * (width + gap)
         sheet[top : top + height, left : left + width, :3] = tile
         sheet[top : top + height, left : left + width, 3] = 255
+
     return Image.fromarray(sheet)
 
 
 def columns_of(count: int) -> int:
-    """A divisor of `count` near its square root from above, so that few places stay empty."""
+    """Return a divisor of `count` at or above its square root, so that few places stay empty."""
     root = math.ceil(math.sqrt(count))
     return next((columns for columns in range(root, min(2 * root, count) + 1) if count % columns == 0), root)
 
 
 def as_data(picture: Image.Image, most_bytes: int) -> Markup:
-    """A data URI of at most `most_bytes`: without loss if there is room, else of lower quality, else smaller.
+    """Encode a picture as a data URI of at most `most_bytes`.
 
-    JPEG has a colour for each pixel here; lossy WebP has one for four, which would hide what autoencoders do to colour.
+    It is lossless if there is room, else of lower quality, else smaller. JPEG keeps the colour of every pixel here.
+    Lossy WebP keeps one colour for four pixels, which would hide what autoencoders do to colour.
     """
     while True:
         for kind, options in _ladder(picture, most_bytes):
@@ -115,7 +129,10 @@ def as_data(picture: Image.Image, most_bytes: int) -> Markup:
 
 
 def _ladder(picture: Image.Image, most_bytes: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What is worth trying: photographs take about three characters a pixel without loss."""
+    """Yield the encodings worth trying, the best first.
+
+    Lossless encoding is tried if there is room: photographs take about three characters a pixel.
+    """
     if picture.mode == "RGBA" or most_bytes > 2.5 * picture.width * picture.height:
         yield "webp", {"lossless": True, "method": 2}
     if picture.mode == "RGB":
@@ -123,16 +140,20 @@ def _ladder(picture: Image.Image, most_bytes: int) -> Iterator[tuple[str, dict[s
 
 
 def _error(image: Tensor, reconstruction: Tensor) -> Tensor:
-    """int32 (C, H, W) of what is seen."""
+    """Return the absolute error as it is seen, int32 (3, H, W)."""
     return (as_shown(image).int() - as_shown(reconstruction).int()).abs()
 
 
-IMAGES, WIDTH = 4, 2048  # of the grid at most; one image is wider where it must be
+IMAGES, WIDTH = 4, 2048  # at most, in the grid; a single image may be wider
 
 
 @dataclass(frozen=True)
 class Against:
-    """One model: what became of the latents, {data set: a line for each metric}, what float16 does to both."""
+    """One model against the base.
+
+    `latents` says what became of the latents, `tables` is {data set: a line for each metric}, and `float16` is what
+    float16 does to the base and to the model.
+    """
 
     model: str
     latents: str
@@ -142,7 +163,7 @@ class Against:
 
 
 def against_base(document: dict[str, Any]) -> list[Against]:
-    """None where there is no base."""
+    """Return what is shown of each model against the base; empty if there is no base."""
     return [
         Against(
             model,
@@ -156,7 +177,10 @@ def against_base(document: dict[str, Any]) -> list[Against]:
 
 
 def grid(document: dict[str, Any], pictures: Mapping[Case, Pictures]) -> Image.Image | None:
-    """The first of `pictures`: inputs, then each model's reconstructions and errors, the base's before the others'."""
+    """Draw the first of `pictures`: inputs, then each model's reconstructions and errors, those of the base first.
+
+    Returns None if there is no base, or no image that all models reconstructed.
+    """
     models = whole_models(document)
     known = [one for one in pictures.values() if one.reconstructions.keys() >= set(models)]
     if document.get("base") is None or not known:
@@ -167,5 +191,6 @@ def grid(document: dict[str, Any], pictures: Mapping[Case, Pictures]) -> Image.I
 
 
 def _float16(document: dict[str, Any], model: str) -> str:
+    """Say whether a model is safe in float16."""
     known = (document.get("precision") or {}).get(model)
     return "not measured" if known is None else "safe" if known["is_safe"] else "not safe"

@@ -1,6 +1,7 @@
-"""The pictures of the chosen images and what the page says of them, within so many bytes.
+"""The page of the report: one self-contained HTML file, made from an evaluation's document, rows and pictures.
 
-`render`: the document, the rows and the pictures of an evaluation as one HTML file that needs nothing else."""
+`render` writes it. The page has a limit of bytes: pictures are chosen and compressed to fit what the text leaves of it.
+"""
 
 import base64
 import hashlib
@@ -43,12 +44,12 @@ from vae.evaluation.report.images import (
 from vae.evaluation.report.sections import distributions, latent_section, matrices, robustness_section, summary
 from vae.metrics.registry import PAIRED
 
-MAPPED = 3  # images whose latents are shown
+MAPPED = 3  # the number of images whose latents are shown
 
 
 @dataclass(frozen=True)
 class Picture:
-    """`key` is its id in the page, `role` what it is of the image, `model` whose."""
+    """One picture on the page: `key` is its id there, `role` says what it shows, and `model` whose it is."""
 
     key: str
     role: str
@@ -60,7 +61,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Shown:
-    """One image on the page. `numbers` by model: each main metric's."""
+    """One image on the page; `numbers` has by model the values of the main metrics."""
 
     dataset: str
     index: int
@@ -70,12 +71,13 @@ class Shown:
     numbers: dict[str, list[str]]
 
     def of(self, model: str | None, role: str) -> Picture | None:
+        """Return the picture of a model in a role, or None."""
         return next((one for one in self.pictures if one.model == model and one.role == role), None)
 
 
 @dataclass(frozen=True)
 class Extreme:
-    """An image at one end of a metric, as a model reconstructs it; `rank` 1 is the best of `count`."""
+    """An image at one end of a metric, as a model reconstructs it; rank 1 is the best of `count`."""
 
     shown: Shown
     model: str
@@ -92,22 +94,28 @@ def show(
     cases: Sequence[Case],
     most_bytes: int | None,
 ) -> tuple[list[Shown], int]:
-    """As many of `cases` as `most_bytes` have room for, and the gain of their errors.
+    """Prepare as many of `cases` as fit into `most_bytes`, and return them with the gain of their errors.
 
-    Without `most_bytes` it is what the page says beside the pictures: all the images, and no data.
+    If `most_bytes` is None, all images are prepared without the data of their pictures. The length of that page is what
+    the text takes.
     """
     models = list(document["models"])
     if most_bytes is not None:
         cases = cases[: max(most_bytes, 0) // (LEAST * (1 + 3 * len(models)))]
+
+    # Every picture gets an equal share: the input, then two for each model, and a latent map for the first images.
     count = sum(1 + (2 + (n < MAPPED)) * len(models) for n in range(len(cases)))
     share = (most_bytes or 0) // max(count, 1)
+
     gain = error_gain([pictures[case] for case in cases])
+
     of_cases: dict[Case, dict[str, Row]] = {case: {} for case in cases}
     for row in rows:
         if (row["dataset"], row["index"]) in of_cases:
             of_cases[row["dataset"], row["index"]][row["model"]] = row
 
     def data(picture: Image.Image) -> str:
+        """Return the picture as a data URI of its share, or nothing."""
         return "" if most_bytes is None else as_data(picture, share)
 
     names = main_metrics(document)
@@ -125,7 +133,7 @@ def show(
 def extremes(
     document: dict[str, Any], ranks: Rankings, shown: Sequence[Shown], dataset: str, metric: str
 ) -> list[Extreme]:
-    """For each model the worst and the best image that there are pictures of."""
+    """Return for each model its worst and its best image, among the images that are shown."""
     by_index = {one.index: one for one in shown if one.dataset == dataset}
     found = []
     for number, model in enumerate(document["models"]):
@@ -142,17 +150,19 @@ def extremes(
 
 
 def _numbers(row: Row | None, metrics: list[str]) -> list[str]:
+    """Format the value of each metric."""
     return [measured(metric, row["metrics"].get(metric) if row else None) for metric in metrics]
 
 
 def _ends(items: list[Any]) -> list[Any]:
-    """The last and the first, if they are two."""
+    """Return the last and the first item, or all if there are fewer than two."""
     return [items[-1], items[0]] if len(items) > 1 else items
 
 
 def _drawn(
     key: str, pictures: Pictures, models: list[str], gain: int, data: Callable[[Image.Image], str]
 ) -> list[Picture]:
+    """Draw an image, its reconstructions and their errors."""
     image = to_picture(pictures.image)
     drawn = [Picture(key, "input", None, "", data(image), image.size)]
     for number, model in enumerate(models):
@@ -166,6 +176,7 @@ def _drawn(
 
 
 def _maps(key: str, pictures: Pictures, models: list[str], data: Callable[[Image.Image], str]) -> list[Picture]:
+    """Draw the latents of each model."""
     maps = []
     for number, model in enumerate(models):
         if (latents := pictures.latents.get(model)) is not None:
@@ -176,9 +187,9 @@ def _maps(key: str, pictures: Pictures, models: list[str], data: Callable[[Image
 
 
 TEMPLATES = Path(__file__).parent / "templates"
-NAMED = 200  # images of each list at the end; all are in metrics.json
-FILLED = 0.98  # of the bytes that are left, by pictures
-OF_GRID = 0.2  # of all bytes, at most
+NAMED = 200  # the most images in each list at the end; all are in metrics.json
+FILLED = 0.98  # pictures may take this share of the bytes that the text leaves
+OF_GRID = 0.2  # the grid may take this share of all bytes
 
 
 def render(
@@ -187,21 +198,28 @@ def render(
     pictures: Mapping[Case, Pictures],
     most_bytes: int = 10_000_000,
 ) -> str:
-    """The page, of at most `most_bytes` in UTF-8 as far as that depends on pictures; the same every time."""
+    """Write the page; the result depends on nothing but the arguments.
+
+    It has at most `most_bytes` in UTF-8, as far as that can be reached with fewer or smaller pictures.
+    """
     crossed, document = document, of_whole_models(document)
+
     rows = [row for row in rows if row["model"] in document["models"]]
     ranks = rankings(document, rows)
     cases = [case for case in telling(document, rows, ranks) if case in pictures]
     sheet = grid(document, pictures)
+
     sections = _sections(document, rows, crossed)
     sections["sheet"] = None if sheet is None else (as_data(sheet, int(OF_GRID * most_bytes)), sheet.size)
+
+    # The page is made twice: without pictures to know the bytes that they may take, then with them.
     bare = _filled(document, ranks, sections, *show(document, rows, pictures, cases, None))
     left = int(FILLED * (most_bytes - len(bare.encode())))
     return _filled(document, ranks, sections, *show(document, rows, pictures, cases, left))
 
 
 def _sections(document: dict[str, Any], rows: Sequence[Row], crossed: dict[str, Any]) -> dict[str, Any]:
-    """All but the pictures."""
+    """Make everything on the page but the pictures."""
     datasets = list(document["datasets"])
     return {
         "findings": findings(document),
@@ -216,6 +234,7 @@ def _sections(document: dict[str, Any], rows: Sequence[Row], crossed: dict[str, 
 
 
 def _filled(document: dict[str, Any], ranks: Rankings, sections: dict[str, Any], shown: list[Shown], gain: int) -> str:
+    """Fill in the template."""
     metrics = main_metrics(document)
     ends = {
         dataset: [
@@ -225,7 +244,9 @@ def _filled(document: dict[str, Any], ranks: Rankings, sections: dict[str, Any],
         ]
         for dataset in document["datasets"]
     }
+
     style, script = (Markup((TEMPLATES / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
+
     return (
         _environment()
         .get_template("page.html")
@@ -248,7 +269,10 @@ def _filled(document: dict[str, Any], ranks: Rankings, sections: dict[str, Any],
 
 
 def policy(style: str, script: str) -> str:
-    """Nothing is loaded from anywhere; this very style sheet and this very script are used, no other."""
+    """Return the content security policy: nothing is loaded from anywhere.
+
+    Only this style sheet and this script may be used, which is ensured by their hashes.
+    """
     return (
         "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
         f"style-src '{_hash(style)}'; script-src '{_hash(script)}'"
@@ -256,12 +280,13 @@ def policy(style: str, script: str) -> str:
 
 
 def _hash(text: str) -> str:
+    """Hash a text in the form that a content security policy uses."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 @cache
 def _environment() -> Environment:
-    """Whatever is written into the page is made harmless, then escaped."""
+    """Set up Jinja. Everything that is written into the page is made harmless, then escaped."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -275,11 +300,12 @@ def _environment() -> Environment:
 
 
 def _finalized(value: Any) -> Any:
+    """Make text harmless, but leave markup as it is."""
     return harmless(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _for_script(shown: Sequence[Shown]) -> list[dict[str, Any]]:
-    """What the viewer needs of each image; the pictures themselves are found by their keys."""
+    """Return what the viewer needs of each image; it finds the pictures themselves by their keys."""
     return [
         {
             "name": harmless(short(one.image)),

@@ -1,8 +1,7 @@
-"""The tables of the page: means with intervals, and what crossed encoders and decoders make of each other.
+"""The sections of the report: tables of means, compatibility of encoders and decoders, latents, and robustness.
 
-The section about latents: numbers to copy, what each channel carries, how they are laid out.
-
-The section about robustness: what is left of an image when latents, pixels or the coding are disturbed."""
+Each section turns a part of the document into a dataclass of formatted text and charts, which the template lays out.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,18 +14,27 @@ from markupsafe import Markup
 from vae.evaluation.compare import whole_models
 from vae.evaluation.report.charts import Point, bars, histograms, intervals, lines, logarithms
 from vae.evaluation.report.findings import best
-from vae.evaluation.report.gallery import MINUS, NOTHING, Row, counted, figure, is_finite, short, significant
+from vae.evaluation.report.gallery import (
+    MINUS,
+    NOTHING,
+    Row,
+    counted,
+    figure,
+    is_finite,
+    not_finite,
+    short,
+    significant,
+)
 from vae.evaluation.report.images import as_data, coloured, tiled
-from vae.evaluation.robustness import PROBES
 from vae.metrics.registry import METRICS, PAIRED, Metric
 
-CROSSED = ("psnr", "lpips_vgg", "lpips_alex", "rfid")  # metrics of a compatibility matrix, where measured
+CROSSED = ("psnr", "lpips_vgg", "lpips_alex", "rfid")  # metrics that have a compatibility matrix, if measured
 SHADES = 6  # classes s0 (best) to s5
 
 
 @dataclass(frozen=True)
 class Cell:
-    """`spread` is the rest of the summary, for those who ask."""
+    """The mean of one metric of one model; `spread` is the rest of the summary, shown on request."""
 
     mean: str
     interval: str
@@ -47,13 +55,18 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
+    """The distribution of one metric over the images."""
+
     metric: Metric
     chart: Markup
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """Encoders down, decoders across; a cell is (mean, its shade, what it is against the encoder's own decoder)."""
+    """A compatibility matrix: encoders down, decoders across.
+
+    A cell is (mean, shade, difference from the encoder's own decoder).
+    """
 
     metric: Metric
     decoders: list[str]
@@ -61,6 +74,7 @@ class Matrix:
 
 
 def summary(document: dict[str, Any], dataset: str) -> list[Line]:
+    """Return the table of means of a data set, a line for each metric."""
     by_model = document["metrics"].get(dataset, {})
     models = list(document["models"])
     lines: list[Line] = []
@@ -80,7 +94,7 @@ def summary(document: dict[str, Any], dataset: str) -> list[Line]:
 
 
 def distributions(document: dict[str, Any], rows: Sequence[Row], dataset: str) -> list[Panel]:
-    """Of every metric of one image, over the images."""
+    """Draw how every metric of single images is distributed over the images."""
     panels = []
     for name, metric in PAIRED.items():
         columns: dict[str, list[float]] = {model: [] for model in document["models"]}
@@ -95,11 +109,12 @@ def distributions(document: dict[str, Any], rows: Sequence[Row], dataset: str) -
 
 
 def matrices(document: dict[str, Any], dataset: str) -> list[Matrix]:
-    """None unless some model is the encoder of one and the decoder of another."""
+    """Return the compatibility matrices; empty if no encoder is paired with another model's decoder."""
     models = document["models"]
     own = {models[name]["encoder"]: name for name in whole_models(document)}
     if len(own) == len(models):
         return []
+
     pairs = {(about["encoder"], about["decoder"]): name for name, about in models.items()}
     encoders, decoders = (list(dict.fromkeys(pair[side] for pair in pairs)) for side in (0, 1))
     found = []
@@ -116,11 +131,13 @@ def matrices(document: dict[str, Any], dataset: str) -> list[Matrix]:
 
 
 def _cell(metric: Metric, one: dict[str, Any] | None, is_best: bool) -> Cell:
+    """Format the summary of one metric."""
     if one is None or one["mean"] is None:
         return Cell(NOTHING, "", "", False)
     low, high, std, median, p5, p95 = (
         figure(one.get(key), metric.digits) for key in ("low", "high", "std", "median", "p5", "p95")
     )
+
     interval = f"{low} to {high}" if one.get("low") is not None else ""
     spread = f"deviation {std}, median {median}, 5 % below {p5}, 5 % above {p95}, {one['images']:,} images"
     spread += f", {one['infinite']} infinite ones left out" if one.get("infinite") else ""
@@ -130,9 +147,12 @@ def _cell(metric: Metric, one: dict[str, Any] | None, is_best: bool) -> Cell:
 def _crossed(
     metric: Metric, means: dict[tuple[str, str], float | None], encoder: str, decoder: str
 ) -> tuple[str, int | None, str]:
+    """Return a cell of a matrix: mean, shade, and difference from the encoder's own decoder."""
     value, own = means.get((encoder, decoder)), means.get((encoder, encoder))
     if value is None:
         return NOTHING, None, ""
+
+    # The shade runs from the best mean of the matrix to the worst.
     badness = [metric.badness(mean) for mean in means.values() if mean is not None]
     share = (metric.badness(value) - min(badness)) / ((max(badness) - min(badness)) or 1.0)
     beside = f"{value - own:+.{metric.digits}f}".replace("-", MINUS) if own is not None and encoder != decoder else ""
@@ -140,6 +160,7 @@ def _crossed(
 
 
 def _name(path: str, own: dict[str, str]) -> str:
+    """Return the name of the model at `path`, or of the file if there is no such model."""
     return own.get(path, PurePath(path).name)
 
 
@@ -166,7 +187,7 @@ FACTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {  # title, what
 
 @dataclass(frozen=True)
 class Channels:
-    """Charts of one model; `deviations` has the mean of each channel beside its standard deviation."""
+    """Charts of one model's channels; `deviations` has their standard deviations."""
 
     model: str
     kl: Markup
@@ -177,7 +198,7 @@ class Channels:
 
 @dataclass(frozen=True)
 class Latents:
-    """`facts`: (title, meaning, a value for each of `models`)."""
+    """The section about latents; `facts` are (title, meaning, a value for each of `models`)."""
 
     models: list[str]
     facts: list[tuple[str, str, list[str]]]
@@ -186,12 +207,16 @@ class Latents:
 
 
 def latent_section(document: dict[str, Any], dataset: str) -> Latents | None:
+    """Make the section about latents: values to copy, channels and layout. None if nothing was measured."""
     every = list(document["models"])
     of_models = (document.get("latents") or {}).get(dataset) or {}
     known = {model: of_models[model] for model in every if of_models.get(model)}
     if not known:
         return None
+
     facts = [(title, meaning, [value(one) for one in known.values()]) for title, (meaning, value) in FACTS.items()]
+
+    # A model without latents keeps its place, so that colours stay those of the key.
     series = [_spectrum(known[model]["spectrum"]) if model in known else [] for model in every]
     words = "Radial power spectrum of the latents, one line for each model"
     chart = lines(series, "cycles per latent cell", "log10 power", words) if any(series) else Markup()
@@ -201,6 +226,7 @@ def latent_section(document: dict[str, Any], dataset: str) -> Latents | None:
 
 
 def _channels(model: str, number: int, one: dict[str, Any]) -> Channels:
+    """Draw KL, standard deviation and correlation of the channels of one model."""
     kl, deviations = one["kl_per_channel"], one["latents_std"]
     correlation = np.array([[value or 0.0 for value in row] for row in one["correlation"]])
     return Channels(
@@ -213,10 +239,12 @@ def _channels(model: str, number: int, one: dict[str, Any]) -> Channels:
 
 
 def _spectrum(one: dict[str, Any]) -> list[tuple[float, float]]:
+    """Return the power spectrum as points, with log10 of the power."""
     return logarithms((x, y) for x, y in zip(one["frequencies"], one["power"], strict=True) if y is not None)
 
 
 def _along(lags: dict[str, float | None]) -> str:
+    """Format the autocorrelation at all lags."""
     return ", ".join(figure(value, 2) for value in lags.values())
 
 
@@ -233,7 +261,7 @@ TRANSFORMS = {
 
 @dataclass(frozen=True)
 class Group:
-    """Trials of one kind: (what was done, decibels of each of the models)."""
+    """Trials of one kind; `lines` are (what was done, decibels for each of the models)."""
 
     title: str
     meaning: str
@@ -242,6 +270,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Curve:
+    """One chart of the section about robustness."""
+
     title: str
     meaning: str
     chart: Markup
@@ -249,6 +279,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Robustness:
+    """The section about robustness.
+
+    It says what is left of an image when its latents, its pixels or the way it is coded are disturbed.
+    """
+
     models: list[str]
     images: int
     curves: list[Curve]
@@ -257,6 +292,7 @@ class Robustness:
 
 
 def robustness_section(document: dict[str, Any]) -> Robustness | None:
+    """Make the section about robustness; None if nothing was measured."""
     every = list(document["models"])
     of_models = document.get("robustness") or {}
     known = {model: of_models[model] for model in every if of_models.get(model)}
@@ -267,37 +303,32 @@ def robustness_section(document: dict[str, Any]) -> Robustness | None:
         for title, meaning, across, points in CURVES
         if any(series := [points(known[model]) if model in known else [] for model in every])
     ]
+
     missing = dict.fromkeys(
         f"{probe.replace('_', ' ')}: not measured, {reason}"
         for one in known.values()
         for probe, reason in (one.get("missing") or {}).items()
     )
+
     broken = [
         f"{short(model)}: {count} of {counted(one['images'], 'image')} not finite by {probe}, and not in its means"
         for model, one in known.items()
         for probe, count in not_finite(one).items()
     ]
+
     precision = document.get("precision") or {}
+
     groups = [*_groups(list(known.values())), *_formats([precision.get(model) or {} for model in known])]
     return Robustness(list(known), max(one["images"] for one in known.values()), curves, groups, [*broken, *missing])
 
 
-def not_finite(one: dict[str, Any]) -> dict[str, int]:
-    """{probe in words: how many images it makes come out as what is not a number}, at most by any trial of it."""
-    trials = {"plain": [{"psnr": one["plain"]}]} | {name: one.get(name) or [] for name in PROBES}
-    found: dict[str, int] = {}
-    for name, done in trials.items():
-        counts = [value["not_finite"] for trial in done for value in trial.values() if isinstance(value, dict)]
-        if any(counts):
-            found["coding alone" if name == "plain" else name.replace("_", " ")] = max(counts)
-    return found
-
-
 def _noisy(one: dict[str, Any]) -> list[Point]:
+    """Return PSNR over noise on the latents, the undisturbed reconstruction included."""
     return _points([{"noise": 0.0, "psnr": one["plain"]}, *(one.get("latent_noise") or [])], "noise")
 
 
 def _drifted(one: dict[str, Any]) -> list[Point]:
+    """Return PSNR over the number of round trips."""
     return _points(one.get("drift") or [], "round")
 
 
@@ -318,6 +349,7 @@ CURVES: list[tuple[str, str, str, Callable[[dict[str, Any]], list[Point]]]] = [
 
 
 def _groups(models: list[dict[str, Any]]) -> Iterator[Group]:
+    """Yield the tables of noise, missing pixels, transformed latents and tiles."""
     kinds = [
         (
             "input_noise",
@@ -341,9 +373,11 @@ def _groups(models: list[dict[str, Any]]) -> Iterator[Group]:
             ("psnr",),
         ),
     ]
+
     for key, title, meaning, words, names in kinds:
         if found := _table([one.get(key) or [] for one in models], words, names):
             yield Group(title, meaning, found)
+
     tiled = [one.get("tiled") or [] for one in models]
     rows = [
         *_table(tiled, lambda trial: f"decoded in tiles of {trial['tile']} pixels", ("decoded",)),
@@ -356,6 +390,7 @@ def _groups(models: list[dict[str, Any]]) -> Iterator[Group]:
 
 
 def _formats(models: list[dict[str, Any]]) -> Iterator[Group]:
+    """Yield the table of half precision formats."""
     formats = dict.fromkeys(name for one in models for name in one.get("psnr") or {})
     if formats:
         rows = [(name, [_in_format(one.get("psnr") or {}, name) for one in models]) for name in formats]
@@ -365,7 +400,7 @@ def _formats(models: list[dict[str, Any]]) -> Iterator[Group]:
 def _table(
     models: list[list[Trial]], words: Callable[[Trial], str], names: tuple[str, ...]
 ) -> list[tuple[str, list[str]]]:
-    """A line for each thing that was done to any of the models."""
+    """Return a line for each thing that was done to any of the models."""
     done = dict.fromkeys(words(trial) for trials in models for trial in trials)
     cells = [
         {words(trial): " → ".join(_decibels(trial.get(name)) for name in names) for trial in trials}
@@ -375,21 +410,27 @@ def _table(
 
 
 def _noise_words(trial: Trial) -> str:
+    """Say how strong the noise on the pixels was."""
     return f"{trial['levels']} grey levels"
 
 
 def _mask_words(trial: Trial) -> str:
+    """Say which pixels were missing."""
     where = "at random" if trial["mask"] == "random" else f"in a {trial['mask']}"
     return f"{trial['share']:.0%} {where}"
 
 
 def _points(trials: list[Trial], across: str) -> list[Point]:
+    """Return (`across`, mean PSNR) for each trial that has a mean."""
     values = [(float(trial[across]), trial["psnr"]["mean"]) for trial in trials]
     return [(x, y) for x, y in values if y is not None]
 
 
 def _in_format(psnr: dict[str, float | None], name: str) -> str:
-    """A number is absent where the format was not tried, and null where an image came out as what is not one."""
+    """Format the PSNR in a half precision format.
+
+    It is absent if the format was not tried, and None if an image came out not finite.
+    """
     if name not in psnr:
         return NOTHING
     value = psnr[name]
@@ -397,7 +438,7 @@ def _in_format(psnr: dict[str, float | None], name: str) -> str:
 
 
 def _decibels(over_images: dict[str, Any] | None) -> str:
-    """Over the images of a trial, those that are not finite counted beside it."""
+    """Format the mean over the images of a trial, with the number of those that are not finite beside it."""
     if over_images is None:
         return NOTHING
     mean, broken = over_images["mean"], over_images.get("not_finite", 0)

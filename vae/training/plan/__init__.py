@@ -1,1 +1,1 @@
-"""What a run will take, before it is started."""
+"""The plan of a run: what it will need and take, before it is started."""

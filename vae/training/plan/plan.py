@@ -1,8 +1,9 @@
-"""Whether a run fits into its device's memory, and by which overrides it would.
+"""The plan of a run: what it will need and take, before it is started. `plan` is the entry.
 
-How fast this machine makes updates: real ones of random images, as large as a few seconds allow.
-
-`plan`: what a run will take, before it is started. No image is looked at and nothing is written."""
+`Sizing` says whether the run fits into its device's memory, and by which overrides it would. `measure_pace` says how
+fast this machine makes updates: it makes real ones of random images, as large as a few seconds allow. No image is
+opened and nothing is written.
+"""
 
 import math
 import os
@@ -36,12 +37,12 @@ from vae.training.plan.cost import (
 from vae.training.resume import folder_of
 from vae.training.train import build_module
 
-MARGIN = 1.1  # as measured on CPUs: kernels' workspaces, and what an allocator cannot use again
+MARGIN = 1.1  # as measured on CPUs: for kernels' workspaces, and for memory that an allocator cannot use again
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """Overrides by which a run takes less memory, the bytes that it needs then, and whether they are there."""
+    """Overrides by which a run takes less memory, the bytes that it then needs, and whether that fits."""
 
     overrides: str
     needed: int
@@ -50,10 +51,11 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Memory:
-    """Of one process, in bytes. `parts` are what lives at the peak; `needed` is their sum with the margin.
+    """The memory of one process, in bytes.
 
-    `available` is a GPU's free memory or a CPU's whole, shared by the processes; it is None, as all that follows from
-    it, where the device is elsewhere. `largest_batch` is what would fit of `data.batch_size`.
+    `parts` are what lives at the peak, `needed` is their sum with the margin. `available` is a GPU's free memory or the
+    process's share of a CPU's. It is None where the device is elsewhere, and so is all that follows from it.
+    `largest_batch` is the largest `data.batch_size` that would fit.
     """
 
     parts: dict[str, int]
@@ -65,9 +67,10 @@ class Memory:
 
 
 class Sizing:
-    """Bytes that a dry run needs, linear in the images of a batch: from the batch as it is, and from one of one image.
+    """The bytes that a run needs, as a linear function of the images in a batch.
 
-    `updates` are those done at the dearest update of the run.
+    Two dry runs give the line: one of the batch as it is, and one of a single image (of two where the batch is one).
+    `updates` are those done when the run's most expensive update begins.
     """
 
     def __init__(self, dry: DryRun, updates: int) -> None:
@@ -78,20 +81,21 @@ class Sizing:
         self.program = _resident() if dry.target.device == "cpu" else 0
 
     def needed(self, images: float) -> int:
-        """For a batch of so many images of the largest size."""
+        """Return the bytes for a batch of so many images of the largest size, with the margin."""
         peak = self.cost.peak + self._slope * (images - self.batch)
         return round(MARGIN * (peak + self.program))
 
     def for_size(self, images: int, size: Size) -> int:
-        """For a batch of smaller images."""
+        """Return the bytes for a batch of `images` of another `size`, (height, width) in pixels."""
         height, width = largest_size(self.dry.config)
         return self.needed(images * size[0] * size[1] / (height * width))
 
     def largest(self, available: int) -> int:
-        """Images in a batch that fits; 0 where none does."""
+        """Return the number of images in the largest batch that fits, 0 where not even one does."""
         return max(0, int((available - self.needed(0)) / (MARGIN * self._slope)))
 
     def memory(self, available: int | None) -> Memory:
+        """Return what the run needs, set against `available` bytes. Remedies are looked for where it does not fit."""
         training = self.dry.training
         lpips = training.objective.lpips
         parts = {
@@ -102,17 +106,20 @@ class Sizing:
             "optimiser": self.dry.moments,
             "activations": self.cost.saved,
         }
+
         parts["temporary"] = self.cost.peak - sum(parts.values())
         if self.program:
             parts["program"] = self.program
+
         needed = self.needed(self.batch)
         if available is None:
             return Memory(parts, needed, None, None, None, [])
+
         remedies = [] if needed <= available else [one for one in self._remedies(available) if one.needed < needed]
         return Memory(parts, needed, available, needed <= available, self.largest(available), remedies)
 
     def _remedies(self, available: int) -> Iterator[Remedy]:
-        """Each by itself, the one that changes least first."""
+        """Yield remedies, each by itself, the one that changes least first."""
         config, target = self.dry.config, self.dry.target
 
         def remedy(overrides: str, config: TrainConfig, target: Target = target) -> Remedy:
@@ -122,34 +129,38 @@ class Sizing:
 
         if not config.gradient_checkpointing:
             yield remedy("gradient_checkpointing=true", replace(config, gradient_checkpointing=True))
+
         if self.batch > 1:
-            kept = round(MARGIN * self.dry.gradients)  # from batch to batch
+            # The batch is divided evenly, so that an update has the same images as before.
+            kept = round(MARGIN * self.dry.gradients)  # they now live from batch to batch
             most = max(1, self.largest(available - kept))
             batch = max(size for size in range(1, self.batch) if self.batch % size == 0 and size <= most)
             accumulate = target.accumulate * self.batch // batch
             smaller = replace(config, data=replace(config.data, batch_size=batch))
             overrides = f"data.batch_size={batch} trainer.accumulate_grad_batches={accumulate}"
             yield remedy(overrides, smaller, replace(target, accumulate=accumulate))
+
         if target.precision == "32-true":
             yield remedy("trainer.precision=bf16-mixed", config, replace(target, precision="bf16-mixed"))
 
 
 def _resident() -> int:
-    """Bytes of this program as it is, which a training has too."""
+    """Return the bytes of this program as it is now, which a training run needs too."""
     statistics = Path("/proc/self/statm")
     return int(statistics.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statistics.is_file() else 0
 
 
-SECONDS = 8.0  # after which no larger update is tried
-TIMED = 2  # of an update the fastest counts: what else runs makes others slower
+SECONDS = 8.0  # once they are spent, no larger update is tried
+TIMED = 2  # repetitions, of which the fastest counts, since other programs only make an update slower
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of an update: `per_flop` for a floating-point operation of forward and backward, `per_batch` besides for
-    each batch, to walk through the weights, and `per_step` for the optimiser and the averages.
+    """The seconds of an update, as a linear function of its operations.
 
-    From the two largest updates that were made, of which one had so many `images` of `size`.
+    `per_flop` is for a floating-point operation of forward and backward. `per_batch` is for each batch besides, to walk
+    through the weights. `per_step` is for the optimiser and the EMA. They follow from the two largest updates that were
+    made; the largest had so many `images` of `size`.
     """
 
     per_flop: float
@@ -159,13 +170,13 @@ class Pace:
     size: Size
 
     def seconds(self, flops: float, batches: int = 1) -> float:
-        """Of an update."""
+        """Return the seconds of an update with so many operations in so many batches."""
         return self.per_flop * flops + self.per_batch * batches + self.per_step
 
 
 @dataclass(frozen=True)
 class _Made:
-    """An update of one batch, and its seconds before and in the step."""
+    """A real update of one batch: its operations, and its seconds before (`passing`) and in the step (`stepping`)."""
 
     images: int
     size: Size
@@ -177,45 +188,57 @@ class _Made:
 def measure_pace(
     config: TrainConfig, target: Target, updates: int, can_hold: Callable[[int, Size], bool]
 ) -> Pace | None:
-    """By updates that each are larger than the one before; None where memory can hold not even the first.
+    """Time real updates, each larger than the one before. Returns None where not even the first fits into memory.
 
-    `updates` are those done, on which depends what an update consists of. `can_hold(images, size)` says what fits.
+    `updates` are those done, since what an update consists of depends on them. `can_hold(images, size)` says what fits.
     """
     made: list[_Made] = []
     update, start = None, time.perf_counter()
+
     for images, size in _growing(config):
         spent = time.perf_counter() - start
         if not can_hold(images, size) or (len(made) > 1 and spent + _expected(made[-1], images, size) > SECONDS):
             break
         update = update or _real_update(config, target)
         made.append(_make(config, update, updates, images, size))
+
     return _pace(made) if made else None
 
 
 def _pace(made: list[_Made]) -> Pace:
-    """A line through the last two; through the origin where there is one, or where they are out of order."""
+    """Fit a line through the last two updates.
+
+    It goes through the origin where there is only one, or where a larger update was not slower.
+    """
     last = made[-1]
     rise = last.passing - made[-2].passing if len(made) > 1 else 0.0
     per_flop = rise / (last.flops - made[-2].flops) if rise > 0 else 0.0
+
+    # Noise can make the slope or the rest negative. The line then goes through the origin.
     if not 0 < per_flop * last.flops <= last.passing:
         per_flop = last.passing / last.flops
     return Pace(per_flop, last.passing - per_flop * last.flops, last.stepping, last.images, last.size)
 
 
 def _expected(last: _Made, images: int, size: Size) -> float:
-    """Seconds to measure a larger one."""
+    """Return the seconds that measuring an update of this size would take, from the last one."""
     growth = images * size[0] * size[1] / (last.images * last.size[0] * last.size[1])
     return (1 + TIMED) * (growth * last.passing + last.stepping)
 
 
 def _growing(config: TrainConfig) -> Iterator[tuple[int, Size]]:
-    """One image, its sides grown by half up to the largest; then more of them up to the batch."""
+    """Yield the (images, size) of ever larger updates.
+
+    First one image, whose sides grow by half up to the largest size; then more images, up to the batch.
+    """
     largest, factor = largest_size(config), config.model.downsample_factor
     smallest = max(SMALLEST_PERCEPTUAL_IMAGE, config.loss.discriminator.smallest_image)
     side = -(-smallest // factor) * factor
+
     while side < min(largest):
         yield 1, (side, side)
         side = -(-3 * side // (2 * factor)) * factor
+
     images = 1
     while images < config.data.batch_size:
         yield images, largest
@@ -224,6 +247,7 @@ def _growing(config: TrainConfig) -> Iterator[tuple[int, Size]]:
 
 
 def _real_update(config: TrainConfig, target: Target) -> Update:
+    """Return an update of a module with real weights on the target's device."""
     training = build_module(replace(config, compile=False)).to(target.device)
     training.objective.to(torch.device(target.device))
     training.autoencoding.teacher = teacher_of(config)
@@ -232,11 +256,15 @@ def _real_update(config: TrainConfig, target: Target) -> Update:
 
 
 def _make(config: TrainConfig, update: Update, updates: int, images: int, size: Size) -> _Made:
-    """The first such update warms up and is counted."""
+    """Make updates of one size, and time the fastest.
+
+    The first one warms up, and its operations are counted.
+    """
     batch = random_batch(config, images, size, update.target.device)
     with Meter() as meter:
         update.backward(update.forward(batch, updates))
     update.step()
+
     passing = stepping = math.inf
     for _ in range(TIMED):
         began = _now(update.target.device)
@@ -245,24 +273,26 @@ def _make(config: TrainConfig, update: Update, updates: int, images: int, size: 
         update.step()
         passing = min(passing, between - began)
         stepping = min(stepping, _now(update.target.device) - between)
+
     return _Made(images, size, meter.flops, passing, stepping)
 
 
 def _now(device: str) -> float:
-    """Seconds, when all that was asked of the device is done."""
+    """Return the time in seconds, once everything that the device was asked to do is done."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-ASLEEP = -1  # updates done, before any discriminator starts
+ASLEEP = -1  # a number of updates before any discriminator starts
 RECONSTRUCTION = "reconstruction"
 
 
 @dataclass(frozen=True)
 class Network:
-    """Parameters, how many of them learn, and floating-point operations for each training image, with all terms active
-    and in both directions. None where they are counted with the whole.
+    """A network's parameters, how many of them learn, and its operations for each training image.
+
+    `flops` are those with all terms active, forward and backward. None where they are counted with the whole network.
     """
 
     parameters: int
@@ -272,7 +302,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Phase:
-    """Updates that consist of the same: floating-point operations of one, on all processes, and its seconds."""
+    """Updates that consist of the same work: the operations of one, on all processes, and its seconds."""
 
     name: str
     updates: int
@@ -282,7 +312,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes of a checkpoint, of all checkpoints and the best export while they are written, and that are free."""
+    """Disk space in bytes.
+
+    `checkpoint` is one checkpoint's. `needed` is that of all checkpoints and the best export while they are written.
+    `available` is what is free.
+    """
 
     checkpoint: int
     needed: int
@@ -291,10 +325,11 @@ class Disk:
 
 @dataclass(frozen=True)
 class Plan:
-    """`pace` is what the seconds are predicted from, and with them it is None where the device is elsewhere.
+    """What a run will need and take.
 
-    Epochs are None where images are not counted. `reduced` are bytes of gradients that each process exchanges an
-    update. `notes` say what is not in the numbers.
+    `pace` is what the seconds are predicted from. It is None where the device is elsewhere, and so are the seconds.
+    `epochs` is None where images are not counted. `reduced` are the bytes of gradients that each process exchanges in
+    an update. `notes` say what the numbers do not contain.
     """
 
     networks: dict[str, Network]
@@ -312,32 +347,37 @@ class Plan:
 
     @property
     def hours(self) -> float | None:
-        """Of all updates, without validations."""
+        """Hours of all updates, without validations, or None where the pace is unknown."""
         seconds = [None if one.seconds is None else one.updates * one.seconds for one in self.phases]
         return None if None in seconds else sum(filter(None, seconds)) / 3600
 
 
 def plan(config: TrainConfig) -> Plan:
-    """Follow an update of `config` on tensors without contents; where its device is here, make some small real ones.
+    """Follow an update of `config` on tensors without contents, and make some small real ones if its device is here.
 
-    Refuses with InputError what a run would refuse, but for its images and for devices that are elsewhere.
+    Raises InputError for what a run would refuse, except for its images and for devices that are elsewhere.
     """
     target = target_of(config)
     config = checked(config, target)
+
     *earlier, (name, start, updates) = _spans(config)
     dry, batch = DryRun(config, target), config.data.batch_size
     sizing, available = Sizing(dry, start), available_to(target)
+
     pace = None
     if available is not None:
         pace = measure_pace(config, target, start, lambda images, size: sizing.for_size(images, size) <= available)
+
     asleep = dry.cost(1, ASLEEP).flops
     flops = [
         (one, count, batch * (asleep if one == RECONSTRUCTION else dry.cost(1, first).flops))
         for one, first, count in earlier
     ]
     flops.append((name, updates, sizing.cost.flops))
+
     together = batch * target.processes * target.accumulate
     images = len(open_sources(config.data)[0]) if config.data.source == "photos" else None
+
     return Plan(
         networks=_networks(dry, asleep / target.accumulate, sizing.cost.flops / (batch * target.accumulate)),
         phases=[
@@ -358,12 +398,13 @@ def plan(config: TrainConfig) -> Plan:
 
 
 def _spans(config: TrainConfig) -> list[tuple[str, int, int]]:
-    """(name, first update, number of updates) of each part of the run."""
+    """Return (name, first update, number of updates) of each part of the run."""
     loss, begun = config.loss, {0: RECONSTRUCTION}
     if loss.weights.adversarial:
         begun |= {loss.discriminator_start: "the discriminator learns"}
         begun |= {0: "the discriminator alone", loss.autoencoder_start: "both learn"} if loss.autoencoder_start else {}
         begun |= {loss.adversarial_start: "adversarial"}
+
     ends = [*list(begun)[1:], config.updates]
     spans = [
         (name, start, min(end, config.updates) - start) for (start, name), end in zip(begun.items(), ends, strict=True)
@@ -372,16 +413,21 @@ def _spans(config: TrainConfig) -> list[tuple[str, int, int]]:
 
 
 def _networks(dry: DryRun, asleep: float, active: float) -> dict[str, Network]:
-    """The operations for an image while the discriminator is `asleep`, and with all that is `active` at the end."""
+    """Return the networks by name.
+
+    `asleep` are an image's operations before the discriminator starts, `active` those with all terms, at the end.
+    """
     training = dry.training
     autoencoder, teacher = training.autoencoder, training.autoencoding.teacher
     lpips = training.objective.lpips if training.autoencoding.decodes else None
     perceptual = 0 if lpips is None else dry.perceptual_flops(1)
+
     found = {
         "autoencoder": _network([autoencoder], asleep - perceptual),
         "encoder": _network([autoencoder.encoder, autoencoder.quant_conv]),
         "decoder": _network([autoencoder.post_quant_conv, autoencoder.decoder]),
     }
+
     if teacher is not None:
         found["teacher"] = _network([teacher.model])
     if training.discriminator is not None:
@@ -390,13 +436,14 @@ def _networks(dry: DryRun, asleep: float, active: float) -> dict[str, Network]:
 
 
 def _network(parts: list[nn.Module], flops: float | None = None) -> Network:
+    """Return the parameters of some modules together, with the operations that the caller has counted."""
     parameters = [parameter for part in parts for parameter in part.parameters()]
     learning = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     return Network(sum(parameter.numel() for parameter in parameters), learning, flops)
 
 
 def _disk(config: TrainConfig, dry: DryRun) -> Disk:
-    """As a run checks it when it begins."""
+    """Return the disk space that a run checks for when it begins."""
     folder, checkpoint = folder_of(config), checkpoint_bytes(dry.training)
     best = Best(folder, config.best_metric).bytes_still_needed(dry.training)
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())

@@ -1,4 +1,4 @@
-"""A plan on the terminal."""
+"""The printed plan: tables and lines on the terminal."""
 
 from rich.console import Console
 from rich.table import Table
@@ -12,23 +12,26 @@ DURATIONS = ((48 * 3600, 24 * 3600, "days"), (2 * 3600, 3600, "hours"), (120, 60
 
 
 def show(plan: Plan) -> None:
-    """What is computed, what it takes, and whether it fits."""
+    """Print a plan: what is computed, what it takes, and whether it fits."""
     console = Console(markup=False, highlight=False)
     table = Table("network", "parameters", "learn", "for a training image")
     for name, network in plan.networks.items():
         flops = "" if network.flops is None else _flops(network.flops)
         table.add_row(name, f"{network.parameters:,}", f"{network.learning:,}", flops)
     console.print(table)
+
     table = Table("updates", "number", "one of them", "time of one")
     for phase in plan.phases:
         seconds = "" if phase.seconds is None else _duration(phase.seconds)
         table.add_row(phase.name, f"{phase.updates:,}", _flops(phase.flops), seconds)
     console.print(table)
+
     table = Table("memory of a process at its peak", "")
     for name, size in plan.memory.parts.items():
         table.add_row(name, _bytes(size))
     table.add_row("together", _bytes(sum(plan.memory.parts.values())))
     console.print(table)
+
     lines = {
         "device": plan.device if plan.processes == 1 else f"{plan.processes} processes, each on {plan.device}",
         "images": _images(plan),
@@ -39,6 +42,7 @@ def show(plan: Plan) -> None:
         + ("" if plan.disk.needed <= plan.disk.available else ": DOES NOT FIT"),
         "memory": _verdict(plan.memory),
     }
+
     for label, text in lines.items():
         if text:
             say(f"{label:>10}  {text}")
@@ -49,6 +53,7 @@ def show(plan: Plan) -> None:
 
 
 def _verdict(memory: Memory) -> str:
+    """Say how much memory is needed, and, where the device is here, whether it is there."""
     needed = f"{_bytes(memory.needed)} are needed, a margin of a tenth included"
     if memory.available is None or memory.fits is None:
         return needed
@@ -57,16 +62,18 @@ def _verdict(memory: Memory) -> str:
 
 
 def _fits(fits: bool) -> str:
+    """Say whether it fits."""
     return "fits" if fits else "does not fit"
 
 
 def _images(plan: Plan) -> str:
+    """Say how many images an update and the run have, and how many epochs that makes."""
     epochs = "" if plan.epochs is None else f", {plan.epochs:,.0f} epochs"
     return f"{plan.images_per_update:,} an update, {plan.images_seen:,} in all{epochs}"
 
 
 def _time(plan: Plan) -> str:
-    """With how it was predicted."""
+    """Say how long the run will take, and how that was predicted, or why it was not."""
     if plan.pace is None or plan.hours is None:
         is_here = plan.memory.available is not None
         return "not predicted: " + ("not even a small update fits" if is_here else "no such device here")
@@ -78,6 +85,7 @@ def _time(plan: Plan) -> str:
 
 
 def _duration(seconds: float) -> str:
+    """Write seconds in the unit that suits them."""
     for least, unit, name in DURATIONS:
         if seconds >= least:
             return f"{seconds / unit:,.1f} {name}"
@@ -85,9 +93,11 @@ def _duration(seconds: float) -> str:
 
 
 def _flops(number: float) -> str:
+    """Write a number of operations in the unit that suits it."""
     unit, name = next((one for one in FLOPS if number >= one[0]), FLOPS[-1])
     return f"{number / unit:.3g} {name}"
 
 
 def _bytes(number: int) -> str:
+    """Write bytes as MiB or GiB."""
     return f"{number / GIB:.2f} GiB" if number >= GIB else f"{number / MIB:.0f} MiB"

@@ -1,7 +1,7 @@
-"""`SHA256SUMS` beside a run's checkpoints, as coreutils writes it (`sha256sum -c SHA256SUMS`): which of them are whole.
+"""The checkpoint files of a run and `SHA256SUMS` beside them, which shows which of them are whole.
 
-An entry is written before its checkpoint takes its name. So whatever moment a process is killed at, a checkpoint that
-has its name has its entry.
+The manifest has the format of coreutils (`sha256sum -c SHA256SUMS`). An entry is written before its checkpoint takes
+its name. So whenever a process is killed, a checkpoint that has its name has its entry.
 """
 
 import hashlib
@@ -15,16 +15,20 @@ MANIFEST = "SHA256SUMS"
 
 
 def step_name(updates: int) -> str:
+    """Return the name of a checkpoint, an export or a picture that was made after so many updates."""
     return f"step_{updates:07d}"
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """All that have their name, the newest first."""
+    """Return the checkpoints that have their final name, the newest first."""
     return sorted(folder.glob("step_*.ckpt"), reverse=True)
 
 
 def newest_whole(folder: Path) -> tuple[Path, list[str]]:
-    """The newest checkpoint that is what was written, and a line on every newer one that is not."""
+    """Return the newest checkpoint that is as it was written, and one line on every newer one that is not.
+
+    Raises InputError if there is none.
+    """
     known, damaged = read_manifest(folder), []
     for path in checkpoints_in(folder):
         wrong = what_is_wrong(path, known.get(path.name))
@@ -35,7 +39,7 @@ def newest_whole(folder: Path) -> tuple[Path, list[str]]:
 
 
 def what_is_wrong(path: Path, digest: str | None) -> str | None:
-    """None where the file has this SHA-256."""
+    """Return why the file does not have this SHA-256, or None if it has."""
     if digest is None:
         return f"not in {MANIFEST}, so nothing says that it is whole"
     with path.open("rb") as file:
@@ -44,36 +48,38 @@ def what_is_wrong(path: Path, digest: str | None) -> str | None:
 
 
 def read_manifest(folder: Path) -> dict[str, str]:
-    """{name of a checkpoint: its SHA-256}; empty where there is none."""
+    """Return {name of a checkpoint: its SHA-256}; empty if there is no manifest."""
     path = folder / MANIFEST
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     return {name.strip(): digest for digest, _, name in (line.partition(" ") for line in lines)}
 
 
 def record(folder: Path, name: str, digest: str) -> None:
-    """Add one entry."""
+    """Add one entry to the manifest."""
     _write(folder, read_manifest(folder) | {name: digest})
 
 
 def keep_newest(folder: Path, count: int) -> None:
-    """Delete all but the newest checkpoints, and then their entries."""
+    """Delete all but the newest `count` checkpoints, and then their entries."""
     for old in checkpoints_in(folder)[count:]:
         old.unlink()
     _write(folder, {name: digest for name, digest in read_manifest(folder).items() if (folder / name).exists()})
 
 
 def _write(folder: Path, entries: dict[str, str]) -> None:
+    """Write the manifest, sorted by name."""
     write_text(folder / MANIFEST, "".join(f"{entries[name]}  {name}\n" for name in sorted(entries)))
 
 
 class HashingFile:
-    """Passes on what is written to `file`, and knows its SHA-256."""
+    """Pass what is written on to `file`, and compute its SHA-256."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._hash = file, hashlib.sha256()
-        self.error: OSError | None = None  # torch reports one of its own in its place
+        self.error: OSError | None = None  # kept, since torch raises an error of its own instead
 
     def write(self, data: bytes) -> int:
+        """Write `data` and return how many bytes were written. An error is also kept in `error`."""
         self._hash.update(data)
         try:
             return self._file.write(data)
@@ -82,7 +88,9 @@ class HashingFile:
             raise
 
     def flush(self) -> None:
+        """Flush the file."""
         self._file.flush()
 
     def hexdigest(self) -> str:
+        """Return the SHA-256 of all that was written."""
         return self._hash.hexdigest()
