@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vae.config.model import AutoencoderConfig
+from vae.models.arithmetic import float32_arithmetic
 from vae.models.base import Autoencoder
 from vae.models.posterior import LOGVAR_RANGE, DiagonalGaussian
 
@@ -202,6 +203,7 @@ class LatentStatistics:
 
 
 @torch.no_grad()
+@float32_arithmetic()
 def measure_latents(model: Autoencoder, batches: Iterable[Tensor]) -> LatentStatistics:
     """Measure the posteriors of `batches` of images (B, C, H, W) in [-1, 1], on the device of `model`."""
     statistics = LatentStatistics(model.config.latent_channels)

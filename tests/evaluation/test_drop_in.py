@@ -251,6 +251,10 @@ def test_a_base_in_ldms_names_that_may_be_sds_or_sdxls_is_no_reason_against_anot
     document = read_json(evaluate(config) / "metrics.json")
     latents = document["against_base"]["tuned"]["latents"]
     assert (latents["kind"], latents["rescaled"]) == ("same", None)
+    verdict = document["against_base"]["tuned"]
+    assert verdict["is_harmless"] is None
+    doubt = "its scaling factor is 0.13025, the base's 0.18215, and one of them is assumed: family= states it"
+    assert doubt in verdict["reasons"]
 
 
 def test_a_model_that_is_made_for_smaller_images_than_it_is_measured_on_is_told_of(tmp_path, base, perturbed, capsys):

@@ -50,6 +50,11 @@ def _rescaled(results: Results) -> None:
     results.latents = SAME | {"rescaled": "its scaling factor is 0.5, the base's 0.18215"}
 
 
+def _maybe_rescaled(results: Results) -> None:
+    doubt = "its scaling factor is 4.27, the base's 0.18215, and one of them is assumed: family= states it"
+    results.latents = SAME | {"maybe_rescaled": doubt}
+
+
 def _surely_worse(results: Results) -> None:
     results.columns[PHOTOS]["ssim"] = moved(0.8, 0.005, by=-0.01)
 
@@ -102,6 +107,7 @@ RULES: dict[str, Callable[[Results], None]] = {
     "more images stopped being identical than became so, and not by chance": _identical_no_more,
     "an image is no longer finite": _not_finite,
     "float16 is no longer safe": _unsafe,
+    "a scale that no file states may be another one": _maybe_rescaled,
     "no metric of single images was measured": _sets_alone,
     "a metric is perhaps worse on a data set": _perhaps_worse,
     "a metric is worse on each of 8 images or more": _worse_everywhere,

@@ -188,6 +188,24 @@ def test_a_changed_layer_counts_as_if_all_were_called_one_by_one(change, perturb
         assert (found["decoded"] - before).norm() > 1e-3 * before.norm()
 
 
+@pytest.mark.parametrize(
+    ("layer", "method"), [(nn.Conv2d, "forward"), (nn.Conv2d, "_conv_forward"), (nn.GroupNorm, "forward")]
+)
+def test_a_method_that_was_replaced_for_all_layers_counts(layer, method, perturbed, monkeypatch):
+    """Web UIs add LoRAs and make images tile in this way."""
+    model, images = perturbed(NETWORKS["sd-like"]).double(), torch.rand(1, 3, 24, 32, dtype=torch.float64) * 2 - 1
+    before = model.encode(images).mean
+    original = getattr(layer, method)
+    monkeypatch.setattr(layer, method, lambda self, *given: 1.5 * original(self, *given))
+    found = model.encode(images).mean
+    with layer_by_layer():
+        wanted = model.encode(images).mean
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    assert (found - before).norm() > 1e-2 * before.norm()
+    with pytest.raises(InputError, match="is not as it was made"):
+        decode_in_strips(model, torch.randn(1, 4, 24, 5, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("change", WITH_DIFFUSERS)
 def test_a_changed_model_is_the_one_of_diffusers_changed_alike(change, perturbed):
     config = NETWORKS["sd-like"]

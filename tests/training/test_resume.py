@@ -1,5 +1,6 @@
 """A run that was interrupted ends with the bits of one that was not."""
 
+import hashlib
 import json
 import os
 import signal
@@ -15,7 +16,8 @@ from tests.training.harness import digest_of, small_run
 from vae.config.schema import AUTO, TrainConfig
 from vae.data.sources import TRAINING_PHOTOS
 from vae.errors import InputError, Stopped
-from vae.training.manifest import checkpoints_in
+from vae.training.export import export_checkpoint
+from vae.training.manifest import checkpoints_in, record
 from vae.training.module import AutoencoderModule
 from vae.training.train import train
 
@@ -123,6 +125,27 @@ def test_a_run_begun_with_the_older_bound_of_the_adaptive_weight_ends_with_the_b
     assert digest_of(train(config)) == expected
     with pytest.raises(InputError, match=r"loss\.adaptive_maximum was 5\.0 and is 7\.0"):
         train(replace(config, loss=replace(config.loss, adaptive_maximum=7.0)))
+
+
+def test_a_run_with_the_names_of_the_first_version_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    """Its checkpoints call the EMA weights `average` and the adversary's running means `game`."""
+    config = small_run(tmp_path)
+    expected = digest_of(train(replace(config, name="whole")))
+    run = cut_at(config, PLAYING, monkeypatch)
+    (newest, *_) = checkpoints_in(run / "checkpoints")
+    checkpoint = torch.load(newest, weights_only=True)
+    older = {"ema_model.": "average.", "adversarial_loss.": "game."}
+    for now, before in older.items():
+        names = [name for name in checkpoint["state_dict"] if name.startswith(now)]
+        assert names
+        for name in names:
+            checkpoint["state_dict"][before + name.removeprefix(now)] = checkpoint["state_dict"].pop(name)
+    torch.save(checkpoint, newest)
+    record(newest.parent, newest.name, hashlib.sha256(newest.read_bytes()).hexdigest())
+
+    paths, _ = export_checkpoint(run, newest, torch.device("cpu"))
+    assert all(path.exists() for path in paths)
+    assert digest_of(train(config)) == expected
 
 
 def test_a_run_whose_rule_was_corrected_since_it_began_is_told_so(tmp_path, monkeypatch, capsys):

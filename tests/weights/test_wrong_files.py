@@ -38,6 +38,14 @@ SINGLE: dict[str, tuple[Callable[[State], State], str]] = {
         _tensors("add_embedding.linear_1.weight", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"),
         "looks like a diffusion model in diffusers' layout",
     ),
+    "a checkpoint of a run": (
+        _tensors("autoencoder.decoder.conv_in.weight", "ema_model.decoder.conv_in.weight"),
+        "looks like a checkpoint of a training run; vae export publishes its weights",
+    ),
+    "a checkpoint of a run of the first version": (
+        _tensors("autoencoder.decoder.conv_in.weight", "average.decoder.conv_in.weight"),
+        "looks like a checkpoint of a training run; vae export publishes its weights",
+    ),
     "a FLUX transformer": (
         _tensors("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight", "img_in.weight"),
         "looks like a FLUX diffusion model without a VAE",

@@ -18,6 +18,7 @@ from vae.evaluation.report.gallery import counted, listed, short
 from vae.evaluation.statistics import FEWEST, Comparison, percent
 from vae.latents import scale_latents, unscale_latents
 from vae.metrics.registry import PAIRED
+from vae.models.arithmetic import float32_arithmetic
 from vae.models.base import Autoencoder
 
 TOLERATED = 0.02  # of the standard deviation of the base's latents: a drop-in replacement stays within it
@@ -63,6 +64,7 @@ class Drift:
 
 
 @torch.no_grad()
+@float32_arithmetic()
 def latent_drift(base: Autoencoder, model: Autoencoder, images: Sequence[Tensor]) -> Drift:
     """Compare the latents of two encoders on `images`, each (B, C, H, W) in [-1, 1].
 
@@ -143,6 +145,7 @@ def judge(document: Document, model: str, latents: dict[str, Any]) -> dict[str, 
     compared, misfit = list(_compared(document, model)), unfit(latents)
     losses = [*_said(compared, "worse"), *_broken(document, model), *_float16(document, model, -1)]
     doubts = [*_said(compared, "perhaps worse"), *_few(compared)]
+    unsure = [] if misfit or latents.get("maybe_rescaled") is None else [latents["maybe_rescaled"]]
 
     # The first of these that applies decides.
     name, base = short(model), short(document["base"])
@@ -150,6 +153,8 @@ def judge(document: Document, model: str, latents: dict[str, Any]) -> dict[str, 
         is_harmless, headline = False, f"{name} is NOT a drop-in for {base}"
     elif losses:
         is_harmless, headline = False, f"{name} fits where {base} did, but NOT without loss"
+    elif unsure:
+        is_harmless, headline = None, f"{name} fits where {base} did, if its scale is that of {base}"
     elif not compared:
         is_harmless, headline = None, f"{name} fits where {base} did; nothing measured tells whether it is better"
     elif doubts:
@@ -160,7 +165,7 @@ def judge(document: Document, model: str, latents: dict[str, Any]) -> dict[str, 
 
     fit = [] if misfit else [latents["verdict"].partition(":")[0]]
     merits = [*_said(compared, "better"), *_float16(document, model, 1), *_said(compared, "perhaps better")]
-    reasons = [*misfit, *losses, *fit, *doubts, *_single(compared), *merits, *_open(compared)]
+    reasons = [*misfit, *losses, *fit, *unsure, *doubts, *_single(compared), *merits, *_open(compared)]
     verdict = {"is_harmless": is_harmless, "headline": headline, "reasons": reasons}
     return verdict | {"verdict": f"{headline}: {'; '.join(reasons)}", "latents": latents}
 
@@ -184,7 +189,22 @@ def rescaled(before: AutoencoderConfig, now: AutoencoderConfig) -> str | None:
     """
     if not (before.scale_is_known and now.scale_is_known):
         return None
+    return _scaled_apart(before, now)
 
+
+def maybe_rescaled(before: AutoencoderConfig, now: AutoencoderConfig) -> str | None:
+    """Say how the two would scale latents differently, if a scale that no file states is the one that is assumed.
+
+    Returns None if both scales are known, and if the assumed one makes no difference.
+    """
+    if before.scale_is_known and now.scale_is_known:
+        return None
+    apart = _scaled_apart(before.taking_its_scale(), now.taking_its_scale())
+    return None if apart is None else f"{apart}, and one of them is assumed: family= states it"
+
+
+def _scaled_apart(before: AutoencoderConfig, now: AutoencoderConfig) -> str | None:
+    """Say how two scales differ in some channel, or return None if they do not or cannot be compared."""
     kinds = [(one.architecture, one.latent_channels, one.downsample_factor) for one in (before, now)]
     if kinds[0] != kinds[1]:
         return None
@@ -243,6 +263,7 @@ def _latents(base: Autoencoder, model: Autoencoder, images: Sequence[Tensor]) ->
         "kind": "same" if drift.is_same else kind,
         "verdict": drift.verdict,
         "rescaled": rescaled(before, now),
+        "maybe_rescaled": maybe_rescaled(before, now),
         "changed": len(drift.changed),
         "encoder_tensors": drift.encoder_tensors,
     } | {name: value if math.isfinite(value) else None for name, value in moved.items()}

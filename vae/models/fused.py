@@ -27,6 +27,14 @@ SAME: Shape = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")  # kernel, stride, pa
 HALF: Shape = ((3, 3), (2, 2), (0, 0), (1, 1), 1, "zeros")
 _is_plain = False
 
+# Programs that add LoRAs or make images tile replace these methods for all layers at once, some before vae is imported.
+CONV_FORWARD = nn.Conv2d.forward
+CONV_COMPUTATION = nn.Conv2d._conv_forward
+NORM_FORWARD = nn.GroupNorm.forward
+WERE_TORCHS = all(
+    method.__module__.startswith("torch.nn.modules.") for method in (CONV_FORWARD, CONV_COMPUTATION, NORM_FORWARD)
+)
+
 
 @contextmanager
 def layer_by_layer() -> Iterator[None]:
@@ -78,13 +86,16 @@ def nearest_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 def is_plain_norm(norm: nn.Module) -> bool:
     """Say whether calling `norm` computes what its class says of its parameters, and nothing else."""
-    return type(norm) is nn.GroupNorm and _is_whole(norm) and is_as_made(norm)
+    is_torchs = WERE_TORCHS and nn.GroupNorm.forward is NORM_FORWARD
+    return is_torchs and type(norm) is nn.GroupNorm and _is_whole(norm) and is_as_made(norm)
 
 
 def is_plain_conv(conv: nn.Module, shape: Shape) -> bool:
     """Say whether `conv` has this `shape`, and calling it computes that convolution and nothing else."""
+    is_torchs = WERE_TORCHS and nn.Conv2d.forward is CONV_FORWARD and nn.Conv2d._conv_forward is CONV_COMPUTATION
     return (
-        type(conv) is nn.Conv2d
+        is_torchs
+        and type(conv) is nn.Conv2d
         and (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode) == shape
         and _is_whole(conv)
         and is_as_made(conv)

@@ -34,7 +34,8 @@ def with_latent_channels(state: State, config: AutoencoderConfig, channels: int)
 
     change = _inflated if channels >= config.latent_channels else _sliced
     changed = change({name: tensor.float() for name, tensor in state.items()}, config.latent_channels, channels)
-    return changed, replace(config, latent_channels=channels, latents_mean=None, latents_std=None)
+    one_scale = config.with_scale(config.scaling_factor, config.shift_factor)  # a list per channel fits no longer
+    return changed, replace(one_scale, latent_channels=channels)
 
 
 def _rows(known: int, channels: int) -> Tensor:

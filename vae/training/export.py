@@ -45,12 +45,22 @@ from vae.training.validation import AUDITED
 from vae.weights import ONE_FILE, save_autoencoder
 from vae.weights.detect import find_autoencoder
 from vae.weights.load import PIPELINE_PART, PREFERRED, find_export, read_file
-from vae.weights.loaded import LoadedWeights, Notes, WeightsFile, check_complete, check_finite, read_json
+from vae.weights.loaded import (
+    ASSUMED_GROUPS,
+    LoadedWeights,
+    Notes,
+    WeightsFile,
+    check_complete,
+    check_finite,
+    read_json,
+)
 from vae.weights.model_card import CARD_FILE, HUB_NAME, may_be_written, model_card
 from vae.weights.pickle_io import read_pickle
 from vae.weights.taesd import HALVES, PAIR_FILE, file_of_half, is_half, pair_in
 
-CHANNELS_OF_INIT, SCALE_IS_ASSUMED = "latent_channels_of_init", "scale_is_assumed"  # keys of origin.json
+CHANNELS_OF_INIT = "latent_channels_of_init"  # keys of origin.json: what exports need and do not repeat
+SCALE_IS_ASSUMED = "scale_is_assumed"
+GROUPS_ARE_ASSUMED = "groups_are_assumed"
 STARTS = {"base": "init", "teacher": "teacher"}  # {name in origin.json: config key}
 CUT = "short side to {resolution} px, PIL bicubic, antialiased, central square"  # as in the protocol default-v1
 KEYS_OF = {  # {term: how its config keys begin}; they have no effect without it
@@ -87,6 +97,8 @@ def record_origin(start: InitialState, run: Path, sources: tuple[Source, Source]
         origin[CHANNELS_OF_INIT] = start.channels_before
     if not config.model.scale_is_known:
         origin[SCALE_IS_ASSUMED] = True
+    if start.groups_are_assumed:
+        origin[GROUPS_ARE_ASSUMED] = True
     if start.found is not None and are_the_same and config.model.architecture == "tiny":
         origin["family"] = start.found.family
 
@@ -290,8 +302,10 @@ def publish(
     audit = audit_precision(model.to(images.device), list(images[:AUDITED].split(1)))
     model.config = replace(model.config, force_upcast=not audit.is_safe)
 
-    training = {name: value for name, value in summary.items() if name != SCALE_IS_ASSUMED}
-    notes = Notes(latents=statistics.summary(), training=training | {"precision": audit.verdict})
+    private = {CHANNELS_OF_INIT, SCALE_IS_ASSUMED, GROUPS_ARE_ASSUMED}
+    training = {name: value for name, value in summary.items() if name not in private} | {"precision": audit.verdict}
+    groups = ASSUMED_GROUPS if summary.get(GROUPS_ARE_ASSUMED) else {}
+    notes = Notes(latents=statistics.summary(), training=training, architecture=groups)
 
     # The diffusers format cannot describe a pooled mid-block.
     places = {} if model.config.mid_block_pool else {folder / "diffusers": "diffusers"}

@@ -51,6 +51,7 @@ class InitialState(NamedTuple):
     teacher: Teacher | None = None
     latents: PairedLatents | None = None
     notes: tuple[str, ...] = ()
+    groups_are_assumed: bool = False
 
     @property
     def fingerprint(self) -> tuple[str, ...]:
@@ -163,6 +164,7 @@ def _initialised(config: TrainConfig, folder: Path, images: Source | None) -> In
     if not config.model.scale_is_known:
         guess = f"init={config.init!r} does not tell its scaling factor: {config.model.scaling_factor} is taken"
         notes.append(f"{guess}; model= or model.scaling_factor= states another")
+    groups_are_assumed = not found.groups_are_known and config.model.norm_num_groups == found.config.norm_num_groups
     if not knows_groups:
         guess = f"init={config.init!r} does not tell norm_num_groups: {found.config.norm_num_groups} is taken"
         notes.append(f"{guess}; vae convert --config states another")
@@ -171,7 +173,7 @@ def _initialised(config: TrainConfig, folder: Path, images: Source | None) -> In
         channels = config.model.in_channels
         found, changed = _made_safe(found, to_model_range(first_images(images, config.data, channels)))
         notes.append(f"fp16_safe: {changed} layers of init were rescaled, the function is the same")
-    return InitialState(config, found, before, notes=tuple(notes))
+    return InitialState(config, found, before, notes=tuple(notes), groups_are_assumed=groups_are_assumed)
 
 
 def _made_safe(found: LoadedWeights, images: Tensor) -> tuple[LoadedWeights, int]:

@@ -162,7 +162,8 @@ def conclude(
     assert exported is not None
 
     is_kept = exported.scaling_factor == configured
-    whence = "as before, is in the export" if is_kept else f"measured, is in the export; configured was {configured:g}"
+    kept = "as before, is in the export" if exported.scale_is_known else "assumed, is marked so in the export"
+    whence = kept if is_kept else f"measured, is in the export; configured was {configured:g}"
     say(f"scaling factor {exported.scaling_factor:.5g}, {whence}")
 
     for warning in warnings_about(exported):

@@ -5,7 +5,6 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 from vae.config.model import Assumed, AutoencoderConfig
@@ -136,11 +135,10 @@ def find_autoencoder(source: WeightsFile, config: AutoencoderConfig | None, *, e
     # A stated configuration has its scale. Otherwise the diffusion model in the same file shows which one it is.
     if not stated:
         if family is not None:
-            scaling, shift = FAMILIES[family]
-            config = replace(config, scaling_factor=scaling, shift_factor=shift)
+            config = config.with_scale(*FAMILIES[family])
         if set(PLAYGROUND) <= source.state.keys():
             mean, std = (source.state[name].flatten().tolist() for name in PLAYGROUND)
-            config = replace(config, scaling_factor=PLAYGROUND_SCALE, latents_mean=mean, latents_std=std)
+            config = config.with_scale(PLAYGROUND_SCALE, latents_mean=mean, latents_std=std)
 
     ours = from_ldm(ours, config) if layout == "ldm" else _modern_attention(ours)
     found = LoadedWeights(path, ours, config, layout, "EMA" if ema else "live", family, stated, others, source.notes)

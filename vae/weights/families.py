@@ -27,7 +27,8 @@ SIGNS = {  # pattern in a tensor's name: the diffusion model of a full checkpoin
     r"model\.diffusion_model\.input_blocks\.": "sd",
 }
 LOOKS = {  # what a file without an autoencoder is, by a part of a tensor's name; the first match counts
-    "average.decoder.": "a checkpoint of a training run; vae export publishes its weights",
+    "ema_model.decoder.": "a checkpoint of a training run; vae export publishes its weights",
+    "average.decoder.": "a checkpoint of a training run; vae export publishes its weights",  # of the first version
     "lora_": "a LoRA",
     "low_scale_model.": "the x4 upscaler's diffusion model without a VAE",
     ".label_emb.weight": "the x4 upscaler's diffusion model without a VAE",
