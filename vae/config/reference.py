@@ -21,6 +21,9 @@ PAGE = """# Configuration
 Every key of `vae train` (`python train.py`) and `vae evaluate` (`python evaluate.py`). Write `key=value`, for example
 `data.batch_size=8`. `null` is no value, `[a,b]` is a list. This page is made from `vae/config/`; do not edit it.
 
+The defaults below hold where no group says otherwise. An evaluation's `data` groups measure every image that they find,
+and its folder is named by the time.
+
 *resume* marks keys that may have another value when a run is resumed.
 """
 
@@ -56,6 +59,9 @@ def help_text(command: str, width: int | None = None) -> str:
     for group, choices in groups(command).items():
         lines += textwrap.wrap(f"{group}: {', '.join(choices)}", width, initial_indent="  ", subsequent_indent="      ")
 
+    lines += ["", "Defaults hold where no group says otherwise."]
+    if command == "train":
+        lines += ["*resume* marks keys that may have another value when a run is resumed."]
     for heading, keys in _sections(schema):
         lines += ["", f"{heading}"]
         for key, one, default in keys:

@@ -131,7 +131,12 @@ class TrainConfig:
     data: DataConfig = part(DataConfig, "The images.", make=lambda: DataConfig(source="photos"))
     optim: OptimConfig = part(OptimConfig, "Optimiser and moving average.")
     guard: GuardConfig = part(GuardConfig, "What happens when something is not finite.")
-    trainer: dict[str, Any] = option({}, "Further keyword arguments of lightning.Trainer.", may_change=True)
+    trainer: dict[str, Any] = option(
+        {},
+        "Arguments of lightning.Trainer, e.g. trainer.devices=2. configs/trainer/default.yaml has the usual ones. "
+        "Another one needs a plus: +trainer.detect_anomaly=true.",
+        may_change=True,
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
