@@ -262,7 +262,6 @@ def measure(
 
     Example: vae measure runs/first photos/ --write
     """
-    pass
     from vae.data.transforms import center_crop, to_model_range
     from vae.latents import measure_latents
 

@@ -92,9 +92,16 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-def part(kind: type[Value], text: str, *, may_change: bool = False, make: Callable[[], Value] | None = None) -> Value:
+def part(
+    kind: type[Value],
+    text: str,
+    *,
+    may_change: bool = False,
+    term: str = "",
+    make: Callable[[], Value] | None = None,
+) -> Value:
     """Declare a field that holds another config. `make` builds its default, else `kind()` does."""
-    return field(default_factory=make or kind, metadata={"text": text, "may_change": may_change})
+    return field(default_factory=make or kind, metadata={"text": text, "may_change": may_change, "term": term})
 
 
 def check_fields(config: Any, prefix: str = "") -> None:

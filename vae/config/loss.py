@@ -165,7 +165,7 @@ class LossConfig:
         term="adversarial",
     )
     weights: LossWeights = part(LossWeights, "Weights of the terms.")
-    discriminator: DiscriminatorConfig = part(DiscriminatorConfig, "The discriminator.")
+    discriminator: DiscriminatorConfig = part(DiscriminatorConfig, "The discriminator.", term="adversarial")
 
     def __post_init__(self) -> None:
         check_fields(self, "loss.")

@@ -7,7 +7,7 @@ and its base on the run's validation images and write a report into RUN/evaluati
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -28,20 +28,7 @@ from vae.weights.load import find_export
 from vae.weights.loaded import read_json
 
 MEASURED = ("psnr", "ssim", "lpips_alex", "lpips_vgg", "colour_shift", "saturation")
-IMAGES = (  # the fields of DataConfig that decide which images are measured and how they are cropped
-    "root",
-    "validation_root",
-    "validation_fraction",
-    "validation_images",
-    "split",
-    "validation_split",
-    "column",
-    "streaming",
-    "cache",
-    "resolution",
-    "bits",
-    "min_side",
-)
+IMAGES = [one.name for one in fields(DataConfig) if one.metadata["chooses_images"]]
 PATHS = {"encoder", "decoder"}  # the keys of a model's description that hold paths, which may change
 OF_DOOR = ("validation_fraction", "validation_images")  # configs/evaluate and the dataclass have different defaults
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vae import __version__
 from vae.config.data import DataConfig
+from vae.config.loss import term_of
 from vae.config.model import AutoencoderConfig
 from vae.config.schema import TrainConfig
 from vae.data.build import open_sources
@@ -63,13 +64,6 @@ SCALE_IS_ASSUMED = "scale_is_assumed"
 GROUPS_ARE_ASSUMED = "groups_are_assumed"
 STARTS = {"base": "init", "teacher": "teacher"}  # {name in origin.json: config key}
 CUT = "short side to {resolution} px, PIL bicubic, antialiased, central square"  # as in the protocol default-v1
-KEYS_OF = {  # {term: how its config keys begin}; they have no effect without it
-    "pixel": ("pixel",),
-    "perceptual": ("perceptual",),
-    "kl": ("kl",),
-    "activation": ("activation",),
-    "adversarial": ("adversarial", "adaptive", "autoencoder_start", "discriminator", "r1", "lecam", "augment"),
-}
 CACHED = re.compile(r"models--(.+)")  # a folder of the hub's cache, with -- for the slash
 
 
@@ -180,8 +174,8 @@ def _loss(config: dict[str, Any], autoencoder: Autoencoder) -> dict[str, Any]:
     weights = {name: value for name, value in config["loss"]["weights"].items() if value and computed.get(name, True)}
 
     # Settings of a term that is not computed would only mislead.
-    keys = tuple(key for term, owned in KEYS_OF.items() if term not in weights for key in owned)
-    rest = {name: value for name, value in config["loss"].items() if not name.startswith((*keys, "perceptual_weights"))}
+    counts = {name for name in config["loss"] if term_of(name) in {"", *weights}} - {"perceptual_weights"}
+    rest = {name: value for name, value in config["loss"].items() if name in counts}
     return rest | {"weights": weights}
 
 
