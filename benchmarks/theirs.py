@@ -18,7 +18,7 @@ from vae.losses.adversarial import ADAPTIVE_EPS, hinge_discriminator_loss
 from vae.models.base import Autoencoder
 from vae.models.lpips import LPIPS
 from vae.models.posterior import at_least_float32
-from vae.weights.diffusers import to_diffusers_config
+from vae.weights.formats import to_diffusers_config
 
 Terms = dict[str, Tensor]
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vae.config import data, loss, model, optim, schema
+from vae.config import data, loss, optim, schema
 from vae.config.fields import walk
 from vae.config.reference import help_text, page
 from vae.config.schema import EvaluateConfig, TrainConfig
@@ -16,7 +16,6 @@ from vae.losses.reconstruction import PIXEL_LOSSES
 from vae.metrics.registry import OF_SETS, PAIRED
 from vae.models.discriminator import NORMS
 from vae.models.lpips import BACKBONES
-from vae.models.registry import ARCHITECTURES
 from vae.training.optim import OPTIMISERS, SCHEDULES
 from vae.training.step import LATENTS
 
@@ -33,7 +32,6 @@ CHOICES = {  # what the config allows, and the registry that implements it
     "loss.adversarial": (loss.ADVERSARIAL_LOSSES, ADVERSARIAL_LOSSES),
     "loss.augment": (loss.AUGMENTATIONS, AUGMENTATIONS),
     "loss.discriminator.norm": (loss.DISCRIMINATOR_NORMS, NORMS),
-    "model.architecture": (model.ARCHITECTURES, ARCHITECTURES),
     "optim.name": (optim.OPTIMISERS, OPTIMISERS),
     "optim.schedule": (optim.SCHEDULES, SCHEDULES),
 }

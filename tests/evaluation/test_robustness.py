@@ -31,7 +31,7 @@ from vae.evaluation.robustness import (
 from vae.models.autoencoder_kl import AutoencoderKL
 from vae.models.posterior import DiagonalGaussian
 from vae.precision.audit import audit_precision, audit_steps
-from vae.weights.diffusers import to_diffusers_config
+from vae.weights.formats import to_diffusers_config
 
 
 @dataclass

@@ -10,7 +10,7 @@ from tests.presets import PRESETS, preset
 from vae.config.model import AutoencoderConfig
 from vae.errors import InputError
 from vae.models.autoencoder_kl import AutoencoderKL
-from vae.weights.diffusers import to_diffusers_config
+from vae.weights.formats import to_diffusers_config
 
 
 def test_every_preset_of_the_issue_is_there():

@@ -8,15 +8,15 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny as Authority
 
 from tests.presets import TINY, TINY_PRESETS, preset
-from vae.config.model import ARCHITECTURES as NAMES
-from vae.config.model import AutoencoderConfig
+from vae.config.model import ARCHITECTURES, AutoencoderConfig
 from vae.errors import InputError
 from vae.latents import LatentStatistics
 from vae.models.autoencoder_tiny import AutoencoderTiny, TinyBlock
-from vae.models.registry import ARCHITECTURES, build_autoencoder
+from vae.models.base import Autoencoder
+from vae.models.registry import build_autoencoder, network_of
 from vae.models.strips import decode_in_strips, encode_in_strips
 from vae.precision.audit import audit_precision, peaks_of
-from vae.weights.diffusers import to_diffusers_config
+from vae.weights.formats import format_of, to_diffusers_config
 
 IMAGES = torch.rand(2, 3, 32, 40, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -121,7 +121,7 @@ def test_what_only_a_kl_autoencoder_can_do_is_refused():
     ("fields", "message"),
     [
         ({"architecture": "small"}, r"model.architecture='small', expected one of \['kl', 'tiny'\]"),
-        ({"mid_block_pool": True}, "model.mid_block_pool=True, expected false"),
+        ({"mid_block_pool": True}, "model.mid_block_pool=True with model.architecture=kl, expected False"),
         ({"architecture": "tiny"}, "model.use_quant_conv=True with model.architecture=tiny, expected False"),
     ],
 )
@@ -144,5 +144,8 @@ def test_what_a_tiny_autoencoder_does_not_have_is_refused(fields, message):
         TINY(**fields)
 
 
-def test_every_architecture_that_can_be_named_can_be_built():
-    assert tuple(ARCHITECTURES) == NAMES
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_that_can_be_named_has_a_network_and_published_files(name):
+    config = TINY() if name == "tiny" else AutoencoderConfig(architecture=name)
+    assert issubclass(network_of(config), Autoencoder)
+    assert format_of(name).architecture == name

@@ -18,7 +18,7 @@ from vae.errors import InputError
 from vae.models.autoencoder_tiny import AutoencoderTiny
 from vae.models.fused import layer_by_layer, nearest_conv, norm_silu, norm_silu_conv, pad_conv
 from vae.models.strips import decode_in_strips, encode_in_strips
-from vae.weights.diffusers import to_diffusers_config
+from vae.weights.formats import to_diffusers_config
 
 Layers = list[tuple[nn.Module, str, Any]]  # (parent, name in it, layer)
 LARGEST = 1e-12  # relative, in float64

@@ -15,7 +15,7 @@ from vae.config.model import AutoencoderConfig
 from vae.losses.adversarial import hinge_discriminator_loss
 from vae.models.autoencoder_kl import Attention, AutoencoderKL, Downsample, Encoder, Upsample
 from vae.models.discriminator import PatchDiscriminator
-from vae.weights.diffusers import to_diffusers_config
+from vae.weights.formats import to_diffusers_config
 
 FLOAT16_MAX = 65504.0
 

@@ -15,7 +15,7 @@ from torch.nn.functional import dropout
 
 from tests.conftest import without_adversary
 from tests.traps.bench import PLAYING, Bench
-from vae.config.model import KL_ONLY, AutoencoderConfig
+from vae.config.model import ARCHITECTURES, AutoencoderConfig
 from vae.config.schema import EvaluateConfig, TrainConfig
 from vae.errors import InputError
 from vae.evaluation.evaluate import evaluate
@@ -210,7 +210,8 @@ def encoding_is_the_same_in_both_modes(config: AutoencoderConfig) -> None:
 
 def test_the_encoder_is_the_same_function_in_training_mode(monkeypatch, tiny):
     """N15: so that a frozen one may stay in it. The mutant has a dropout, as a network of others might."""
-    of_tiny = {"block_out_channels": [8, 8], "architecture": "tiny", "mid_block_pool": True} | KL_ONLY
+    fixed = ARCHITECTURES["tiny"].fixed
+    of_tiny = {"block_out_channels": [8, 8], "architecture": "tiny", **fixed, "mid_block_pool": True}
     for config in (tiny, replace(tiny, **of_tiny)):
         encoding_is_the_same_in_both_modes(config)
     encode = AutoencoderKL.encode

@@ -14,7 +14,7 @@ from tests.presets import PRESETS, preset
 from vae.files import WeightsError, replacing
 from vae.models.autoencoder_kl import AutoencoderKL
 from vae.weights import load_autoencoder, save_autoencoder
-from vae.weights.diffusers import from_diffusers_config, to_diffusers_config
+from vae.weights.formats import from_diffusers_config, to_diffusers_config
 from vae.weights.ldm import from_ldm, ldm_names, to_ldm
 from vae.weights.safetensors_io import narrowed, pieces_of
 

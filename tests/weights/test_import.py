@@ -17,7 +17,7 @@ from vae.files import WeightsError
 from vae.models.autoencoder_kl import AutoencoderKL
 from vae.weights import load_autoencoder, read_autoencoder, save_autoencoder, save_found
 from vae.weights.describe import facts_of, title_of, warnings_of
-from vae.weights.detect import find_autoencoder
+from vae.weights.formats import find_autoencoder
 from vae.weights.ldm import to_ldm
 from vae.weights.loaded import WeightsFile
 from vae.weights.pickle_io import read_pickle
@@ -94,7 +94,7 @@ def test_the_averages_are_taken_when_asked_for_and_only_when_complete(tmp_path, 
     shadow = _shadow(ldm)
     del shadow["model_ema.quant_convbias"]
     save_file(ldm | shadow, tmp_path / "partly.safetensors")
-    with pytest.raises(WeightsError, match=r"1 averaged weights missing \(first \['quant_conv.bias'\]\)"):
+    with pytest.raises(WeightsError, match=r"1 EMA weights missing \(first \['quant_conv.bias'\]\)"):
         read_autoencoder(tmp_path / "partly.safetensors", ema=True)
 
 

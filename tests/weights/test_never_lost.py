@@ -15,8 +15,7 @@ from vae.models.autoencoder_kl import AutoencoderKL
 from vae.weights import load_autoencoder, read_autoencoder, save_autoencoder, save_found
 from vae.weights.bake import bake
 from vae.weights.describe import warnings_of
-from vae.weights.detect import infer_config
-from vae.weights.ldm import to_ldm
+from vae.weights.ldm import infer_config, to_ldm
 
 CONFIG = AutoencoderConfig(block_out_channels=[32, 32])
 SD_SHAPED = AutoencoderConfig(block_out_channels=[128, 256, 512, 512])

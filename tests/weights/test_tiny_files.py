@@ -19,7 +19,7 @@ from vae.models.base import Autoencoder
 from vae.weights import load_autoencoder, read_autoencoder, save_autoencoder, save_found
 from vae.weights.bake import bake
 from vae.weights.describe import clients_of, title_of, warnings_of
-from vae.weights.diffusers import from_diffusers_config, to_diffusers_config
+from vae.weights.formats import from_diffusers_config, to_diffusers_config
 from vae.weights.loaded import Notes
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "weights"
@@ -180,7 +180,7 @@ def test_damaged_tensors_are_named(tmp_path):
         with pytest.raises(WeightsError, match=message):
             load_autoencoder(path)
     save_file(state | {"taesd_encoder.99.bias": torch.zeros(1), "extra": torch.zeros(1)}, path)
-    with pytest.raises(WeightsError, match=r"and 2 unknown .* a complete tiny autoencoder"):
+    with pytest.raises(WeightsError, match=r"and 2 unknown .* a complete AutoencoderTiny"):
         load_autoencoder(path)
 
 
@@ -190,12 +190,16 @@ def test_each_architecture_has_its_own_single_file(tmp_path, tiny):
     with pytest.raises(InputError, match="format='taesd', expected 'diffusers' or 'ldm'"):
         save_autoencoder(AutoencoderKL(tiny), tmp_path / "m.safetensors", "taesd")
     path = save_autoencoder(AutoencoderTiny(TINY()), tmp_path / "t.safetensors", "taesd")
-    with pytest.raises(WeightsError, match="a tiny autoencoder, but the configuration is of another kind"):
+    with pytest.raises(
+        WeightsError, match="its tensors are of architecture tiny, but the configuration is of architecture kl"
+    ):
         load_autoencoder(path, config=tiny)
     kl = save_autoencoder(AutoencoderKL(tiny), tmp_path / "kl.safetensors", "ldm")
-    with pytest.raises(WeightsError, match="the configuration is a tiny autoencoder's, its tensors are not"):
+    with pytest.raises(
+        WeightsError, match="its tensors are of architecture kl, but the configuration is of architecture tiny"
+    ):
         load_autoencoder(kl, config=TINY())
-    with pytest.raises(WeightsError, match="without averaged weights"):
+    with pytest.raises(WeightsError, match="without EMA weights"):
         load_autoencoder(path, ema=True)
     with pytest.raises(WeightsError, match="a tiny autoencoder, which no checkpoint has a place for"):
         bake(read_autoencoder(path), kl, tmp_path / "baked.safetensors")

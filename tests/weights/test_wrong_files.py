@@ -93,7 +93,7 @@ SINGLE: dict[str, tuple[Callable[[State], State], str]] = {
     ),
     "a VQ model": (
         lambda s: s | {"quantize.embedding.weight": torch.zeros(16, 4)},
-        r"1 unknown \(first \['quantize.embedding.weight'\]\) .* check that it is a complete KL autoencoder",
+        r"1 unknown \(first \['quantize.embedding.weight'\]\) .* check that it is a complete AutoencoderKL",
     ),
     "groups that the widths do not tell": (
         lambda s: {name: torch.zeros(24, *t.shape[1:]) if t.shape[0] == 32 else t for name, t in s.items()},
@@ -118,7 +118,7 @@ FOLDER: dict[str, tuple[Callable[[State], State], str]] = {
     ),
     "half of the keys": (
         lambda s: dict(list(s.items())[::2]),
-        r"\d+ keys missing \(first \[.*\]\) and 0 unknown .*; check that it is a complete KL autoencoder",
+        r"\d+ keys missing \(first \[.*\]\) and 0 unknown .*; check that it is a complete AutoencoderKL",
     ),
     "the keys of a deeper network": (
         lambda s: dict(AutoencoderKL(AutoencoderConfig(block_out_channels=[32, 64])).state_dict()),

@@ -105,8 +105,8 @@ def read(
     `finite` refuses weights with NaN or infinite values.
     """
     from vae.weights import read_autoencoder
-    from vae.weights.diffusers import read_config
     from vae.weights.families import families_of
+    from vae.weights.formats import read_config
     from vae.weights.load import find_export
 
     stated = None if config is None else read_config(config)

@@ -1,7 +1,8 @@
 """The shape of an autoencoder, and the facts about its latents that travel with its weights."""
 
 import math
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from vae.config.fields import Allowed, check_fields, choice, option
@@ -9,13 +10,6 @@ from vae.errors import require
 
 MOST_LEVELS = 12  # far above any published network; a file that claims more is a trap
 MOST_CHANNELS = 16_384
-ARCHITECTURES = ("kl", "tiny")
-KL_ONLY = {
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-    "mid_block_add_attention": False,
-    "attention_levels": [],
-}
 NOT_OF_THE_ENCODER = (  # of the decoder, of diffusion models and of programs; all others belong to the encoder
     "out_channels",
     "use_post_quant_conv",
@@ -26,6 +20,44 @@ NOT_OF_THE_ENCODER = (  # of the decoder, of diffusion models and of programs; a
     "force_upcast",
     "sample_size",
 )
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a configuration has to know of a kind of network.
+
+    The network called NAME is the class `network` in vae/models/autoencoder_NAME.py. Its published files are read and
+    written by vae/weights/FILE_FORMAT.py. `fixed` are the settings that have only one value here.
+    """
+
+    network: str  # diffusers' class has the same name
+    file_format: str  # the name of its single-file format, as in `vae convert`
+    text: str
+    fixed: Mapping[str, object] = field(default_factory=dict)
+    is_variational: bool = True  # where False, posteriors have no width, and their KL has no meaning
+    latents_are_scaled: bool = False  # whether raw latents are what a diffusion model sees already
+    has_group_norms: bool = True
+    has_one_width: bool = False  # whether all levels are equally wide
+
+
+ARCHITECTURES = {
+    "kl": Architecture("AutoencoderKL", "ldm", "AutoencoderKL", fixed={"mid_block_pool": False}),
+    "tiny": Architecture(
+        "AutoencoderTiny",
+        "taesd",
+        "TAESD's AutoencoderTiny: one width, no groups, and latents that are scaled already",
+        fixed={
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+            "mid_block_add_attention": False,
+            "attention_levels": [],
+        },
+        is_variational=False,
+        latents_are_scaled=True,
+        has_group_norms=False,
+        has_one_width=True,
+    ),
+}
 
 
 class Assumed(float):
@@ -101,8 +133,7 @@ class AutoencoderConfig:
     sample_size: int = option(512, "Side of the images that it was trained on.", unit="pixels", allowed=_count(65_536))
     architecture: str = option(
         "kl",
-        "kl is AutoencoderKL. tiny is TAESD's AutoencoderTiny: one width, no groups, and latents that are "
-        "scaled already.",
+        " ".join(f"{name} is {one.text}." for name, one in ARCHITECTURES.items()),
         allowed=choice(*ARCHITECTURES),
     )
     mid_block_pool: bool = option(
@@ -116,6 +147,26 @@ class AutoencoderConfig:
         self._check_latent_statistics()
 
     @property
+    def kind(self) -> Architecture:
+        """What this architecture can do, and what it is called elsewhere."""
+        return ARCHITECTURES[self.architecture]
+
+    @property
+    def is_variational(self) -> bool:
+        """Whether posteriors have a width. Without one their KL divergence has no meaning."""
+        return self.kind.is_variational
+
+    @property
+    def latents_are_scaled(self) -> bool:
+        """Whether raw latents are what a diffusion model sees already, as those of a tiny autoencoder."""
+        return self.kind.latents_are_scaled
+
+    @property
+    def file_format(self) -> str:
+        """The name of its single-file format, as in `vae convert`."""
+        return self.kind.file_format
+
+    @property
     def downsample_factor(self) -> int:
         """Pixels to a latent's side: 8 for Stable Diffusion."""
         return 2 ** (len(self.block_out_channels) - 1)
@@ -123,10 +174,8 @@ class AutoencoderConfig:
     def _check_widths(self) -> None:
         """Refuse widths that group norms cannot divide, and levels that do not exist. Lists may come from a file."""
         widths = self.block_out_channels
-        is_tiny = self.architecture == "tiny"
-        # A tiny autoencoder has no group norms.
-        groups = 1 if is_tiny else self.norm_num_groups
-        grouped = "" if is_tiny else f"a multiple of model.norm_num_groups={groups} and "
+        groups = self.norm_num_groups if self.kind.has_group_norms else 1
+        grouped = f"a multiple of model.norm_num_groups={groups} and " if self.kind.has_group_norms else ""
 
         require(
             isinstance(widths, list)
@@ -145,18 +194,17 @@ class AutoencoderConfig:
         )
 
     def _check_architecture(self) -> None:
-        """Refuse settings that only the other architecture has."""
-        if self.architecture != "tiny":
-            require(not self.mid_block_pool, "model.mid_block_pool=True", "false: model.architecture=tiny alone has it")
-            return
-
-        for name, off in KL_ONLY.items():
+        """Refuse settings that this architecture does not have."""
+        for name, value in self.kind.fixed.items():
             given = getattr(self, name)
-            require(given == off, f"model.{name}={given} with model.architecture=tiny", f"{off}, as model=taesd has it")
+            require(given == value, f"model.{name}={given} with model.architecture={self.architecture}", f"{value}")
 
         widths = self.block_out_channels
-        one = f"one width at all levels, as {[widths[0]] * len(widths)}"
-        require(len(set(widths)) == 1, f"model.block_out_channels={widths} with model.architecture=tiny", one)
+        require(
+            not self.kind.has_one_width or len(set(widths)) == 1,
+            f"model.block_out_channels={widths} with model.architecture={self.architecture}",
+            f"one width at all levels, as {[widths[0]] * len(widths)}",
+        )
 
     def _check_latent_statistics(self) -> None:
         """Refuse per-channel statistics that are not one finite number for each latent channel."""
@@ -174,17 +222,14 @@ class AutoencoderConfig:
         """The settings that decide, together with its weights, what the encoder computes."""
         settings = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in NOT_OF_THE_ENCODER}
         settings["attention_levels"] = sorted(set(self.attention_levels))
-        if self.architecture == "tiny":
-            del settings["norm_num_groups"]  # it has no group norms
+        if not self.kind.has_group_norms:
+            del settings["norm_num_groups"]
         return settings
 
     @property
     def scale_is_known(self) -> bool:
-        """False where the scaling factor is `Assumed`.
-
-        A tiny autoencoder needs no factor, since its latents are scaled already.
-        """
-        return self.architecture == "tiny" or not isinstance(self.scaling_factor, Assumed)
+        """False where the scaling factor is `Assumed`. Latents that are scaled already need none."""
+        return self.latents_are_scaled or not isinstance(self.scaling_factor, Assumed)
 
     def with_scale(
         self,

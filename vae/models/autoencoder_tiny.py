@@ -95,8 +95,6 @@ class AutoencoderTiny(Autoencoder[TinyEncoder, TinyDecoder]):
     Its log-variance is the smallest one possible: a sample equals the mean to 3e-7, and the KL has no meaning.
     """
 
-    is_variational = False
-
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__(config)
         self.encoder = TinyEncoder(config)

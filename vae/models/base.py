@@ -44,11 +44,15 @@ class Autoencoder(nn.Module, ABC, Generic[E, D]):
     decoder: D
     quant_conv: nn.Module
     post_quant_conv: nn.Module
-    is_variational = True  # where False, posteriors have no width and their KL has no meaning
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
+
+    @property
+    def is_variational(self) -> bool:
+        """Whether posteriors have a width. Without one their KL divergence has no meaning."""
+        return self.config.is_variational
 
     @abstractmethod
     def encode(self, images: Tensor) -> DiagonalGaussian:

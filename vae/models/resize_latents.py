@@ -30,7 +30,8 @@ def with_latent_channels(state: State, config: AutoencoderConfig, channels: int)
 
     Raises InputError for another architecture.
     """
-    require(config.architecture == "kl", f"latent_channels={channels} of a tiny autoencoder", "a KL autoencoder")
+    given = f"latent_channels={channels} of a {config.architecture} autoencoder"
+    require(config.architecture == "kl", given, "a KL autoencoder")
 
     change = _inflated if channels >= config.latent_channels else _sliced
     changed = change({name: tensor.float() for name, tensor in state.items()}, config.latent_channels, channels)

@@ -43,8 +43,8 @@ from vae.training.module import AutoencoderModule, images_per_update
 from vae.training.optim import decoder_learns, freeze, posterior_learns
 from vae.training.resume import read_progress
 from vae.training.validation import AUDITED
-from vae.weights import ONE_FILE, save_autoencoder
-from vae.weights.detect import find_autoencoder
+from vae.weights import save_autoencoder
+from vae.weights.formats import find_autoencoder
 from vae.weights.load import PIPELINE_PART, PREFERRED, find_export, read_file
 from vae.weights.loaded import (
     ASSUMED_GROUPS,
@@ -303,7 +303,7 @@ def publish(
 
     # The diffusers format cannot describe a pooled mid-block.
     places = {} if model.config.mid_block_pool else {folder / "diffusers": "diffusers"}
-    places |= {RunDir(folder.parents[1]).weights_file(folder.name): ONE_FILE[model.config.architecture]}
+    places |= {RunDir(folder.parents[1]).weights_file(folder.name): model.config.file_format}
     family = summary.get("family")
 
     paths = [save_autoencoder(model, path, format, notes=notes, family=family) for path, format in places.items()]

@@ -12,13 +12,11 @@ from typing import NamedTuple
 
 import torch
 
-from vae.config.model import AutoencoderConfig
+from vae.config.model import ARCHITECTURES, AutoencoderConfig
 from vae.errors import InputError
 from vae.files import State, WeightsError, replacing
 from vae.models.base import Autoencoder
-from vae.weights.detect import find_autoencoder
-from vae.weights.diffusers import CONFIG_FILE, KINDS, WEIGHTS_FILE, to_diffusers_config
-from vae.weights.ldm import to_ldm
+from vae.weights.formats import CONFIG_FILE, WEIGHTS_FILE, find_autoencoder, format_of, to_diffusers_config
 from vae.weights.load import PREFERRED, find_export, read_source
 from vae.weights.loaded import (
     ASSUMED,
@@ -32,7 +30,6 @@ from vae.weights.loaded import (
 )
 from vae.weights.model_card import CARD_FILE, may_be_written, model_card
 from vae.weights.safetensors_io import Piece, narrowed, pieces_of, write_pieces
-from vae.weights.taesd import PAIR_FILE, SCALE, to_combined, to_pair
 
 __all__ = [
     "FORMATS",
@@ -45,8 +42,7 @@ __all__ = [
     "save_found",
 ]
 
-FORMATS = ("diffusers", "ldm", "taesd")
-ONE_FILE = {"kl": "ldm", "tiny": "taesd"}  # architecture: its single-file format
+FORMATS = ("diffusers", *(one.file_format for one in ARCHITECTURES.values()))
 SINGLE_FILE = ".safetensors"
 OTHER_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".sft", ".gguf")  # of files that are never written
 HALF_FILE = WEIGHTS_FILE.replace(".safetensors", ".fp16.safetensors")
@@ -76,8 +72,8 @@ def save_autoencoder(
     path = Path(path)
     if format not in FORMATS:
         raise InputError(f"format={format!r}, expected one of {list(FORMATS)}")
-    if format not in ("diffusers", ONE_FILE[model.config.architecture]):
-        fitting = ONE_FILE[model.config.architecture]
+    fitting = model.config.file_format
+    if format not in ("diffusers", fitting):
         raise InputError(f"format={format!r}, expected 'diffusers' or {fitting!r} for this architecture")
     if format != "diffusers" and path.suffix != SINGLE_FILE:
         raise InputError(f"{path}: name it NAME.vae{SINGLE_FILE}; web UIs refuse other kinds of file")
@@ -99,7 +95,7 @@ def save_found(found: LoadedWeights, path: Path, dtype: torch.dtype | None = Non
     if found.others and path.exists() and path.resolve() in (found.file.resolve(), found.file.resolve().parent):
         raise InputError(f"{path}: holds {found.others} tensors beside the autoencoder, which would be lost")
 
-    format = ONE_FILE[found.config.architecture] if path.suffix == SINGLE_FILE else "diffusers"
+    format = found.config.file_format if path.suffix == SINGLE_FILE else "diffusers"
     notes = noting_the_scale(found.notes, found.config)
     _write(path, format, _Export(found.state, found.config, notes, found.family), dtype)
     return format
@@ -169,16 +165,12 @@ def _write(path: Path, format: str, export: _Export, dtype: torch.dtype | None) 
     """Write an export in one format. All files of a pair are complete before the first takes its name."""
     if format == "diffusers":
         return _write_folder(path, export, dtype)
-    if format == "ldm":
-        files = {path: to_ldm(export.state, export.config)}
-    elif PAIR_FILE.fullmatch(path.name):
-        files = to_pair(export.state, path)
-    else:
-        files = {path: to_combined(export.state, export.family)}
 
+    theirs = format_of(export.config.architecture)
+    files = theirs.to_files(export.state, export.config, path, export.family)
     written = {file: pieces_of(file, state, dtype) for file, state in files.items()}
     for file, state in files.items():
-        written[file] |= {name: Piece.of(state[name]) for name in SCALE if name in state}  # constants: never cast
+        written[file] |= {name: Piece.of(state[name]) for name in theirs.never_cast if name in state}
 
     with ExitStack() as opened:
         for file, pieces in written.items():
@@ -191,7 +183,7 @@ def _write_folder(folder: Path, export: _Export, dtype: torch.dtype | None) -> N
 
     All files are complete before the first takes its name, and the configuration takes its name last.
     """
-    _check_folder(folder, KINDS[export.config.architecture])
+    _check_folder(folder, export.config.kind.network)
 
     state, metadata = export.state, to_metadata(export.config, export.notes)
     config = json.dumps(to_diffusers_config(export.config), indent=2) + "\n"

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from vae.files import WeightsError
-from vae.weights.detect import ANCHOR, PREFIXES, prefix_of
 from vae.weights.families import LATENT_CHANNELS, family_beside, family_of
-from vae.weights.ldm import to_ldm
+from vae.weights.formats import ANCHOR
+from vae.weights.ldm import PREFIXES, prefix_of, to_ldm
 from vae.weights.load import is_pickle
 from vae.weights.loaded import LoadedWeights
 from vae.weights.pickle_io import read_pickle
@@ -43,8 +43,9 @@ def bake(found: LoadedWeights, checkpoint: Path, target: Path, advance: Callable
     is called with the number of bytes of each write. Raises WeightsError where the autoencoder does not fit the
     checkpoint, where `checkpoint` is not a full one, or where `target` is not a safetensors file.
     """
-    if found.config.architecture == "tiny":
-        raise WeightsError(f"{found.file}: a tiny autoencoder, which no checkpoint has a place for; bake a KL one")
+    if found.config.architecture != "kl":
+        kind = f"a {found.config.architecture} autoencoder"
+        raise WeightsError(f"{found.file}: {kind}, which no checkpoint has a place for; bake a KL one")
     if target.suffix != ".safetensors":
         raise WeightsError(f"{target}: name it NAME.safetensors; what is written is never a pickle")
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from vae.errors import InputError
 from vae.files import State, WeightsError
 from vae.run_dir import FILE_ENDING, RunDir
-from vae.weights.detect import autoencoder_names
-from vae.weights.diffusers import CONFIG_FILE, WEIGHTS_FILE, read_config
+from vae.weights.formats import CONFIG_FILE, WEIGHTS_FILE, autoencoder_names, read_config
 from vae.weights.loaded import WeightsFile, config_in, read_json, read_notes
 from vae.weights.pickle_io import read_pickle
 from vae.weights.safetensors_io import read_safetensors

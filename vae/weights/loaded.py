@@ -194,7 +194,7 @@ class LoadedWeights:
         Raises InputError where the network cannot be that family's.
         """
         config = of_family(self.config, family)
-        if config.architecture == "tiny":
+        if config.latents_are_scaled:
             return replace(self, family=family)
         told = replace(self, config=config, stated=True)
         return told.with_groups_assumed(False) if is_published_network(config) else told
@@ -232,7 +232,7 @@ def of_family(config: AutoencoderConfig, family: str) -> AutoencoderConfig:
     """
     fitting = families_of(config)
     require(family in fitting, f"family={family!r}", f"one of {fitting} for this network")
-    return config if config.architecture == "tiny" else config.with_scale(*FAMILIES[family])
+    return config if config.latents_are_scaled else config.with_scale(*FAMILIES[family])
 
 
 def check_complete(found: LoadedWeights) -> None:
@@ -240,12 +240,13 @@ def check_complete(found: LoadedWeights) -> None:
     with torch.device("meta"):
         expected = build_autoencoder(found.config).state_dict()
 
-    kind = {"kl": "KL", "tiny": "tiny"}[found.config.architecture]
-    missing, extra = sorted(expected.keys() - found.state.keys()), sorted(found.state.keys() - expected.keys())
+    missing = sorted(expected.keys() - found.state.keys())
+    extra = sorted(found.state.keys() - expected.keys())
     if missing or extra:
         raise WeightsError(
             f"{found.file}: {len(missing)} keys missing (first {missing[:3]}) and {len(extra)} unknown (first "
-            f"{extra[:3]}) for this architecture; check that it is a complete {kind} autoencoder of its configuration"
+            f"{extra[:3]}) for this architecture; check that it is a complete "
+            f"{found.config.kind.network} of its configuration"
         )
 
     for name, tensor in found.state.items():

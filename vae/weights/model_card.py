@@ -15,7 +15,6 @@ from typing import Any
 from vae.config.model import AutoencoderConfig
 from vae.run_dir import FILE_ENDING
 from vae.weights.describe import clients_of, warnings_about
-from vae.weights.diffusers import KINDS
 from vae.weights.loaded import ASSUMED, ASSUMED_GROUPS, Notes
 
 LONGEST = 1_000  # characters of a value that are shown
@@ -143,7 +142,7 @@ def _is_theirs(config: AutoencoderConfig) -> bool:
 
 def _what(config: AutoencoderConfig, parameters: int) -> str:
     """Describe the network in one sentence."""
-    factor, kind = config.downsample_factor, KINDS[config.architecture]
+    factor, kind = config.downsample_factor, config.kind.network
     name = f"f{factor}c{config.latent_channels}"
     latents = f"latents of {config.latent_channels} channels, {factor} times smaller each way"
     widths = " / ".join(map(str, config.block_out_channels))
@@ -172,7 +171,7 @@ def _training(known: Facts) -> list[str]:
     lines = [
         f"- {updates:,} updates"
         + (f" of {images:,} images ({known.text('batch_size_per_process')} a process and batch)" if images else ""),
-        f"- published weights: {'averaged (EMA)' if known.text('weights') == 'EMA' else known.text('weights')}",
+        f"- published weights: {known.text('weights')}",
         *(f"- {name}: {known.text(name)}" for name in ("frozen", "trained") if known.text(name)),
         *(
             f"- {words} {_files(start)}"
@@ -248,7 +247,7 @@ def _loading(config: AutoencoderConfig, known: Facts) -> list[str]:
     there = ", ".join(f"`{FOLDERS[name]}` of {client}" for client, name in programs.items() if name in FOLDERS)
 
     if _is_theirs(config):
-        library, kind = "diffusers", KINDS[config.architecture]
+        library, kind = "diffusers", config.kind.network
         call = f'{kind}.from_pretrained("THIS_FOLDER")  # or its name on the hub'
         single = f"As one file, `{file}` (`vae convert THIS_FOLDER {file}`), it goes to {there}."
     else:
