@@ -11,8 +11,8 @@ from vae.config.schema import EvaluateConfig, TrainConfig
 from vae.data.build import SOURCES
 from vae.evaluation.protocols import PROTOCOLS
 from vae.losses.adversarial import ADVERSARIAL_LOSSES
+from vae.losses.autoencoder_loss import PIXEL_LOSSES
 from vae.losses.diff_augment import AUGMENTATIONS
-from vae.losses.reconstruction import PIXEL_LOSSES
 from vae.metrics.registry import OF_SETS, PAIRED
 from vae.models.discriminator import NORMS
 from vae.models.lpips import BACKBONES

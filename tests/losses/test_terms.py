@@ -3,9 +3,8 @@ import torch
 
 from vae.config.loss import LossConfig, LossWeights
 from vae.errors import InputError
-from vae.losses.adversarial import ADVERSARIAL_LOSSES, adaptive_weight, last_layer_gradient, ramp
-from vae.losses.autoencoder_loss import Objective, weighted_sum
-from vae.losses.reconstruction import PIXEL_LOSSES, kl_per_element
+from vae.losses.adversarial import ADVERSARIAL_LOSSES, adaptive_weight, last_layer_gradient
+from vae.losses.autoencoder_loss import PIXEL_LOSSES, Objective, kl_per_element, ramp
 from vae.models.posterior import DiagonalGaussian
 
 
@@ -80,13 +79,14 @@ def test_a_weight_of_zero_means_not_computed():
     objective = Objective(LossConfig(weights=LossWeights(perceptual=0.0, kl=0.0)))
     images = torch.rand(1, 3, 32, 32)
     posterior = DiagonalGaussian(torch.zeros(1, 4, 4, 4), torch.zeros(1, 4, 4, 4))
-    assert set(objective(images, images, posterior)) == {"pixel"}
+    assert set(objective.of_images(images, images)) == {"pixel"}
+    assert not objective.of_posterior(posterior, images)
     assert objective.lpips is None
 
 
 def test_a_term_without_a_weight_is_an_error():
     with pytest.raises(KeyError, match="style"):
-        weighted_sum({"style": torch.ones(())}, LossWeights())
+        Objective(LossConfig(weights=LossWeights(perceptual=0.0))).weighted_sum({"style": torch.ones(())}, updates=0)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from vae.config.model import AutoencoderConfig
 from vae.config.schema import TrainConfig
 from vae.errors import InputError
 from vae.losses.adversarial import AdversarialLoss
-from vae.losses.autoencoder_loss import Objective, weighted_sum
+from vae.losses.autoencoder_loss import Objective
 from vae.models.discriminator import PatchDiscriminator
 from vae.models.lpips import BACKBONES, MissingBackboneError, load_backbone
 from vae.models.registry import build_autoencoder
@@ -151,10 +151,7 @@ def _shares_of_the_adversary(loss: LossConfig, side: int, bounds: list[dict[str,
     features = functional.interpolate(functional.avg_pool2d(images, 4), scale_factor=4.0, mode="bilinear")
     leaf = last_layer(features).detach().requires_grad_()
     objective = Objective(loss)
-    terms = {"pixel": objective.pixel(images, leaf)}
-    if objective.lpips is not None:
-        terms["perceptual"] = objective.lpips(images, leaf).mean()
-    (gradient,) = torch.autograd.grad(weighted_sum(terms, loss.weights), leaf)
+    (gradient,) = torch.autograd.grad(objective.weighted_sum(objective.of_images(images, leaf), updates=0), leaf)
 
     shares = []
     for bound in bounds:

@@ -104,8 +104,8 @@ class LearnedVariance(Objective):
         super().__init__(config)
         self.logvar = nn.Parameter(torch.ones(()))
 
-    def __call__(self, images: Tensor, reconstructions: Tensor, posterior: DiagonalGaussian) -> dict[str, Tensor]:
-        terms = super().__call__(images, reconstructions, posterior)
+    def of_images(self, images: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
+        terms = super().of_images(images, reconstructions)
         return terms | {"pixel": terms["pixel"] / self.logvar.exp() + self.logvar}
 
 

@@ -28,8 +28,7 @@ from vae.data.loader import Batch, validation_loader
 from vae.data.sampler import EndlessSampler, Shuffled
 from vae.files import WeightsError
 from vae.latents import LatentStatistics, measure_latents
-from vae.losses.autoencoder_loss import Objective
-from vae.losses.reconstruction import kl_per_element
+from vae.losses.autoencoder_loss import POSTERIOR_TERMS, Objective, kl_per_element
 from vae.models.autoencoder_kl import AutoencoderKL
 from vae.models.posterior import DiagonalGaussian
 from vae.weights import load_autoencoder
@@ -47,7 +46,8 @@ def kl_weighs_against_the_pixels_what_it_weighs_in_ldm() -> None:
     for size, batch in ((8, 1), (8, 3), (16, 2)):
         images, reconstructions = torch.rand(2, batch, 3, size, size, dtype=torch.float64)
         mean, logvar = torch.randn(2, batch, 4, size // 2, size // 2, dtype=torch.float64)
-        terms = objective(images, reconstructions, DiagonalGaussian(mean, logvar))
+        terms = objective.of_images(images, reconstructions)
+        terms |= objective.of_posterior(DiagonalGaussian(mean, logvar), images)
         kl = kl_divergence(Normal(mean, torch.exp(0.5 * logvar)), Normal(0.0, 1.0)).sum() / batch
         pixels = (images - reconstructions).abs().sum() / batch
         torch.testing.assert_close(terms["kl"] / terms["pixel"], kl / pixels)
@@ -74,7 +74,7 @@ def _kl_summed_beside_a_mean_of_pixels(posterior: DiagonalGaussian, _: Tensor) -
 def test_the_kl_term_is_the_closed_form_and_weighs_what_it_weighs_in_ldm(monkeypatch, peer):
     """N1: sum or mean, with or without the half: at one weight the KL term is up to 1e5 times stronger or weaker."""
     kl_weighs_against_the_pixels_what_it_weighs_in_ldm()
-    monkeypatch.setattr("vae.losses.autoencoder_loss.kl_per_element", peer)
+    monkeypatch.setitem(POSTERIOR_TERMS, "kl", peer)
     with pytest.raises(AssertionError):
         kl_weighs_against_the_pixels_what_it_weighs_in_ldm()
 

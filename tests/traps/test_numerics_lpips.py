@@ -21,7 +21,6 @@ from vae.losses.autoencoder_loss import Objective
 from vae.metrics.paired import PairedMetrics
 from vae.models.autoencoder_kl import AutoencoderKL
 from vae.models.lpips import BACKBONES, LPIPS, load_backbone
-from vae.models.posterior import DiagonalGaussian
 from vae.training.module import AutoencoderModule
 from vae.training.step import Teacher
 
@@ -55,11 +54,10 @@ def lpips_repeats_itself_while_training(training: AutoencoderModule) -> None:
     """After an image logger has turned the whole module to eval and back."""
     training.eval()
     images, others = signed_images(), signed_images()
-    posterior = DiagonalGaussian.from_moments(torch.zeros(2, 6, 32, 32))
-    expected = training.objective(images, others, posterior)["perceptual"]
+    expected = training.objective.of_images(images, others)["perceptual"]
     training.train()
     for _ in range(2):
-        assert torch.equal(training.objective(images, others, posterior)["perceptual"], expected)
+        assert torch.equal(training.objective.of_images(images, others)["perceptual"], expected)
 
 
 def lpips_is_frozen_and_no_part_of_the_run(training: AutoencoderModule) -> None:
@@ -75,7 +73,7 @@ def test_lpips_has_no_dropout_in_training_and_is_no_part_of_checkpoint_optimiser
     training = AutoencoderModule(perceptual_run)
     lpips_repeats_itself_while_training(training)
     lpips_is_frozen_and_no_part_of_the_run(training)
-    training.objective.lpips = package.requires_grad_(False)
+    training.objective.image_terms["perceptual"] = package.requires_grad_(False)
     training.add_module("lpips", package)
     with pytest.raises(AssertionError):
         lpips_repeats_itself_while_training(training)
@@ -102,9 +100,8 @@ def test_lpips_stays_in_eval_mode_inside_a_module_that_trains(monkeypatch, lpips
 
 def the_loss_is_the_packages_on_signed_images(net: str, package: lpips.LPIPS) -> None:
     images, others = signed_images(), signed_images()
-    posterior = DiagonalGaussian.from_moments(torch.zeros(2, 6, 32, 32))
     with torch.no_grad():
-        found = Objective(LossConfig(perceptual_net=net))(images, others, posterior)["perceptual"]
+        found = Objective(LossConfig(perceptual_net=net)).of_images(images, others)["perceptual"]
         torch.testing.assert_close(found, package(images, others).mean(), atol=1e-6, rtol=1e-5)
 
 

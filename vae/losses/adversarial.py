@@ -136,13 +136,6 @@ class RunningMean(nn.Module):
         self._pending.clear()
 
 
-def ramp(updates: int, start: int, length: int) -> float:
-    """Return 0 before update `start`, then rise linearly to 1 within `length` updates (at once if `length` is 0)."""
-    if updates < start:
-        return 0.0
-    return min(1.0, (updates - start + 1) / length) if length else 1.0
-
-
 Logs = dict[str, Tensor]
 Augment = Callable[[Tensor], Tensor]
 LECAM_DECAY = 0.999  # Tseng et al.

@@ -35,7 +35,7 @@ from vae.models.discriminator import PatchDiscriminator
 from vae.models.registry import build_autoencoder
 from vae.training.guard import Guard, all_finite
 from vae.training.optim import build_optimiser, freeze, learning, update_ema
-from vae.training.step import ForwardPass, detached, regularise, single_pass, uniform_for, warm_up
+from vae.training.step import ForwardPass, detached, single_pass, uniform_for, warm_up
 from vae.training.validation import SetMetrics, Validation
 
 
@@ -169,7 +169,7 @@ class AutoencoderModule(lightning.LightningModule):
         # Only the encoder learns, from a teacher: nothing has to be decoded.
         if not self.autoencoding.decodes:
             terms = self.autoencoding.encode(images)
-            return regularise(terms, self.objective, self.updates), detached(terms)
+            return self.objective.weighted_sum(terms, self.updates), detached(terms)
 
         # The discriminator may learn before the autoencoder does.
         autoencoder, discriminator = self.config.loss.starts
@@ -187,7 +187,8 @@ class AutoencoderModule(lightning.LightningModule):
 
         posterior, _, reconstructions, extra_terms = self.autoencoding(batch.positions, images, batch.moments)
         with torch.autocast(self.device.type, enabled=False):
-            terms = self.objective(images, reconstructions.float(), posterior) | dict(extra_terms)
+            terms = self.objective.of_images(images, reconstructions.float())
+            terms |= self.objective.of_posterior(posterior, images) | dict(extra_terms)
         return {"image": images, "posterior": posterior.mean, "reconstruction": reconstructions} | terms
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

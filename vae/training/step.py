@@ -26,9 +26,8 @@ from vae.config.schema import TrainConfig
 from vae.data.sampler import seed_for
 from vae.errors import require
 from vae.latents import scale_moments, unscale_moments
-from vae.losses.adversarial import AdversarialLoss, Augment, Logs, ramp, unchanged, zero_touching
-from vae.losses.autoencoder_loss import Objective, weighted_sum
-from vae.losses.reconstruction import latent_distance
+from vae.losses.adversarial import AdversarialLoss, Augment, Logs, unchanged, zero_touching
+from vae.losses.autoencoder_loss import Objective, latent_distance, ramp
 from vae.models.base import Autoencoder
 from vae.models.posterior import DiagonalGaussian, at_least_float32
 from vae.precision.audit import excess_of
@@ -138,9 +137,6 @@ def _latents_of(config: AutoencoderConfig) -> tuple[int, int]:
     return config.latent_channels, config.downsample_factor
 
 
-REGULARISERS = ("kl", "latent", "activation")  # terms that do not depend on the reconstructions
-
-
 class Output(NamedTuple):
     """What the autoencoder makes of images.
 
@@ -170,13 +166,13 @@ def single_pass(  # noqa: PLR0917
     with torch.autocast(images.device.type, enabled=False):
         # The losses are differentiated at this leaf, so no loss goes back through the decoder by itself.
         leaf = at_least_float32(reconstructions.detach()).requires_grad_()
-        terms = objective(images, leaf, posterior) | dict(extra_terms)
-        logs = detached(terms)
+        terms = objective.of_images(images, leaf)
+        (gradient,) = torch.autograd.grad(objective.weighted_sum(terms, updates), leaf)
 
-        # Terms of latents or activations go into the backward as they are; the rest becomes one gradient at the leaf.
-        regularisation = regularise(terms, objective, updates)
-        of_images = {name: term for name, term in terms.items() if name not in REGULARISERS}
-        (gradient,) = torch.autograd.grad(weighted_sum(of_images, objective.weights), leaf)
+        # Terms of latents or activations go into the backward as they are.
+        regularisers = objective.of_posterior(posterior, images) | dict(extra_terms)
+        regularisation = objective.weighted_sum(regularisers, updates)
+        logs = detached(terms | regularisers)
 
         discriminator_loss: Tensor | float = 0.0
         if adversarial_loss is not None:
@@ -218,14 +214,6 @@ def warm_up(
 def detached(terms: Mapping[str, Tensor]) -> Logs:
     """Return the terms without their gradients."""
     return {name: term.detach() for name, term in terms.items()}
-
-
-def regularise(terms: Mapping[str, Tensor], objective: Objective, updates: int) -> Tensor:
-    """Return the weighted sum of those terms that do not depend on the reconstructions. The KL term is warmed up."""
-    extra_terms = {name: terms[name] for name in REGULARISERS if name in terms}
-    if "kl" in extra_terms:
-        extra_terms["kl"] = ramp(updates, 0, objective.kl_warmup) * extra_terms["kl"]
-    return weighted_sum(extra_terms, objective.weights) if extra_terms else torch.zeros(())
 
 
 Terms = dict[str, Tensor]
