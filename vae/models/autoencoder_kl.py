@@ -184,7 +184,8 @@ class Decoder(Half):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        widths = config.block_out_channels[::-1]
+        groups = config.norm_num_groups
         last = len(widths) - 1
 
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)

@@ -92,7 +92,8 @@ class Autoencoder(nn.Module, ABC, Generic[E, D]):
 
     def check_size(self, images: Tensor) -> None:
         """Raise InputError where H or W is not a multiple of `config.downsample_factor`."""
-        (height, width), factor = images.shape[-2:], self.config.downsample_factor
+        height, width = images.shape[-2:]
+        factor = self.config.downsample_factor
         fits = height % factor == width % factor == 0
         require(fits, f"images are {width}x{height} pixels", f"multiples of {factor}; crop or pad them first")
 

@@ -46,14 +46,16 @@ def _rows(known: int, channels: int) -> Tensor:
 
 def _inflated(state: State, before: int, after: int) -> State:
     """Add latent channels. The new ones have random means, narrow posteriors, and no effect on the decoder."""
-    weight, rows = state["encoder.conv_out.weight"], _rows(before, after)
+    weight = state["encoder.conv_out.weight"]
+    rows = _rows(before, after)
 
     # New means see the image through random weights. New log-variances have a constant bias only, which is narrow.
     of_moments = nn.Conv2d(weight.shape[1], 2 * after, 3).weight.detach()
     of_moments[after:] = 0.0
     bias = torch.tensor([0.0, INITIAL_LOGVAR]).repeat_interleave(after)
 
-    of_moments[rows], bias[rows] = weight, state["encoder.conv_out.bias"]
+    of_moments[rows] = weight
+    bias[rows] = state["encoder.conv_out.bias"]
     changed = state | {"encoder.conv_out.weight": of_moments, "encoder.conv_out.bias": bias}
 
     # In the 1x1 convolutions, which mix channels, the new channels pass through unchanged and unmixed.
@@ -74,7 +76,8 @@ def _sliced(state: State, before: int, after: int) -> State:
 
     The 1x1 convolutions mix the channels. So the 3x3 convolutions take the mixing over, and the 1x1 become identities.
     """
-    changed, rows = dict(state), _rows(after, before)
+    changed = dict(state)
+    rows = _rows(after, before)
 
     weight, bias = state["encoder.conv_out.weight"], state["encoder.conv_out.bias"]
     if "quant_conv.weight" in state:

@@ -68,7 +68,8 @@ def _factor(config: OptimConfig, updates: int, start: int) -> Callable[[int], fl
 
     It is a function, because LambdaLR would save an object in the checkpoint.
     """
-    schedule, warmup = SCHEDULES[config.schedule], config.warmup_updates
+    schedule = SCHEDULES[config.schedule]
+    warmup = config.warmup_updates
 
     def factor(update: int) -> float:
         warm = min(1.0, (max(0, update - start) + 1) / warmup) if warmup else 1.0

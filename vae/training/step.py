@@ -226,7 +226,8 @@ class ForwardPass:
     """
 
     def __init__(self, autoencoder: Autoencoder, config: TrainConfig) -> None:
-        self.autoencoder, self.config = autoencoder, config
+        self.autoencoder = autoencoder
+        self.config = config
         self.posterior_learns = posterior_learns(autoencoder)
         self.decodes = config.teacher is None or decoder_learns(autoencoder)
         self.teacher: Teacher | None = None

@@ -185,12 +185,12 @@ def _write_folder(folder: Path, export: _Export, dtype: torch.dtype | None) -> N
     """
     _check_folder(folder, export.config.kind.network)
 
-    state, metadata = export.state, to_metadata(export.config, export.notes)
+    metadata = to_metadata(export.config, export.notes)
     config = json.dumps(to_diffusers_config(export.config), indent=2) + "\n"
     plain, half = folder / WEIGHTS_FILE, folder / HALF_FILE
 
     try:
-        in_half = pieces_of(half, state, torch.float16)
+        in_half = pieces_of(half, export.state, torch.float16)
     except WeightsError as error:
         in_half = None
         warnings.warn(f"no float16 variant: {error}", stacklevel=4)
@@ -198,12 +198,12 @@ def _write_folder(folder: Path, export: _Export, dtype: torch.dtype | None) -> N
     # The stack renames in reverse order, so the configuration is opened first.
     with ExitStack() as files:
         described = files.enter_context(replacing(folder / CONFIG_FILE))
-        for path, pieces in ((plain, pieces_of(plain, state, dtype)), (half, in_half)):
+        for path, pieces in ((plain, pieces_of(plain, export.state, dtype)), (half, in_half)):
             if pieces is not None:
                 write_pieces(files.enter_context(replacing(path)), pieces, metadata, path)
         described.write_text(config, encoding="utf-8")
         if may_be_written(folder / CARD_FILE):
-            parameters = sum(tensor.numel() for tensor in state.values())
+            parameters = sum(tensor.numel() for tensor in export.state.values())
             card = files.enter_context(replacing(folder / CARD_FILE))
             card.write_text(model_card(export.config, export.notes, parameters), encoding="utf-8")
 

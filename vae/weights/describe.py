@@ -77,12 +77,12 @@ def facts_of(found: LoadedWeights) -> dict[str, Any]:
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in found.state.values())
     whence = "stated" if found.stated else "read from the tensors"
     groups = "" if found.groups_are_known else f", {found.config.norm_num_groups} groups are assumed"
-    tensors, parameters = len(found.state), sum(tensor.numel() for tensor in found.state.values())
+    parameters = sum(tensor.numel() for tensor in found.state.values())
     return {
         "layout": "diffusers names" if found.layout == "diffusers" else _format(found.config).words,
         "weights": found.kind,
         "stored as": ", ".join(f"{dtype} ({count} tensors)" for dtype, count in dtypes.items()),
-        "parameters": f"{parameters:,} in {tensors} tensors",
+        "parameters": f"{parameters:,} in {len(found.state)} tensors",
         "loads in": ", ".join(clients_of(found.config)) or "no other program",
         "configuration": f"{whence}{groups}",
     }
@@ -112,7 +112,10 @@ def family_words(found: LoadedWeights) -> str:
 
 def soundness(found: LoadedWeights) -> tuple[list[str], dict[str, str]]:
     """Return (names of tensors with NaN or infinite values, facts about how the weights fit into float16)."""
-    broken, dead, largest = [], [], 0.0
+    broken: list[str] = []
+    dead: list[str] = []
+    largest = 0.0
+
     for name, stored in found.state.items():
         sizes = stored.float().abs()
         if not sizes.isfinite().all():

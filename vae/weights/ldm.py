@@ -37,7 +37,8 @@ QUANT_CONVS = ("quant_conv.weight", "quant_conv.bias", "post_quant_conv.weight",
 PREFIXES = ("vae.", "first_stage_model.", "")  # FLUX and most later families; SD checkpoints; standalone files
 SHADOW = "model_ema."  # LDM's EMA weights, whose names have lost their dots
 SHADOW_COUNTERS = ("decay", "num_updates")
-PLAYGROUND, PLAYGROUND_SCALE = ("edm_mean", "edm_std"), 0.5  # Playground v2.5 states mean and std per channel
+PLAYGROUND = ("edm_mean", "edm_std")  # Playground v2.5 states mean and std per channel
+PLAYGROUND_SCALE = 0.5
 TRAINING_ONLY = ("loss.", SHADOW, "colorize")
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.17
 LDM_WORDS = (  # in LDM's names; where one word begins another, the longer one comes first
@@ -64,7 +65,8 @@ def ldm_names(config: AutoencoderConfig) -> dict[str, str]:
             layers |= _below(f"{half}.mid_block.resnets.{j}", f"{half}.mid.block_{j + 1}", RESNET)
 
     for i in range(last + 1):
-        down, up = f"encoder.down.{i}", f"decoder.up.{last - i}"  # LDM counts `up` from the image side
+        down = f"encoder.down.{i}"
+        up = f"decoder.up.{last - i}"  # LDM counts `up` from the image side
         layers |= _level(f"encoder.down_blocks.{i}", down, config.layers_per_block)
         layers |= _level(f"decoder.up_blocks.{i}", up, config.layers_per_block + 1)
         layers[f"encoder.down_blocks.{i}.downsamplers.0.conv"] = f"{down}.downsample.conv"

@@ -78,7 +78,8 @@ def config_in(path: Path, metadata: dict[str, str]) -> AutoencoderConfig | None:
     if CONFIG_KEY not in metadata:
         return None
 
-    version, described = metadata.get("vae.format_version", "1"), metadata[CONFIG_KEY]
+    described = metadata[CONFIG_KEY]
+    version = metadata.get("vae.format_version", "1")
     if version != str(FORMAT_VERSION):
         raise WeightsError(f"{path}: written in format version {version}, this vae reads {FORMAT_VERSION}; update vae")
     stated = metadata.get("vae.config_sha256")
