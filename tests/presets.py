@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
+import pytest
 from omegaconf import OmegaConf
 
 from vae.config.model import AutoencoderConfig
@@ -11,6 +12,8 @@ from vae.config.model import AutoencoderConfig
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TINY_PRESETS = ("taef2", "taesd", "taesd3")
 PRESETS = sorted({path.stem for path in (CONFIGS / "model").glob("*.yaml")} - {*TINY_PRESETS})  # of KL autoencoders
+TWINS = {"sdxl", "sd3"}  # networks of the shape of sd and flux, at full size: `make test-all` has them too
+AT_FULL_SIZE = [pytest.param(name, marks=pytest.mark.slow) if name in TWINS else name for name in PRESETS]
 
 NETWORKS = {  # small ones, one of each kind
     "sd-like": AutoencoderConfig(block_out_channels=[16, 32, 32], layers_per_block=1, norm_num_groups=4),

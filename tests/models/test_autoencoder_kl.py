@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as Authority
 
-from tests.presets import PRESETS, preset
+from tests.presets import AT_FULL_SIZE, PRESETS, preset
 from vae.config.model import AutoencoderConfig
 from vae.errors import InputError
 from vae.models.autoencoder_kl import AutoencoderKL
@@ -23,7 +23,7 @@ def test_the_sd_preset_has_the_published_number_of_parameters():
     assert sum(parameter.numel() for parameter in model.parameters()) == 83_653_863
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", AT_FULL_SIZE)
 def test_keys_shapes_moments_and_images_equal_diffusers(name, perturbed):
     config = preset(name)
     ours = perturbed(config)

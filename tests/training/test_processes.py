@@ -113,7 +113,14 @@ def test_two_processes_make_an_update_that_overflows_again_together(tmp_path):
     assert len(high) == len(ends[0]["shapes"]) / 2 > 2
 
 
-@pytest.mark.parametrize("kind", ["the discriminator first", "a teacher", "the encoder alone to a teacher"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "the discriminator first",
+        pytest.param("a teacher", marks=pytest.mark.slow),
+        "the encoder alone to a teacher",
+    ],
+)
 def test_two_processes_train_as_one_where_parts_sleep_or_have_a_teacher(tmp_path, kind):
     """Each pass must give every parameter that learns a gradient, or processes wait for each other."""
     config = replace(small_run(tmp_path, accumulate=2), updates=6, validate_every=6, resume=None)

@@ -46,6 +46,7 @@ def _digest(index: Index, name: str) -> str:
     return digest.hexdigest()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_bake_then_extract_returns_the_autoencoder_and_leaves_the_rest_in_bounded_memory(tmp_path):
     shapes = full_checkpoint()

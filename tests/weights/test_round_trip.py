@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from tests.presets import PRESETS, preset
+from tests.presets import AT_FULL_SIZE, preset
 from vae.config.model import AutoencoderConfig
 from vae.models.autoencoder_kl import AutoencoderKL
 from vae.weights import load_autoencoder, read_autoencoder, save_autoencoder
@@ -44,7 +44,7 @@ def configurations(draw: st.DrawFn) -> AutoencoderConfig:
     )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     config=configurations(), notes=st.builds(Notes, latents=st.just({"mean": 0.5}), training=st.just({"updates": 3}))
 )
@@ -89,7 +89,7 @@ def test_any_networks_architecture_is_read_from_its_tensors(config: AutoencoderC
     _assert_same(found.state, state)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", AT_FULL_SIZE)
 def test_every_preset_survives_both_layouts_and_loads_in_diffusers_with_strict_keys(tmp_path, perturbed, name):
     """At full size: our folder by `from_pretrained`, our single file by `from_single_file`, images as ours."""
     config = preset(name)
