@@ -140,7 +140,7 @@ class DataConfig:
         """Refuse settings that cannot take effect with this source."""
         hub = self.source == "huggingface"
         given = f"with data.source={self.source!r}"
-        if self.source == "photos":
+        if not WANTED[self.source]:
             unused = self.root is None and self.validation_root is None
             require(unused, f"data.root={self.root!r} {given}", "data=folder to read a folder")
         else:

@@ -141,12 +141,6 @@ SOURCES: dict[str, Callable[["DataConfig"], Pair]] = {
     "huggingface": _huggingface,
     "webdataset": _webdataset,
 }
-WANTED = {  # what each source expects of data.root
-    "folder": "a folder of images",
-    "list": "a .txt, .csv or .jsonl list of images",
-    "huggingface": "a name on the hub, or a folder or file that datasets reads",
-    "webdataset": "tar archives, as 'shards/{000000..000099}.tar'",
-}
 
 
 def _opened(config: "DataConfig", urls: list[str]) -> Shards:

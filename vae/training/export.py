@@ -381,7 +381,8 @@ def _weights(run: Path, checkpoint: Path, config: dict[str, Any], prefixes: tupl
     There are two prefixes for the EMA weights, since the first version of vae called them `average`.
     """
     state = read_pickle(checkpoint, lambda names: {name for name in names if name.startswith(prefixes)})
-    state = {name: tensor for name, tensor in state.items() if name.startswith(prefixes)}
+    prefix = next((one for one in prefixes if any(name.startswith(one) for name in state)), "")
+    state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     found = find_autoencoder(WeightsFile(checkpoint, state), _part(run, config, "model", AutoencoderConfig))
     check_complete(found)
     check_finite(found)
