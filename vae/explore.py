@@ -313,7 +313,9 @@ class Survey:
 @torch.no_grad()
 def survey(model: Autoencoder, images: Iterable[Tensor], count: int) -> Survey:
     """Measure a model on one or more images (C, H, W) in [-1, 1] of one size, and keep the first `count` of them."""
-    statistics, numbers, kept = LatentStatistics(model.config.latent_channels), [], []
+    statistics = LatentStatistics(model.config.latent_channels)
+    numbers = []
+    kept = []
 
     for image in images:
         posterior = model.encode(image[None])

@@ -134,7 +134,8 @@ def image_files(given: Sequence[Path], suffixes: Sequence[str] = ()) -> dict[str
             stem, dot, suffix = name.rpartition(".")
 
             # Images keep their suffix in the label, since a.png and a.jpg may both be there.
-            label = stem if suffixes else f"{stem}_{suffix}" if dot else name
+            with_suffix = f"{stem}_{suffix}" if dot else name
+            label = stem if suffixes else with_suffix
             require(label not in found, f"two files are called {name}", "different names; give them in separate calls")
             found[label] = path / name if path.is_dir() else path
 

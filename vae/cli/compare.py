@@ -106,7 +106,8 @@ def _print_table(
 
     tables: dict[str, Table] = {}
     for (pair, name), one in zip(asked, compared, strict=True):
-        title, metric = f"{dataset}: {pair.model}", PAIRED[name]
+        title = f"{dataset}: {pair.model}"
+        metric = PAIRED[name]
         empty = Table("metric", "old", "new", "better by\n[95 % interval]", "wins", "verdict", title=title)
         verdict, style = _judged(one, margins)
         means = (f"{value:.{metric.digits}f}" for value in pair.means(name))

@@ -61,7 +61,8 @@ def prepare(
     from vae.datasets.prepare_images import SUFFIX, Treatment, prepare_shards
     from vae.distributed import cores
 
-    source_folder, target = Path(src).expanduser().resolve(), dst.expanduser().resolve()
+    source_folder = Path(src).expanduser().resolve()
+    target = dst.expanduser().resolve()
     if source_folder.is_dir() and (target == source_folder or source_folder in target.parents):
         raise InputError(f"DST={str(dst)!r}: within SRC, so that the shards would lie among the images; name another")
 
@@ -128,7 +129,8 @@ def cache_latents(
     index = _run(job, "Encoding", work)
     if index is not None:
         _print_made(job, index)
-        enlarged, side = index["counts"][cache_latents.ENLARGED], resolution // found.config.downsample_factor
+        enlarged = index["counts"][cache_latents.ENLARGED]
+        side = resolution // found.config.downsample_factor
         kind = f"{dtype}, {'scaled' if scaled else 'raw'}, {found.config.latent_channels}x{side}x{side} an image"
         say(f"{', '.join(encoding.stored)}: {kind}; in Python: vae.LatentShards({str(dst)!r})")
         if enlarged:
@@ -147,7 +149,8 @@ def _run(job: "Job", label: str, work: "Callable[[Sequence[int], Advance], None]
     begin(job)
 
     here = place()
-    todo, mine = unfinished(job, here), len(range(here.rank, job.shards, here.world))
+    todo = unfinished(job, here)
+    mine = len(range(here.rank, job.shards, here.world))
     if len(todo) < mine:
         say(f"{mine - len(todo)} of {mine} shards are there already")
 
@@ -165,7 +168,8 @@ def _run(job: "Job", label: str, work: "Callable[[Sequence[int], Advance], None]
 
 def _print_made(job: "Job", index: "Json") -> None:
     """Print how many images are in the shards, how large they are, and why images were skipped."""
-    kept, of = index["images"], len(job.source)
+    kept = index["images"]
+    of = len(job.source)
     shards = f"{job.shards} shards" if job.shards > 1 else "one shard"
     say(f"{kept:,} of {of:,} images in {shards}, {index['bytes'] / 1e6:,.1f} MB: {job.folder}")
 

@@ -62,7 +62,8 @@ def interpolate(
 
     files = image_files(images)
     require(len(files) > 1, f"{len(files)} image", "two or more to go between")
-    autoencoder, kind = load(model, device), "arc" if spherical else "line"
+    autoencoder = load(model, device)
+    kind = "arc" if spherical else "line"
 
     rows: dict[str, Tensor] = {}
     with progress("Interpolating", len(files) - 1) as advance:
@@ -97,7 +98,8 @@ def vary(
     """
     from vae import explore
 
-    autoencoder, files = load(model, device), image_files(images)
+    autoencoder = load(model, device)
+    files = image_files(images)
 
     table, decibels = [], []
     with progress("Sampling", len(files)) as advance:
@@ -173,7 +175,8 @@ def restore(
     require(bool(levels), "neither --noise nor --mask", "one of them at least, as --noise 0.1")
     require(all(strength > 0 for _, strength in levels.values()), "--noise or --mask 0", "more than 0")
 
-    autoencoder, files = load(model, device), image_files(images)
+    autoencoder = load(model, device)
+    files = image_files(images)
     measured: dict[str, list[explore.Restoration]] = {label: [] for label in ("none", *levels)}
     with progress("Restoring", len(files)) as advance:
         for name, image in squares(files, autoencoder, resolution):
@@ -206,7 +209,8 @@ def _print_restored(measured: "dict[str, list[Restoration]]") -> None:
         return sum(getattr(one, name).item() for one in measured[label]) / len(measured[label])
 
     columns = ("damage", "PSNR before", "after", "gain, dB", "SSIM before", "after")
-    rows, lost = [["none", "", f"{mean('none', 'psnr_after'):.2f}", "", "", f"{mean('none', 'ssim_after'):.4f}"]], []
+    rows = [["none", "", f"{mean('none', 'psnr_after'):.2f}", "", "", f"{mean('none', 'ssim_after'):.4f}"]]
+    lost = []
 
     for label in list(measured)[1:]:
         before, after, gain = (mean(label, name) for name in ("psnr_before", "psnr_after", "psnr_gain"))
@@ -239,7 +243,8 @@ def channels(
 
     from vae import explore
 
-    autoencoder, files = load(model, device), image_files(images)
+    autoencoder = load(model, device)
+    files = image_files(images)
 
     latents, lost = [], []
     with progress("Decoding", len(files)) as advance:
@@ -250,7 +255,8 @@ def channels(
             lost.append(found.psnr_lost[0].cpu())
             advance(1)
 
-    std, mean_lost = torch.cat(latents, dim=1).std(dim=1, correction=0), torch.stack(lost).mean(dim=0)
+    std = torch.cat(latents, dim=1).std(dim=1, correction=0)
+    mean_lost = torch.stack(lost).mean(dim=0)
     numbers = enumerate(zip(std.tolist(), mean_lost.tolist(), strict=True))
     rows = [(str(channel), f"{spread:.4f}", f"{decibels:.2f}") for channel, (spread, decibels) in numbers]
 
@@ -268,7 +274,8 @@ def _save_channels(found: "Ablation", image: "Tensor", target: Path) -> None:
     maps, ranges = channel_maps(found.latents[0].cpu(), (image.shape[-2], image.shape[-1]))
 
     pictures = [as_rgb(image), as_rgb(shown(found.reconstructions))]
-    rows, captions = {"all channels": torch.cat(pictures)}, {"all channels": ["image", "reconstruction"]}
+    rows = {"all channels": torch.cat(pictures)}
+    captions = {"all channels": ["image", "reconstruction"]}
 
     for part in rows_of(len(maps)):
         numbers = range(part.start, part.stop)
@@ -375,6 +382,7 @@ def _pictures(
 def _numbers(name: str, autoencoder: "Autoencoder", found: "Survey") -> tuple[str, ...]:
     """Return a model's line of the table. A dash stands where it has no posterior."""
     channels, height, width = found.mean.shape[1:]
-    kl, noise = f"{found.statistics.channel_kl.mean().item():.3f}", f"{found.posterior_std:.2g}"
+    kl = f"{found.statistics.channel_kl.mean().item():.3f}"
+    noise = f"{found.posterior_std:.2g}"
     of_posterior = (kl, noise) if autoencoder.is_variational else ("-", "-")
     return name, f"{channels}x{height}x{width}", f"{found.statistics.std:.3f}", *of_posterior, f"{found.psnr:.2f}"

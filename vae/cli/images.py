@@ -152,7 +152,9 @@ def encode(
     from vae.latents import scale_latents
     from vae.weights.latent_files import SUFFIX, write_latents
 
-    precision, allowed, autoencoder = dtype_named(dtype), bytes_named(memory), load(model, device, family)
+    precision = dtype_named(dtype)
+    allowed = bytes_named(memory)
+    autoencoder = load(model, device, family)
     config = autoencoder.config
     scaled = scaled or config.architecture == "tiny"  # a tiny autoencoder has no raw latents
 
@@ -162,7 +164,8 @@ def encode(
         warn(f"{model} does not tell its scaling factor: none is written beside the latents; --family says it")
 
     drawn = "mean" if sample is None else f"sample, seed {sample}"
-    files, made = image_files(images), 0
+    files = image_files(images)
+    made = 0
     with progress("Encoding", len(files)) as advance, torch.no_grad():
         for name, path, image in opened(files, config.in_channels):
             factor = config.downsample_factor
@@ -204,7 +207,8 @@ def decode(
     from vae.data.transforms import to_uint8
     from vae.weights.latent_files import SUFFIX
 
-    allowed, autoencoder = bytes_named(memory), load(model, device, family)
+    allowed = bytes_named(memory)
+    autoencoder = load(model, device, family)
     files = image_files(latents, [SUFFIX])
 
     with progress("Decoding", len(files)) as advance, torch.no_grad():
@@ -234,8 +238,10 @@ def reconstruct(
     from vae.data.contact_sheet import reconstruction_sheet
     from vae.data.transforms import center_crop, to_model_range, to_uint8
 
-    allowed, autoencoder = bytes_named(memory), load(model, device)
-    files, made = image_files(images), 0
+    allowed = bytes_named(memory)
+    autoencoder = load(model, device)
+    files = image_files(images)
+    made = 0
     with progress("Reconstructing", 2 * len(files)) as advance, torch.no_grad():
         for name, _, pixels in opened(files, autoencoder.config.in_channels):
             image = center_crop(pixels, resolution)[None]
@@ -270,8 +276,10 @@ def measure(
     if write:
         check_writable(model)
 
-    autoencoder, files = load(model, device), image_files(images)
-    channels, place = autoencoder.config.in_channels, place_of(autoencoder)
+    autoencoder = load(model, device)
+    files = image_files(images)
+    channels = autoencoder.config.in_channels
+    place = place_of(autoencoder)
     measured = 0
     with progress("Measuring", len(files)) as advance:
 

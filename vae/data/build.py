@@ -186,7 +186,9 @@ def _part(source: Source, indices: np.ndarray) -> Source:
     return Part(source, indices)
 
 
-LISTS, TABLES, ARCHIVE = (".txt", ".csv", ".jsonl"), (".parquet", ".arrow"), ".tar"
+LISTS = (".txt", ".csv", ".jsonl")
+TABLES = (".parquet", ".arrow")
+ARCHIVE = ".tar"
 KEY = "SRC"  # what errors call the source
 ON_THE_COMMAND_LINE = {"data.column": "--column", "data.split": "--split", "data.streaming=true": "--streaming"}
 

@@ -72,9 +72,8 @@ def _write(draw: ImageDraw.ImageDraw, text: str, corner: tuple[int, int], width:
 
 def as_rgb(images: Tensor) -> Tensor:
     """Return uint8 (N, C, H, W) as RGB: of more than four channels the first three, of two channels the first."""
-    channels = images.shape[1]
-    known = images[:, :3] if channels > 4 else images[:, :1] if channels == 2 else images
-    return torch.stack([as_channels(pixels, 3) for pixels in known])
+    shown = {1: 1, 2: 1, 3: 3, 4: 4}.get(images.shape[1], 3)
+    return torch.stack([as_channels(pixels, 3) for pixels in images[:, :shown]])
 
 
 def to_picture(pixels: Tensor) -> Image.Image:

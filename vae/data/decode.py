@@ -320,7 +320,9 @@ class _Quiet:
     """
 
     def __init__(self) -> None:
-        self._lock, self._inside, self._filters = threading.Lock(), 0, warnings.catch_warnings()
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._filters = warnings.catch_warnings()
 
     def __enter__(self) -> None:
         with self._lock:

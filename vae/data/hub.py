@@ -35,7 +35,8 @@ class Rows(Source):
         except (pa.ArrowException, TypeError, ValueError) as error:
             kind = type(dataset.features[self._column]).__name__
             raise InputError(f"data.column={self._column!r}: no images ({kind}); name a column of images") from error
-        self._split, self.names = split, Computed(len(dataset), self.name)
+        self._split = split
+        self.names = Computed(len(dataset), self.name)
 
     def name(self, index: int) -> str:
         """Return the name of a row: "split/00000000", and so on."""

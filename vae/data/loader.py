@@ -58,7 +58,8 @@ class Batch(NamedTuple):
 
     def single(self, place: int) -> "Batch":
         """Return one of its images as a batch of its own."""
-        one, moments = slice(place, place + 1), self.moments
+        one = slice(place, place + 1)
+        moments = self.moments
         known = None if moments is None else moments[one]
         return Batch(self.images[one], self.positions[one], self.names[one], [], moments=known)
 
@@ -70,7 +71,11 @@ class TrainingImages(Dataset[Sample]):
     """
 
     def __init__(self, source: Source, order: Order, config: DataConfig, channels: int, seed: int) -> None:
-        self.source, self.order, self.config, self.channels, self.seed = source, order, config, channels, seed
+        self.source = source
+        self.order = order
+        self.config = config
+        self.channels = channels
+        self.seed = seed
         low, high = config.crop_scale or ([1.0, 1.0] if config.bucket_resolutions else [0.5, 1.0])
         self.augmentation = Augmentation((low, high), config.flip, config.rotation, config.colour)
         self._unusable: set[int] = set()  # each worker lists such an image once, and does not try it again
@@ -117,7 +122,10 @@ class HeldOutImages(Dataset[Sample]):
     """Each image's central square, by index, as `cut` makes it."""
 
     def __init__(self, source: Source, config: DataConfig, channels: int, cut: Cut = center_crop) -> None:
-        self.source, self.config, self.channels, self.cut = source, config, channels, cut
+        self.source = source
+        self.config = config
+        self.channels = channels
+        self.cut = cut
 
     def __len__(self) -> int:
         return len(self.source)
@@ -133,7 +141,8 @@ class HeldOutImages(Dataset[Sample]):
             return Sample(None, index, name, [Skipped(name, str(error), not isinstance(error, TooSmallError))])
 
         side = self.config.resolution
-        is_enlarged, hashed = min(pixels.shape[1:]) < side, hash_of_pixels(pixels)
+        is_enlarged = min(pixels.shape[1:]) < side
+        hashed = hash_of_pixels(pixels)
         return Sample(self.cut(pixels, side), index, name, [], is_enlarged=is_enlarged, hashed=hashed)
 
 
@@ -201,7 +210,8 @@ def _collate(samples: Sequence[Sample]) -> Batch:
     positions, names = [one.position for _, one in usable], [one.name for _, one in usable]
 
     known = [one.moments for _, one in usable if one.moments is not None]
-    moments, hashes = torch.stack(known) if known else None, [one.hashed for _, one in usable]
+    moments = torch.stack(known) if known else None
+    hashes = [one.hashed for _, one in usable]
     return Batch(images, positions, names, skipped, enlarged, missing, moments, hashes)
 
 

@@ -37,7 +37,8 @@ class Store:
     """
 
     def __init__(self, folder: str | Path, gigabytes: float) -> None:
-        self.folder, self.limit = Path(folder).expanduser(), gigabytes * 1e9
+        self.folder = Path(folder).expanduser()
+        self.limit = gigabytes * 1e9
 
     def local(self, url: str, convert: Convert | None = None, form: str = "") -> Path:
         """Return a path with what is at `url`, a URL or a path.

@@ -46,7 +46,8 @@ class Order(ABC):
     """An order of images: (seed, position) -> an image. Each epoch shows every image, in a new order."""
 
     def __init__(self, seed: int, size: tuple[int, int]) -> None:
-        self.seed, self.size = seed, size
+        self.seed = seed
+        self.size = size
 
     def pick(self, position: int) -> SampleIndex:
         """Return the image at a position, and the size it is cut to."""
@@ -86,7 +87,8 @@ class Shuffled(Order):
     def __init__(self, length: int, seed: int, size: tuple[int, int]) -> None:
         super().__init__(seed, size)
         self.length = length
-        self._epoch, self._order = -1, torch.empty(0)
+        self._epoch = -1
+        self._order = torch.empty(0)
 
     def index_at(self, position: int) -> int:
         """Return the number of the image at a position. Each epoch has a permutation of its own."""
@@ -125,7 +127,8 @@ class ShardedOrder(Order):
 
     def index_at(self, position: int) -> int:
         """Return the number of the image at a position, from the shard that is open in its lane."""
-        lane, step = position % self.lanes, position // self.lanes
+        lane = position % self.lanes
+        step = position // self.lanes
         epoch, start, end = self._epochs[lane] if self._epochs[lane][1] <= step else (-1, 0, 0)
 
         # Lanes have epochs of different lengths, so the epoch is found by counting on from where the lane was last.
@@ -136,7 +139,8 @@ class ShardedOrder(Order):
 
         shards, ends = self._deal(epoch, lane)
         turn = int(np.searchsorted(ends, step - start, side="right"))
-        shard, within = int(shards[turn]), step - start - (int(ends[turn - 1]) if turn else 0)
+        shard = int(shards[turn])
+        within = step - start - (int(ends[turn - 1]) if turn else 0)
 
         return int(self.starts[shard]) + int(self._permuted(lane, epoch, shard)[within])
 
@@ -171,7 +175,10 @@ class EndlessSampler(Sampler[SampleIndex]):
     """The images of an order, without end. Rank r of W takes positions r, r + W, r + 2 W, ..."""
 
     def __init__(self, order: Order, start: int = 0, rank: int = 0, world_size: int = 1) -> None:
-        self.order, self.start, self.rank, self.world_size = order, start, rank, world_size
+        self.order = order
+        self.start = start
+        self.rank = rank
+        self.world_size = world_size
 
     def __iter__(self) -> Iterator[SampleIndex]:
         position = self.start + self.rank
@@ -209,7 +216,8 @@ class BucketOrder(Order):
         self, sizes: np.ndarray, shapes: Sequence[Sequence[tuple[int, int]]], loss: float, group: int, seed: int
     ) -> None:
         super().__init__(seed, (0, 0))
-        self.sizes, self.group = sizes, group
+        self.sizes = sizes
+        self.group = group
         self.shapes = [shape for of_resolution in shapes for shape in of_resolution]
 
         table = _assign(sizes, shapes, loss)
@@ -222,7 +230,8 @@ class BucketOrder(Order):
         self._groups = np.array(shares) / group  # groups of each bucket in an epoch
         self._phases = np.random.default_rng(seed_for(seed, PHASES)).random(len(self.shapes))
 
-        self._epoch, self._plan = -1, np.empty((0, 2), np.int64)
+        self._epoch = -1
+        self._plan = np.empty((0, 2), np.int64)
         self._rounds: dict[int, tuple[int, np.ndarray]] = {}
 
     def fingerprint(self) -> str:
@@ -258,7 +267,8 @@ class BucketOrder(Order):
             epoch += 1
 
         if epoch != self._epoch:
-            self._epoch, self._plan = epoch, self._planned(epoch)
+            self._epoch = epoch
+            self._plan = self._planned(epoch)
 
         bucket, turn = self._plan[group - self._before(epoch).sum()]
         return int(bucket), int(turn)

@@ -82,12 +82,14 @@ def scan(path: Path, label: str | None = None) -> Members:
 
 def _files(file: int) -> Iterator[tuple[bytes, int, int]]:
     """Yield (name, where its bytes begin, how many they are) of each regular member."""
-    size, at = os.fstat(file).st_size, 0
+    size = os.fstat(file).st_size
+    at = 0
     known: dict[bytes, bytes] = {}  # what extended headers say of the next member
 
     while any(header := os.pread(file, BLOCK, at)):
         length = _length(header, known, at)
-        kind, start = header[156:157], at + BLOCK
+        kind = header[156:157]
+        start = at + BLOCK
 
         if start + length > size:
             raise _DamageError(f"the member at {at} goes on behind the end, {size}")
@@ -132,7 +134,8 @@ def _number(field: bytes) -> int:
 
 def _own_name(header: bytes) -> bytes:
     """Return the name that a header itself holds."""
-    name, prefix = header[:100].partition(b"\0")[0], header[345:500].partition(b"\0")[0]
+    name = header[:100].partition(b"\0")[0]
+    prefix = header[345:500].partition(b"\0")[0]
     return prefix + b"/" + name if prefix and header[257:263] == b"ustar\0" else name
 
 
@@ -153,7 +156,8 @@ def _extended(file: int, start: int, length: int, kind: bytes) -> dict[bytes, by
         key, is_record, value = data[at + len(digits) + 1 : end - 1].partition(b"=")
         if not at < end <= length or not is_record:
             raise _DamageError(f"no record of an extended header at {start + at}")
-        records[key], at = value, end
+        records[key] = value
+        at = end
 
     return records
 
@@ -262,7 +266,9 @@ class Archives:
     """
 
     def __init__(self, store: Store, at_once: int, column: str | None = None) -> None:
-        self.store, self.at_once, self.column = store, at_once, column
+        self.store = store
+        self.at_once = at_once
+        self.column = column
         self._opened = lru_cache(maxsize=at_once)(self._open)
 
     def __reduce__(self) -> "tuple[type[Archives], tuple[Store, int, str | None]]":
@@ -306,7 +312,8 @@ class Archive:
     """One archive. It stays open, so that it can be read even when it has been removed."""
 
     def __init__(self, path: Path, url: str) -> None:
-        self.path, self.number = path, os.open(path, os.O_RDONLY)
+        self.path = path
+        self.number = os.open(path, os.O_RDONLY)
         self.members = scan(path, url)
 
     def __del__(self) -> None:
@@ -389,7 +396,8 @@ class Shards(Source):
 
     def _archive(self, shard: int) -> Archive:
         """Return an open shard. Raise InputError where it no longer has the images that were counted."""
-        archive, expected = self.archives.at(self.urls[shard]), self.counts[shard]
+        archive = self.archives.at(self.urls[shard])
+        expected = self.counts[shard]
         found = len(archive.members.names)
         if found != expected:
             wrong = f"{self.urls[shard]}: {found} images, expected {expected}"

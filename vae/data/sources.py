@@ -84,7 +84,8 @@ class Computed(Sequence[str]):
     """Names that are computed when they are asked for: `name_of(number)`, for 0 <= number < `length`."""
 
     def __init__(self, length: int, name_of: Callable[[int], str]) -> None:
-        self._length, self._name_of = length, name_of
+        self._length = length
+        self._name_of = name_of
 
     def __len__(self) -> int:
         return self._length
@@ -176,7 +177,8 @@ class Files(Source):
     """Image files, by their paths below `root`."""
 
     def __init__(self, root: Path, names: "Names | Sequence[str]") -> None:
-        self.root, self._names = root, names if isinstance(names, Names) else Names(names)
+        self.root = root
+        self._names = names if isinstance(names, Names) else Names(names)
         self.names = self._names
 
     def read(self, index: int) -> Encoded:
@@ -207,7 +209,8 @@ class Part(Source):
     """Some images of another source."""
 
     def __init__(self, whole: Source, indices: np.ndarray) -> None:
-        self.whole, self.indices = whole, indices
+        self.whole = whole
+        self.indices = indices
         self.names = Computed(len(indices), self.name)
 
     def name(self, index: int) -> str:
@@ -229,7 +232,8 @@ class Part(Source):
 
 def checked(source: Source) -> Source:
     """Return `source`. Raise InputError where it is not a source of distinct names, before it is trained on."""
-    names, given = source.names, type(source).__name__
+    names = source.names
+    given = type(source).__name__
     require(len(names) > 0 and not isinstance(names, str), f"{given}.names", "a sequence of one name or more")
     other = next((name for name in names if not isinstance(name, str)), None)
     require(other is None, f"{given}.names has {other!r}", "strings")

@@ -25,7 +25,8 @@ NO_ALPHA, MULTIPLIED, STRAIGHT = 0, 1, 2  # meanings of the sample beside the co
 UNSIGNED, FLOAT = 1, 3  # sample formats
 SAMPLES = {(bits, UNSIGNED) for bits in range(8, 17)} | {(bits, FLOAT) for bits in (16, 32, 64)}
 PLAIN, LZW, DEFLATE, PACKBITS, OLD_DEFLATE, LZMA, ZSTD = 1, 5, 8, 32773, 32946, 34925, 50000
-LOSSLESS, UNPREDICTED = {PLAIN, LZW, DEFLATE, PACKBITS, OLD_DEFLATE, LZMA, ZSTD}, {PLAIN, PACKBITS}
+LOSSLESS = {PLAIN, LZW, DEFLATE, PACKBITS, OLD_DEFLATE, LZMA, ZSTD}
+UNPREDICTED = {PLAIN, PACKBITS}
 MAX_TILE = 2**26  # values in a tile
 BAND = 2**24  # bytes that are decoded at a time
 
@@ -83,11 +84,13 @@ def tiff_page(stream: IO[bytes]) -> Page:
     stream.seek(tags.next)
     tags.load(stream)
 
-    channels, tile = tags.get(CHANNELS, 1), (tags.get(TILE_WIDTH, 1), tags.get(TILE_HEIGHT, 1))
+    channels = tags.get(CHANNELS, 1)
+    tile = (tags.get(TILE_WIDTH, 1), tags.get(TILE_HEIGHT, 1))
     given = f"tiles of {tile[0]}x{tile[1]} pixels and {channels} channels"  # a small image may claim tiles of any size
     require(math.prod(tile) * channels <= MAX_TILE, given, f"{MAX_TILE} values or fewer")
 
-    bits, photometric = tags.get(BITS, (1,)), tags.get(PHOTOMETRIC, WHITE_IS_ZERO)
+    bits = tags.get(BITS, (1,))
+    photometric = tags.get(PHOTOMETRIC, WHITE_IS_ZERO)
     return Page(tags[WIDTH], tags[HEIGHT], channels, max(bits), photometric, tags.get(ORIENTATION, 1), tags)
 
 
@@ -125,7 +128,8 @@ def _planes(data: bytes, page: Page) -> Iterator[np.ndarray]:
     Pillow has the codecs, but modes for few kinds of pages. So it gets the compressed tiles, or strips, in bands. Each
     band is described to it as a grey picture as wide as a row has bytes.
     """
-    tags, side = page.tags, _side(page)
+    tags = page.tags
+    side = _side(page)
     width = tags.get(TILE_WIDTH, page.width)
     height = tags.get(TILE_HEIGHT, min(page.height, tags.get(STRIP_ROWS, page.height)))
     across, down = math.ceil(page.width / width), math.ceil(page.height / height)
@@ -144,7 +148,8 @@ def _planes(data: bytes, page: Page) -> Iterator[np.ndarray]:
     for first in range(0, len(parts), across * down):
         plane = np.empty((page.height, row), np.uint8)
         for top in range(0, down, at_once):
-            start, end = first + top * across, first + min(top + at_once, down) * across
+            start = first + top * across
+            end = first + min(top + at_once, down) * across
             band = plane[top * height : (top + at_once) * height]
             band[:] = _grey(parts[start:end], tags, band.shape, (height, row_of_part))
         yield plane
@@ -174,7 +179,9 @@ def _grey(parts: list[memoryview], tags: Any, size: tuple[int, ...], part: tuple
 def _file(tags: dict[int, list[int]], body: bytes) -> bytes:
     """Build a TIFF file: its start, `body` from byte 8 on, and the tags, whose values are all 32-bit integers."""
     body += bytes(len(body) % 2)
-    entries, beyond, after = b"", b"", 8 + len(body) + 2 + 12 * len(tags) + 4
+    entries = b""
+    beyond = b""
+    after = 8 + len(body) + 2 + 12 * len(tags) + 4
 
     for tag, numbers in sorted(tags.items()):
         packed = struct.pack(f"<{len(numbers)}I", *numbers)
@@ -191,7 +198,8 @@ def _samples(rows: np.ndarray, page: Page, kind: int) -> np.ndarray:
 
     Samples of 9 to 15 bits are scaled to 16.
     """
-    shape, bits = (page.height, page.width, _side(page)), page.bits
+    shape = (page.height, page.width, _side(page))
+    bits = page.bits
     if bits % 8 == 0:
         order, letter = ("<" if page.tags.prefix == b"II" else ">"), ("f" if kind == FLOAT else "u")
         values = rows.view(f"{order}{letter}{bits // 8}").reshape(shape)
@@ -212,7 +220,8 @@ def _unmultiplied(values: np.ndarray, page: Page) -> np.ndarray:
     if page.photometric != RGB or page.channels != 4 or extra not in (NO_ALPHA, MULTIPLIED):
         return values
 
-    colour, alpha = values[:, :, :3], values[:, :, 3:]
+    colour = values[:, :, :3]
+    alpha = values[:, :, 3:]
     if extra == NO_ALPHA:
         return colour
 

@@ -103,7 +103,8 @@ class Encoding:
         The scale of the latents is at the top level, if it is known, under the names that .latent files have for it.
         Raises InputError for options that the model cannot have.
         """
-        factor, config = model.config.downsample_factor, asdict(model.config)
+        factor = model.config.downsample_factor
+        config = asdict(model.config)
         told = not self.scaled or model.config.scale_is_known
         require(told, "--scaled of a file that does not tell its scaling factor", "--family with it, or raw latents")
         require(self.resolution % factor == 0, f"--resolution {self.resolution}", f"a multiple of {factor}")

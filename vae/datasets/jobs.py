@@ -84,7 +84,9 @@ class Squares(Dataset[Result]):
     """A data set of central squares: `dataset[number]` is the square, or why there is none."""
 
     def __init__(self, source: Source, resolution: int, channels: int) -> None:
-        self.source, self.resolution, self.channels = source, resolution, channels
+        self.source = source
+        self.resolution = resolution
+        self.channels = channels
 
     def __getitem__(self, number: int) -> Result:
         name = self.source.names[number]
@@ -185,7 +187,8 @@ def begin(job: Job) -> None:
             raise InputError(f"{job.folder}: holds {taken[0].name}, which would be lost; choose another folder")
         _write_alike(file, _text(job.recipe))
 
-    before, now = _flat(_read(file) or {}), _flat(json.loads(_text(job.recipe)))
+    before = _flat(_read(file) or {})
+    now = _flat(json.loads(_text(job.recipe)))
     told = [
         "other images (some were added, removed or renamed)" if key == "source" else f"{key} {before.get(key)!r}"
         for key in {**before, **now}
@@ -207,7 +210,8 @@ def receipt(job: Job, shard: int) -> Json | None:
 
     None where the shard is missing, belongs to another recipe, or has not the size that was written.
     """
-    found, file = _read(job.file(shard).with_suffix(".json")), job.file(shard)
+    found = _read(job.file(shard).with_suffix(".json"))
+    file = job.file(shard)
     if found is None or found.get("recipe") != job.digest or not file.is_file():
         return None
     return found if file.stat().st_size == found["bytes"] else None
@@ -223,7 +227,8 @@ def make(job: Job, shard: int, write: Callable[[Path], Made]) -> None:
         made = write(partial)
         _check_corrupt(job, shard, made)
         with partial.open("rb") as written:
-            digest, size = hashlib.file_digest(written, "sha256").hexdigest(), written.tell()
+            digest = hashlib.file_digest(written, "sha256").hexdigest()
+            size = written.tell()
 
     described = {"name": file.name, "images": made.images, "bytes": size, "sha256": digest, "counts": made.counts}
     dropped = [one._asdict() for one in made.dropped]
@@ -257,7 +262,8 @@ def conclude(job: Job) -> Json | None:
 
 def _check_corrupt(job: Job, shard: int, made: Made) -> None:
     """Raise InputError where too many of a shard's images cannot be read."""
-    corrupt, numbers = [one for one in made.dropped if one.why == UNREADABLE], job.numbers(shard)
+    corrupt = [one for one in made.dropped if one.why == UNREADABLE]
+    numbers = job.numbers(shard)
     if len(corrupt) > max(ALWAYS_ALLOWED, job.max_corrupt * len(numbers)):
         told = f"{len(corrupt)} of the images {numbers[0]} to {numbers[-1]} cannot be read, the first: "
         remedy = "is everything still mounted? --max-corrupt 1 leaves out any number"

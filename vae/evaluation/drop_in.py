@@ -142,26 +142,33 @@ def judge(document: Document, model: str, latents: dict[str, Any]) -> dict[str, 
     metric has numbers for fewer than `FEWEST` images of a dataset. The rules are a table in docs/evaluation.md, which
     the tests read.
     """
-    compared, misfit = list(_compared(document, model)), unfit(latents)
+    compared = list(_compared(document, model))
+    misfit = unfit(latents)
     losses = [*_said(compared, "worse"), *_broken(document, model), *_float16(document, model, -1)]
     doubts = [*_said(compared, "perhaps worse"), *_few(compared)]
     unsure = [] if misfit or latents.get("maybe_rescaled") is None else [latents["maybe_rescaled"]]
 
     # The first of these that applies decides.
-    name, base = short(model), short(document["base"])
+    name = short(model)
+    base = short(document["base"])
     if misfit:
-        is_harmless, headline = False, f"{name} is NOT a drop-in for {base}"
+        is_harmless = False
+        headline = f"{name} is NOT a drop-in for {base}"
     elif losses:
-        is_harmless, headline = False, f"{name} fits where {base} did, but NOT without loss"
+        is_harmless = False
+        headline = f"{name} fits where {base} did, but NOT without loss"
     elif unsure:
-        is_harmless, headline = None, f"{name} fits where {base} did, if its scale is that of {base}"
+        is_harmless = None
+        headline = f"{name} fits where {base} did, if its scale is that of {base}"
     elif not compared:
-        is_harmless, headline = None, f"{name} fits where {base} did; nothing measured tells whether it is better"
+        is_harmless = None
+        headline = f"{name} fits where {base} did; nothing measured tells whether it is better"
     elif doubts:
         is_harmless = None
         headline = f"{name} fits where {base} did; so few images do not tell whether it is better"
     else:
-        is_harmless, headline = True, f"{name} is a drop-in for {base}"
+        is_harmless = True
+        headline = f"{name} is a drop-in for {base}"
 
     fit = [] if misfit else [latents["verdict"].partition(":")[0]]
     merits = [*_said(compared, "better"), *_float16(document, model, 1), *_said(compared, "perhaps better")]
@@ -299,7 +306,8 @@ def _word(one: Comparison) -> str:
     significant once it is corrected for the number of comparisons, or the model is worse on every image. "Perhaps
     better" has the first reason only.
     """
-    is_below, is_above = one.high is not None and one.high < 0, one.low is not None and one.low > 0
+    is_below = one.high is not None and one.high < 0
+    is_above = one.low is not None and one.low > 0
     shown = (is_above - is_below) if one.is_shown else 0
     if -1 in (shown, one.sign_of_lost):
         return "worse"

@@ -121,7 +121,8 @@ def _check_all(collected: dict[str, Collected], datasets: dict[str, tuple[DataCo
             raise InputError(f"{wrong}: output= must be one folder that all processes share; run the command again")
     if not any(one.lines for one in collected.values()):
         name, one = next(iter(collected.items()))
-        count, first = len(one.left_out), one.left_out[0]["left_out"]
+        count = len(one.left_out)
+        first = one.left_out[0]["left_out"]
         raise InputError(f"none of {count} images of {name} can be read, the first: {first}")
 
 
@@ -133,9 +134,11 @@ def _probed(
     The images are the first of the first data set. Where there is a base, precision and latents are measured whatever
     `probe_images` is. Returns the two parts of the document, and the drift of the latents by model.
     """
-    bench, count = setting.bench, config.probe_images
+    bench = setting.bench
+    count = config.probe_images
     images = _first(setting, collected, count if config.base is None else max(count, SEEN))
-    probed, audited = images[:count], images[: count or 1]
+    probed = images[:count]
+    audited = images[: count or 1]
     if not images:
         return {"robustness": {}, "precision": {}}, {}
 

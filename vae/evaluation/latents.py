@@ -138,7 +138,8 @@ def describe(posterior: DiagonalGaussian) -> Sums:
     variance = np.exp(logvar)
     lowest, highest = LOGVAR_RANGE
 
-    channels, lags = scatter(mean.reshape(len(mean), -1)), neighbours(mean)
+    channels = scatter(mean.reshape(len(mean), -1))
+    lags = neighbours(mean)
     energy, coefficients = radial_power(mean)
     return {
         "count": channels.count,
@@ -199,7 +200,8 @@ def _moments(total: Sums) -> dict[str, Any]:
     """Compute scale, KL and activity from the sums of all images."""
     count, mean = total["count"], total["mean"]
 
-    of_means, noise = total["products"].diagonal() / count, total["noise"] / count
+    of_means = total["products"].diagonal() / count
+    noise = total["noise"] / count
     variance = of_means + noise
 
     # The one scaling factor serves all channels, so the spread of their means is part of the deviation.

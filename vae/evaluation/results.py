@@ -34,7 +34,8 @@ class Rows:
 
     def __init__(self, folder: Path, rank: int) -> None:
         """Name the file of process `rank`; nothing is opened yet."""
-        self.folder, self._path = folder, folder / f"rows_{rank}.jsonl"
+        self.folder = folder
+        self._path = folder / f"rows_{rank}.jsonl"
 
     def begin(self) -> None:
         """Open the file for appending. Raises InputError if the folder cannot be written.
@@ -258,7 +259,8 @@ def _asked(header: Document) -> list[list[tuple[str, str]]]:
 
     The first compares whole models with each other, the second each crossed codec with the encoder's own model.
     """
-    models, whole = header["models"], whole_models(header)
+    models = header["models"]
+    whole = whole_models(header)
     own = {models[name]["encoder"]: name for name in whole}
     crossed = [(own[about["encoder"]], name) for name, about in models.items() if name not in whole]
     return [list(combinations(whole, 2)), crossed]

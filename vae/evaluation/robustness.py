@@ -181,7 +181,8 @@ def tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, made: int)
     `tiled_decode` of diffusers' AutoencoderKL do to images too large for memory (`enable_tiling`).
     """
     assert tile % 4 == made % 4 == 0
-    step, blend = int(tile * (1 - OVERLAP)), int(made * OVERLAP)
+    step = int(tile * (1 - OVERLAP))
+    blend = int(made * OVERLAP)
     rows: list[Tensor] = []
     above: list[Tensor] = []
 
@@ -277,7 +278,8 @@ def probe(
         advance()
 
     # All images get noise of the same strength, relative to the spread of the latents of all of them.
-    spread, tile = _spread(subjects), _tile(subjects[0])
+    spread = _spread(subjects)
+    tile = _tile(subjects[0])
     probes: dict[str, Callable[[EncodesAndDecodes, Subject], Measured]] = {
         "latent_noise": partial(latent_noise, spread=spread),
         "input_noise": input_noise,

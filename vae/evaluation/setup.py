@@ -70,9 +70,11 @@ def prepare(config: EvaluateConfig, team: Team) -> Setting:
     if config.cross or config.base is not None:
         check_scales(models)
 
-    channels, resolution = _channels(models), config.data.resolution
+    channels = _channels(models)
+    resolution = config.data.resolution
     _check_resolution(models, resolution)
-    codecs, protocol = codecs_of(models, cross=config.cross), PROTOCOLS[config.protocol]
+    codecs = codecs_of(models, cross=config.cross)
+    protocol = PROTOCOLS[config.protocol]
     protocol.check(channels, config.data.bits)
 
     # A metric that cannot be measured is reported as missing, with the reason; a gate on it is an error.

@@ -95,7 +95,8 @@ def chance(differences: np.ndarray) -> float:
 
 def holm(chances: list[float]) -> list[float]:
     """Correct each p for all of them being tested together, in the order given (Holm 1979)."""
-    corrected, worst = [0.0] * len(chances), 0.0
+    corrected = [0.0] * len(chances)
+    worst = 0.0
     for rank, place in enumerate(sorted(range(len(chances)), key=chances.__getitem__)):
         worst = max(worst, min(1.0, (len(chances) - rank) * chances[place]))
         corrected[place] = worst
@@ -220,7 +221,8 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """The result as a sentence; it begins with `NO_DIFFERENCE` if none is shown."""
-        metric, both = PAIRED[self.metric], f"between {self.first} and {self.second} in {PAIRED[self.metric].title}"
+        metric = PAIRED[self.metric]
+        both = f"between {self.first} and {self.second} in {PAIRED[self.metric].title}"
         alone = [self.identical] if self.lost or self.gained else []
         if self.sign:
             better, other = (self.second, self.first) if self.sign > 0 else (self.first, self.second)
@@ -302,7 +304,8 @@ def compare(metric: str, first: tuple[str, np.ndarray], second: tuple[str, np.nd
     means = [math.fsum(values[known][finite]) / len(gains) if len(gains) else None for _, values in (first, second)]
 
     # An infinite value takes no part in a mean. Where only one of the two is infinite, the image is counted instead.
-    better, worse = after < before, after > before
+    better = after < before
+    worse = after > before
     gained, lost = int((better & ~finite).sum()), int((worse & ~finite).sum())
     losses = _losses(metric_of, before[worse], after[worse])
 

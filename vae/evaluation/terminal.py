@@ -33,11 +33,13 @@ def document(document: dict[str, Any]) -> None:
         say(f"{name}: {about['images']} images at {document['resolution']}x{document['resolution']}")
         _table(document, name)
         if about["identical"]:
-            count, first = len(about["identical"]), about["identical"][0]
+            count = len(about["identical"])
+            first = about["identical"][0]
             of_first = f"the first: {first['image']} by {first['model']}"
             say(f"{count} reconstructions are identical and not in the mean PSNR, {of_first}")
         if about["enlarged"]:
-            count, first = len(about["enlarged"]), about["enlarged"][0]
+            count = len(about["enlarged"])
+            first = about["enlarged"][0]
             say(f"{count} images have fewer pixels and were enlarged, the first: {first}")
 
         _comparisons(document["comparisons"][name])

@@ -71,7 +71,8 @@ def details(lightness: Tensor) -> Tensor:
 
 def _amounts(colours: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return contrast, saturation, gradient and energy of details, (B,) each, of L*, a*, b* (B, 3, H, W)."""
-    lightness, chroma = colours[:, 0], colours[:, 1:].square().sum(dim=1).sqrt()
+    lightness = colours[:, 0]
+    chroma = colours[:, 1:].square().sum(dim=1).sqrt()
 
     down = lightness[:, 1:, :-1] - lightness[:, :-1, :-1]
     right = lightness[:, :-1, 1:] - lightness[:, :-1, :-1]

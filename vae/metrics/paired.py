@@ -84,7 +84,8 @@ class PairedMetrics:
 
     def absent(self, images: Tensor) -> dict[str, str]:
         """Return {name: why} of the metrics that images (B, C, H, W) like these do not get here."""
-        channels, side = images.shape[1], min(images.shape[-2:])
+        channels = images.shape[1]
+        side = min(images.shape[-2:])
         seeing = [name for name, network in self.lpips.items() if network.sees(channels)]
         return self.missing | unavailable(self.names, channels, side, seeing)
 

@@ -20,7 +20,8 @@ def float32_arithmetic() -> Iterator[None]:
 
     The previous settings are restored at the end of the block.
     """
-    matmul, cudnn = _told(torch.get_float32_matmul_precision), _told(lambda: torch.backends.cudnn.allow_tf32)
+    matmul = _told(torch.get_float32_matmul_precision)
+    cudnn = _told(lambda: torch.backends.cudnn.allow_tf32)
     before = _taken_off(_settings())
 
     # The older switches are set too: otherwise they contradict the newer settings when somebody reads them.

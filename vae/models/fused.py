@@ -249,7 +249,8 @@ def _to_input(  # noqa: PLR0917
     if gradient is None:
         return (None,) * 5
 
-    (batch, channels, *size), groups = x.shape, mean.shape[1]
+    batch, channels, *size = x.shape
+    groups = mean.shape[1]
     x = _as_taken(x, gamma)
     gradient = aten.silu_backward(gradient.to(normed.dtype), normed).contiguous()
     asked = list(ctx.needs_input_grad[:3])

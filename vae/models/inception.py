@@ -346,6 +346,7 @@ def _bilinear(x: Tensor, dim: int) -> Tensor:
     size = x.shape[dim]
     at = torch.arange(SIDE, device=x.device) * torch.tensor(size / SIDE, device=x.device)
     low = at.long()
-    first, second = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=size - 1))
+    first = x.index_select(dim, low)
+    second = x.index_select(dim, (low + 1).clamp(max=size - 1))
     weight = (at - low).view([SIDE if axis == dim else 1 for axis in range(4)])
     return first + (second - first) * weight

@@ -54,7 +54,10 @@ class Backbone:
 
 def _vgg16() -> tuple[tuple[tuple[int, int, int, int, int, int], ...], dict[int, int]]:
     """Return VGG16's convolutions and pools, as `Backbone` lists them."""
-    convolutions, pools, index, channels = [], {}, 0, 3
+    convolutions = []
+    pools = {}
+    index = 0
+    channels = 3
 
     for width, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
         for _ in range(depth):
@@ -289,7 +292,9 @@ class LPIPS(nn.Module):
         if net not in BACKBONES:
             raise InputError(f"LPIPS net {net!r}, expected one of {sorted(BACKBONES)}")
 
-        self.net, self.channels, backbone = net, channels, BACKBONES[net]
+        self.net = net
+        self.channels = channels
+        backbone = BACKBONES[net]
         self.slices = _slices(backbone, load_backbone(net, path, download=download))
         self.heads = nn.ParameterList(_heads(net))
 

@@ -173,7 +173,8 @@ def audit_precision(
         latents.append(_prior(model, latents[0]))
         exact = [_and(advance, model.decode(latent)) for latent in latents]
 
-    count, psnr = len(images), {}
+    count = len(images)
+    psnr = {}
     for name, dtype in FORMATS.items():
         judged = latents if dtype is torch.float16 else latents[:count]  # bfloat16 has the range of float32
         with rounding(model, dtype):
@@ -187,7 +188,8 @@ def audit_precision(
 def audit_steps(images: Sequence[Tensor]) -> int:
     """Return how often `audit_precision` calls `advance`: once for each encoding and each decoding."""
     count = len(images)
-    encoded, decoded = count + EXTREMES, count + EXTREMES + 1
+    encoded = count + EXTREMES
+    decoded = count + EXTREMES + 1
     return encoded + 2 * decoded + count
 
 

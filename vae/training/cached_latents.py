@@ -34,14 +34,16 @@ class PairedLatents:
     """
 
     def __init__(self, stored: StoredLatents, rows: np.ndarray) -> None:
-        self.stored, self.rows = stored, rows
+        self.stored = stored
+        self.rows = rows
 
     def moments(self, number: int, mirrored: bool) -> Tensor | None:
         """Return raw mean and logvar of an image, (2 * latent_channels, h, w) in float32.
 
         The result is None if the image could not be encoded.
         """
-        row, suffix = int(self.rows[number]), FLIPPED if mirrored else ""
+        row = int(self.rows[number])
+        suffix = FLIPPED if mirrored else ""
         if row < 0:
             return None
 
@@ -84,7 +86,8 @@ def match_cached_latents(config: TrainConfig, images: Source, found: LoadedWeigh
     """
     assert config.data.latents is not None
     stored = StoredLatents(config.data.latents)
-    wrong, rows = _difference(config, stored, found), np.empty(0)
+    wrong = _difference(config, stored, found)
+    rows = np.empty(0)
     if wrong is None:
         rows = _rows(Names(images.names), stored)
         wrong = _missing(images, rows, stored)
@@ -142,7 +145,8 @@ def _encoder_mismatch(config: TrainConfig, images: Source, latents: PairedLatent
             continue
 
         square = to_model_range(center_crop(pixels, config.data.resolution))[None]
-        stored, expected = latents.moments(number, mirrored=False), model.encode(square).mean
+        stored = latents.moments(number, mirrored=False)
+        expected = model.encode(square).mean
         assert stored is not None
         if (stored[None, : expected.shape[1]] - expected).norm() > UNLIKE * expected.norm():
             return f"not of {printable(images.label(number))} as it is now"

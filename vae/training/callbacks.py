@@ -51,7 +51,8 @@ class SkippedImages(Callback):
     """
 
     def __init__(self, run: Path, limit: float, images: int, requests: StopRequests) -> None:
-        self.run, self.requests = run, requests
+        self.run = run
+        self.requests = requests
         self.allowed = max(ALWAYS_ALLOWED, limit * images)
         self._file = RunDir(run).skipped
         self._known: set[tuple[str, str]] = set()  # (training or validation, name)
@@ -248,7 +249,8 @@ class Advice(Callback):
 
         Each would be an empty cell in a table, and if exports/best is chosen by it, no best export.
         """
-        validation, best = training.validation, training.config.best_metric
+        validation = training.validation
+        best = training.config.best_metric
         wanted: list[str] = [*validation.metrics.names]
         if best is not None and best not in wanted:
             wanted.append(best)  # a metric of image sets: rFID or KID
@@ -334,7 +336,8 @@ class MetricsFile(Logger):
 
     def __init__(self, path: Path, clock: Callable[[], int]) -> None:
         super().__init__()
-        self.path, self._clock = path, clock
+        self.path = path
+        self._clock = clock
         self._rows: dict[int, dict[str, Any]] = {}
         self._columns: list[str] = []
         self._written: set[int] = set()
@@ -391,7 +394,8 @@ class MetricsFile(Logger):
                 writer = csv.DictWriter(file, columns)
                 writer.writeheader()
                 writer.writerows(self._rows[done] for done in complete)
-            self._columns, self._written = columns, set(complete)
+            self._columns = columns
+            self._written = set(complete)
         elif fresh:
             with self.path.open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, columns).writerows(self._rows[done] for done in fresh)

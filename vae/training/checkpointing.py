@@ -50,7 +50,8 @@ class Best(Callback):
     """
 
     def __init__(self, run: Path, metric: str | None) -> None:
-        self.run, self.metric = run, metric
+        self.run = run
+        self.metric = metric
         self.folder = RunDir(run).best
         self.kept: Kept | None = None
 
@@ -136,14 +137,18 @@ class Checkpoints(Callback):
     """
 
     def __init__(self, best: Best, every: int, minutes: float, requests: StopRequests) -> None:
-        self.best, self.every, self.minutes, self.requests = best, every, minutes, requests
+        self.best = best
+        self.every = every
+        self.minutes = minutes
+        self.requests = requests
         self.folder = RunDir(best.run).checkpoints
         self._saved, self._saved_at, self._shared_batches = 0, 0.0, 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Check that the disk has space for all checkpoints and the best export, and start the clock."""
         assert isinstance(pl_module, AutoencoderModule)
-        self._saved, self._saved_at = trainer.global_step, time.monotonic()
+        self._saved = trainer.global_step
+        self._saved_at = time.monotonic()
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             there = sum(path.stat().st_size for path in checkpoints_in(self.folder))
@@ -232,7 +237,8 @@ class Checkpoints(Callback):
         if not training.is_finite:
             raise Stopped(NOT_FINITE, f"weights are not finite after update {trainer.global_step}: not saved")
 
-        self._saved, self._saved_at = trainer.global_step, time.monotonic()
+        self._saved = trainer.global_step
+        self._saved_at = time.monotonic()
         if trainer.is_global_zero:
             # Lightning's `save_checkpoint` ends in a barrier, which would wait for processes that may be gone.
             checkpoint = trainer._checkpoint_connector.dump_checkpoint()

@@ -166,7 +166,8 @@ def as_logged(measured: Mapping[str, float]) -> dict[str, float]:
 
 def _loss(config: dict[str, Any], autoencoder: Autoencoder) -> dict[str, Any]:
     """Return the loss settings of those terms that are computed, without the path to LPIPS's weights."""
-    is_taught, learns = config.get("teacher") is not None, posterior_learns(autoencoder)
+    is_taught = config.get("teacher") is not None
+    learns = posterior_learns(autoencoder)
     decodes = not is_taught or decoder_learns(autoencoder)
     computed = dict.fromkeys(("pixel", "perceptual", "adversarial"), decodes)
     computed |= {"latent": learns and is_taught, "kl": learns and not is_taught and autoencoder.is_variational}
@@ -257,7 +258,8 @@ def export(training: AutoencoderModule, run: Path, name: str | None = None) -> l
 
     images = images_per_update(config, training.trainer)
     summary = describe(asdict(config), run, training.updates, images, training.autoencoder)
-    folder, validation = RunDir(run).export(name or step_name(training.updates)), training.validation
+    folder = RunDir(run).export(name or step_name(training.updates))
+    validation = training.validation
     summary |= _validation(as_logged(validation.measured), validation.latents, config.data, config.model)
 
     scale_stays = _scale_stays(asdict(config), summary, learns=training.posterior_learns)
@@ -330,7 +332,8 @@ def export_checkpoint(
     if images is not None:
         data = data.of_folder(images)
 
-    held_out, channels = open_sources(data)[1], found.config.in_channels
+    held_out = open_sources(data)[1]
+    channels = found.config.in_channels
     loader = validation_loader(held_out, data, channels, rank=0, world_size=1)
     batches = track(loader, "Measuring latents", math.ceil(len(held_out) / data.validation_batch_size))
 

@@ -130,7 +130,8 @@ class Guard:
     """
 
     def __init__(self, training: Guarded, config: GuardConfig) -> None:
-        self._training, self.config = training, config
+        self._training = training
+        self.config = config
         self.loss_scale = LossScale(training)
         self.skipped_updates = 0  # since the run began
         self._seen: list[tuple[Batch, Mapping[str, Tensor]]] = []

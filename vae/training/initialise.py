@@ -93,7 +93,8 @@ def initial_state(config: TrainConfig, folder: Path, images: Source | None = Non
 
 def _check_parts(config: TrainConfig, autoencoder: Autoencoder, before: int | None) -> None:
     """Check that the parts that learn fit the rest. `before` is the number of latent channels of `init`."""
-    learns, adversarial = posterior_learns(autoencoder), config.loss.weights.adversarial
+    learns = posterior_learns(autoencoder)
+    adversarial = config.loss.weights.adversarial
     more = before is not None and config.model.latent_channels > before
     remedy = "an encoder that learns: new channels say nothing yet"
     require(learns or not more, f"frozen={config.frozen} with latent_channels={config.latent_channels}", remedy)
@@ -148,7 +149,8 @@ def _initialised(config: TrainConfig, folder: Path, images: Source | None) -> In
     if is_resumed(config, folder):
         return InitialState(_of_model(config, model_of(folder)))
 
-    found, notes = read_autoencoder(find_export(config.init, "init")), []
+    found = read_autoencoder(find_export(config.init, "init"))
+    notes = []
     knows_groups = found.groups_are_known or is_published_network(found.config) or config.model != AutoencoderConfig()
 
     config, before = _of_model(config, found.config), found.config.latent_channels
@@ -198,7 +200,8 @@ def _of_model(config: TrainConfig, stated: AutoencoderConfig) -> TrainConfig:
     A value that is not the default was chosen by the user. If the scale of `stated` is a guess, a scale that the
     user chose takes its place entirely.
     """
-    default, there = asdict(AutoencoderConfig()), asdict(stated)
+    default = asdict(AutoencoderConfig())
+    there = asdict(stated)
     chosen = {key: value for key, value in asdict(config.model).items() if value != default[key]}
     scale = {key: chosen.pop(key) for key in SCALE_KEYS if key in chosen and not stated.scale_is_known}
 

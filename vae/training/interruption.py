@@ -47,7 +47,11 @@ class StopRequests:
     def status(self) -> int:
         """The exit status that a signal, the deadline or bad images ask for, in this order; 0 for none."""
         is_late = self._deadline is not None and time.monotonic() >= self._deadline
-        return self._signalled or (TIME_IS_UP if is_late else BAD_IMAGES if self.has_bad_images else 0)
+        if self._signalled:
+            return self._signalled
+        if is_late:
+            return TIME_IS_UP
+        return BAD_IMAGES if self.has_bad_images else 0
 
     def __enter__(self) -> "StopRequests":
         if threading.current_thread() is threading.main_thread():

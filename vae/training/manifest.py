@@ -29,7 +29,8 @@ def newest_whole(folder: Path) -> tuple[Path, list[str]]:
 
     Raises InputError if there is none.
     """
-    known, damaged = read_manifest(folder), []
+    known = read_manifest(folder)
+    damaged = []
     for path in checkpoints_in(folder):
         wrong = what_is_wrong(path, known.get(path.name))
         if wrong is None:
@@ -75,7 +76,8 @@ class HashingFile:
     """Pass what is written on to `file`, and compute its SHA-256."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self._hash = file, hashlib.sha256()
+        self._file = file
+        self._hash = hashlib.sha256()
         self.error: OSError | None = None  # kept, since torch raises an error of its own instead
 
     def write(self, data: bytes) -> int:

@@ -175,7 +175,8 @@ def _differences(config: TrainConfig, saved: Path) -> dict[str, str]:
     default.
     """
     known = _read(saved)
-    before, now = _flat(asdict(TrainConfig())) | known, _flat(asdict(_with_bound_of(config, known)))
+    before = _flat(asdict(TrainConfig())) | known
+    now = _flat(asdict(_with_bound_of(config, known)))
     return {
         key: f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

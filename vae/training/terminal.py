@@ -157,7 +157,8 @@ def conclude(
     for label, text in left.items():
         say(f"{label:>10}  {text}")
 
-    index, configured = read_index(exports[-1]), config.model.scaling_factor
+    index = read_index(exports[-1])
+    configured = config.model.scaling_factor
     exported = config_in(exports[-1], index.metadata)
     assert exported is not None
 

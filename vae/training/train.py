@@ -212,8 +212,10 @@ def _loaders(
     start: InitialState, trainer: lightning.Trainer, sources: Sources, order: Order, done: int
 ) -> tuple[DataLoader[Batch], DataLoader[Batch]]:
     """Return the training batches from update `done` on, and this process's share of the validation images."""
-    (images, held_out), config = sources, start.config
-    first, channels = done * images_per_update(config, trainer), config.model.in_channels
+    images, held_out = sources
+    config = start.config
+    first = done * images_per_update(config, trainer)
+    channels = config.model.in_channels
 
     sampler = EndlessSampler(order, first, trainer.global_rank, trainer.world_size)
     kind = TrainingImages if start.latents is None else partial(ImagesWithLatents, start.latents)
@@ -227,7 +229,8 @@ def _check_progress(config: TrainConfig, trainer: lightning.Trainer, checkpoint:
     Raises InputError if the images, or the number of them in an update, have changed: the order of the data would
     jump.
     """
-    progress, now = read_progress(checkpoint), images_per_update(config, trainer)
+    progress = read_progress(checkpoint)
+    now = images_per_update(config, trainer)
     require(
         now == progress.images_per_update,
         f"data.batch_size={config.data.batch_size}, {trainer.world_size} processes and accumulation over "

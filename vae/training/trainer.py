@@ -129,7 +129,8 @@ def check_arguments(arguments: dict[str, Any]) -> None:
         if name in COUNTS:
             require(isinstance(value, int) and value >= 1, f"trainer.{name}={value!r}", "1 or more")
 
-    precision, devices = arguments.get("precision", "32-true"), arguments["devices"]
+    precision = arguments.get("precision", "32-true")
+    devices = arguments["devices"]
     require(precision in PRECISIONS, f"trainer.precision={precision!r}", f"one of {list(PRECISIONS)}")
 
     strategy = arguments.get("strategy", "auto")

@@ -132,7 +132,9 @@ class Validation:
     """
 
     def __init__(self, metrics: PairedMetrics, latent_channels: int, sets: SetMetrics) -> None:
-        self.metrics, self.latent_channels, self.sets = metrics, latent_channels, sets
+        self.metrics = metrics
+        self.latent_channels = latent_channels
+        self.sets = sets
         self.start()
 
     def to(self, device: torch.device) -> "Validation":

@@ -105,7 +105,9 @@ def read_latents(path: Path, channels: int) -> tuple[Tensor, bool]:
 
 
 NAMES = "vae.names"  # key of a shard's metadata
-MOMENTS, DRAWN, FLIPPED = ("mean", "logvar"), ("latents",), "_flipped"  # names of its tensors
+MOMENTS = ("mean", "logvar")
+DRAWN = ("latents",)
+FLIPPED = "_flipped"  # names of its tensors
 INDICES, LISTS = 4096, 16  # indices and lists of names that are kept, of the shards used last
 ENCODING = ("encoder.", "quant_conv.")  # the weights that posteriors depend on
 
@@ -149,9 +151,11 @@ class StoredLatents:
             config = AutoencoderConfig(**about["config"], **scale)
             self.config = config if scale else config.assuming_its_scale()
             self.stored, self.are_scaled = tuple(about["stored"]), bool(about["scaled"])
-            self.resolution, self.encoder = int(about["resolution"]), about.get("encoder")  # early indices lack it
+            self.resolution = int(about["resolution"])
+            self.encoder = about.get("encoder")  # early indices lack it
             kept = [shard for shard in index["shards"] if shard["images"]]
-            self.shards, self.counts = [shard["name"] for shard in kept], [int(shard["images"]) for shard in kept]
+            self.shards = [shard["name"] for shard in kept]
+            self.counts = [int(shard["images"]) for shard in kept]
             sizes = [int(shard["bytes"]) for shard in kept]
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{self.folder / INDEX}: not an index of vae cache-latents ({error!r})") from error

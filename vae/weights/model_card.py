@@ -118,7 +118,8 @@ def model_card(config: AutoencoderConfig, notes: Notes, parameters: int) -> str:
 
 def _front(config: AutoencoderConfig, known: Facts) -> list[str]:
     """Return the YAML header for the hub. JSON strings are valid YAML strings, whatever they contain."""
-    license, base = known.matching("license", LICENSE), known.of("base").matching("hub_name", HUB_NAME)
+    license = known.matching("license", LICENSE)
+    base = known.of("base").matching("hub_name", HUB_NAME)
     dataset = known.of("data").matching("hub_name", HUB_NAME)
 
     return [
@@ -142,7 +143,8 @@ def _is_theirs(config: AutoencoderConfig) -> bool:
 
 def _what(config: AutoencoderConfig, parameters: int) -> str:
     """Describe the network in one sentence."""
-    factor, kind = config.downsample_factor, config.kind.network
+    factor = config.downsample_factor
+    kind = config.kind.network
     name = f"f{factor}c{config.latent_channels}"
     latents = f"latents of {config.latent_channels} channels, {factor} times smaller each way"
     widths = " / ".join(map(str, config.block_out_channels))
@@ -251,7 +253,9 @@ def _loading(config: AutoencoderConfig, known: Facts) -> list[str]:
         call = f'{kind}.from_pretrained("THIS_FOLDER")  # or its name on the hub'
         single = f"As one file, `{file}` (`vae convert THIS_FOLDER {file}`), it goes to {there}."
     else:
-        library, kind, call = "vae", "load_autoencoder", f'load_autoencoder("{file}")'
+        library = "vae"
+        kind = "load_autoencoder"
+        call = f'load_autoencoder("{file}")'
         single = f"The file goes to {there}."
 
     return [

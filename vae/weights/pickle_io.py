@@ -294,7 +294,8 @@ def _read_legacy(path: Path, file: IO[bytes], mapped: mmap.mmap) -> tuple[Pickle
     for _ in range(2):  # protocol, system
         unpickle(file)
     pickled = unpickle(file)
-    spoken_of, keys = pickled.storages, unpickle(file).tree
+    spoken_of = pickled.storages
+    keys = unpickle(file).tree
 
     storages: dict[str, Data] = {}
     position = file.tell()

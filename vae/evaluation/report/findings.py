@@ -155,10 +155,9 @@ def _appearance(metrics: dict[str, Any], model: str, where: str) -> Iterator[Fin
     wrong, kept, untold = [], [], []
     for name, summary in known.items():
         low, high = summary["low"], summary["high"]
-        word = BELOW[name] if high < 1 - NEAR[name] else ABOVE[name] if low > 1 + NEAR[name] else None
         detail = f"{PAIRED[name].title} {summary['mean']:.3f} [{low:.3f}, {high:.3f}] of the image's"
-        if word:
-            wrong.append((word, detail))
+        if high < 1 - NEAR[name] or low > 1 + NEAR[name]:
+            wrong.append(((BELOW if high < 1 else ABOVE)[name], detail))
         elif 1 - NEAR[name] <= low and high <= 1 + NEAR[name]:
             kept.append((PAIRED[name].title, detail))
         else:

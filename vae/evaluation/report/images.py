@@ -99,7 +99,8 @@ def tiled(tiles: np.ndarray) -> Image.Image:
 
     sheet = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, 4), np.uint8)
     for number, tile in enumerate(tiles):
-        top, left = number // columns * (height + gap), number % columns * (width + gap)
+        top = number // columns * (height + gap)
+        left = number % columns * (width + gap)
         sheet[top : top + height, left : left + width, :3] = tile
         sheet[top : top + height, left : left + width, 3] = 255
 
@@ -193,4 +194,6 @@ def grid(document: dict[str, Any], pictures: Mapping[Case, Pictures]) -> Image.I
 def _float16(document: dict[str, Any], model: str) -> str:
     """Say whether a model is safe in float16."""
     known = (document.get("precision") or {}).get(model)
-    return "not measured" if known is None else "safe" if known["is_safe"] else "not safe"
+    if known is None:
+        return "not measured"
+    return "safe" if known["is_safe"] else "not safe"

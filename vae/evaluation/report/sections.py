@@ -79,6 +79,7 @@ def summary(document: dict[str, Any], dataset: str) -> list[Line]:
     models = list(document["models"])
     lines: list[Line] = []
     explained: dict[str, str] = {}  # reason -> the first metric that is not measured for it
+
     for name, metric in METRICS.items():
         found = [by_model.get(model, {}).get(name) for model in models]
         if name in document["missing"]:
@@ -441,7 +442,8 @@ def _decibels(over_images: dict[str, Any] | None) -> str:
     """Format the mean over the images of a trial, with the number of those that are not finite beside it."""
     if over_images is None:
         return NOTHING
-    mean, broken = over_images["mean"], over_images.get("not_finite", 0)
+    mean = over_images["mean"]
+    broken = over_images.get("not_finite", 0)
     if mean is None and over_images.get("identical"):
         known = "identical"
     elif mean is None and broken:

@@ -76,7 +76,8 @@ def _in_strips(half: Encoder | Decoder, values: Tensor, memory: int | None, adva
 
     Raises InputError where `memory` is too little.
     """
-    weight, (batch, _, height, width) = half.conv_in.weight, values.shape
+    weight = half.conv_in.weight
+    batch, _, height, width = values.shape
     plan = planned(half, height, width, weight.itemsize)
 
     # The result is there whole, however the layers are computed.

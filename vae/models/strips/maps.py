@@ -33,10 +33,12 @@ class Statistics:
     def add(self, strip: Tensor) -> None:
         """Add rows (1, C, n, W). They are summed in float32 or better."""
         values = at_least_float32(strip)
-        count, mean = values.shape[2] * values.shape[3], values.mean(dim=(0, 2, 3))
+        count = values.shape[2] * values.shape[3]
+        mean = values.mean(dim=(0, 2, 3))
         squares = (values - mean[:, None, None]).square_().sum(dim=(0, 2, 3)).double()
 
-        total, shift = self.count + count, mean.double() - self.mean
+        total = self.count + count
+        shift = mean.double() - self.mean
         self.mean = self.mean + shift * (count / total)
         self.squares = self.squares + squares + shift.square() * (self.count * count / total)
         self.count = total
@@ -64,7 +66,10 @@ class Map:
     """
 
     def __init__(self, channels: int, height: int, width: int, *sources: "Map") -> None:
-        self.channels, self.height, self.width, self.sources = channels, height, width, sources
+        self.channels = channels
+        self.height = height
+        self.width = width
+        self.sources = sources
 
     def rows(self, top: int, bottom: int) -> Tensor:
         """Return the rows from `top` to below `bottom`, (1, C, bottom - top, W)."""
@@ -88,7 +93,8 @@ class Given(Map):
 
     def __init__(self, values: Tensor, weight: Tensor) -> None:
         super().__init__(values.shape[1], values.shape[2], values.shape[3])
-        self.values, self.weight = values, weight
+        self.values = values
+        self.weight = weight
 
     def rows(self, top: int, bottom: int) -> Tensor:
         """Return rows with channels last, on the device and in the dtype of the weights."""
@@ -104,18 +110,23 @@ class Recent(Map):
 
     def __init__(self, source: Map) -> None:
         super().__init__(source.channels, source.height, source.width, source)
-        self.start, self.end, self.kept = 0, 0, torch.empty(0)
+        self.start = 0
+        self.end = 0
+        self.kept = torch.empty(0)
 
     def rows(self, top: int, bottom: int) -> Tensor:
         """Return rows. Those that were asked for last are not computed again."""
         if not self.start <= top < self.end:
             self.kept = torch.empty(0)  # freed first, so that old and new rows are not there together
-            self.start, self.end, self.kept = top, bottom, self.sources[0].rows(top, bottom)
+            self.start = top
+            self.end = bottom
+            self.kept = self.sources[0].rows(top, bottom)
         elif bottom > self.end:
             old = self.kept[:, :, top - self.start :].clone()
             self.kept = torch.empty(0)
             self.kept = torch.cat([old, self.sources[0].rows(self.end, bottom)], dim=2)
-            self.start, self.end = top, bottom
+            self.start = top
+            self.end = bottom
 
         return self.kept[:, :, top - self.start : bottom - self.start]
 
@@ -143,12 +154,15 @@ class Convolved(Map):
 
     def __init__(self, source: Map, conv: nn.Conv2d) -> None:
         super().__init__(conv.out_channels, source.height, source.width, source)
-        self.conv, self.halo = conv, conv.kernel_size[0] // 2
+        self.conv = conv
+        self.halo = conv.kernel_size[0] // 2
 
     def rows(self, top: int, bottom: int) -> Tensor:
         """Convolve rows together with the rows beside them. Beyond the borders are zeros."""
-        first, last = self.reach(top), min(bottom + self.halo, self.height)
-        above, below = first - top + self.halo, bottom + self.halo - last
+        first = self.reach(top)
+        last = min(bottom + self.halo, self.height)
+        above = first - top + self.halo
+        below = bottom + self.halo - last
         x = self.sources[0].rows(first, last)
         if above or below:
             x = F.pad(x, (0, 0, above, below))
@@ -188,7 +202,8 @@ class Upsampled(Map):
 
     def rows(self, top: int, bottom: int) -> Tensor:
         """Return rows of the enlarged map."""
-        first, last = self.reach(top), min(bottom // 2 + 1, self.height // 2)
+        first = self.reach(top)
+        last = min(bottom // 2 + 1, self.height // 2)
         made = self.layer(self.sources[0].rows(first, last))
         return made[:, :, top - 2 * first : bottom - 2 * first].clone(memory_format=torch.channels_last)
 
@@ -222,14 +237,17 @@ class Attended(Map):
 
     def __init__(self, source: Map, layer: Attention, statistics: Statistics) -> None:
         super().__init__(source.channels, source.height, source.width, source)
-        self.layer, self.queries = layer, 1
+        self.layer = layer
+        self.queries = 1
         self.normed = Normed(source, layer.group_norm, statistics, silu=False)
-        weight, tokens = layer.group_norm.weight, source.height * source.width
+        weight = layer.group_norm.weight
+        tokens = source.height * source.width
         self.keys, self.values = (weight.new_empty(1, 1, tokens, source.channels) for _ in range(2))
 
     def look(self, top: int, bottom: int) -> None:
         """Compute the keys and values of these rows. It is called for all rows before any row is asked for."""
-        tokens, place = _tokens(self.normed.rows(top, bottom)), slice(top * self.width, bottom * self.width)
+        tokens = _tokens(self.normed.rows(top, bottom))
+        place = slice(top * self.width, bottom * self.width)
         self.keys[:, :, place], self.values[:, :, place] = self.layer.to_k(tokens), self.layer.to_v(tokens)
 
     def rows(self, top: int, bottom: int) -> Tensor:

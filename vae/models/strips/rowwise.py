@@ -113,7 +113,8 @@ def planned(half: Encoder | Decoder, height: int, width: int, itemsize: int) -> 
 
 def _layers(half: Encoder | Decoder) -> Iterator[nn.Module]:
     """Yield the layers between the first and the last convolution, in order."""
-    middle, encodes = half.mid_block, isinstance(half, Encoder)
+    middle = half.mid_block
+    encodes = isinstance(half, Encoder)
     if not encodes:
         yield from _in_turn(middle)
 
@@ -136,7 +137,9 @@ def _in_turn(block: DownBlock | UpBlock | MidBlock) -> Iterator[nn.Module]:
 def _stage(layer: nn.Module, height: int, width: int, itemsize: int) -> Stage:
     """Return what a layer asks of memory for an input of `height` x `width`."""
     taken, made = _channels(layer)
-    scale = 2.0 if isinstance(layer, Upsample) else 0.5 if isinstance(layer, Downsample) else 1.0
+    scale = 0.5 if isinstance(layer, Downsample) else 1.0
+    if isinstance(layer, Upsample):
+        scale = 2.0
     high, wide = int(height * scale), int(width * scale)
     taken, made = taken * width * itemsize, made * wide * itemsize  # a row
 
@@ -166,14 +169,17 @@ class Work:
     """One image's way through the layers, in `memory` bytes."""
 
     def __init__(self, half: Encoder | Decoder, plan: list[Stage], memory: int) -> None:
-        self.half, self.plan, self.memory = half, plan, memory
+        self.half = half
+        self.plan = plan
+        self.memory = memory
         self.weight = half.conv_in.weight
         self.row = self.beside = self.reserve = 0
         self.stored: list[Stored] = []
 
     def run(self, given: Map, target: Tensor) -> Iterator[float]:
         """Fill `target` from `given`. Yields the shares of the work as they are done; they add up to 1."""
-        last, total = len(self.plan) - 1, sum(stage.work for stage in self.plan)
+        last = len(self.plan) - 1
+        total = sum(stage.work for stage in self.plan)
         x = given
 
         for number, stage in enumerate(self.plan):
@@ -281,7 +287,8 @@ class Work:
         count = -(-height // min(max(room // self.row - HALO, 1), MOST_ROWS))
 
         for number in range(count):
-            top, bottom = height * number // count, height * (number + 1) // count
+            top = height * number // count
+            bottom = height * (number + 1) // count
             yield top, bottom
             if release:
                 _give_up(maps, bottom)

@@ -169,7 +169,8 @@ class Update:
     """One update of `training`, without a trainer: its own hooks in the order in which Lightning calls them."""
 
     def __init__(self, training: AutoencoderModule, target: Target) -> None:
-        self.training, self.target = training, target
+        self.training = training
+        self.target = target
         self.optimiser: Any = training.configure_optimizers()["optimizer"]
         self.clock = _Clock(self.optimiser)
         training.trainer = self.clock  # pyright: ignore[reportAttributeAccessIssue]
@@ -200,7 +201,8 @@ class Update:
 
 def largest_size(config: TrainConfig) -> Size:
     """Return the largest (height, width) in pixels of all batches of a run."""
-    data, factor = config.data, config.model.downsample_factor
+    data = config.data
+    factor = config.model.downsample_factor
     square = (data.resolution, data.resolution)
     shapes = [one for side in data.bucket_resolutions for one in bucket_shapes(side, data.bucket_loss, factor)]
     return max(shapes, key=lambda shape: shape[0] * shape[1], default=square)
@@ -210,7 +212,8 @@ def random_batch(config: TrainConfig, images: int, size: Size, device: str) -> B
     """Return a batch of random `images` of `size` as the loader makes it, with moments where latents are cached."""
     model, data = config.model, config.data
     dtype = torch.uint8 if data.bits == 8 else torch.uint16
-    shape, numbers = (images, model.in_channels, *size), list(range(images))
+    shape = (images, model.in_channels, *size)
+    numbers = list(range(images))
     pixels = torch.randint(256, shape, dtype=torch.uint8, device=device).to(dtype)
 
     batch = Batch(pixels, numbers, [""] * images, [])
@@ -270,7 +273,8 @@ class Meter(TorchDispatchMode):
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
         """Count a storage as live until it is freed. Views share a storage, which counts once."""
-        key, size = storage._cdata, storage.nbytes()
+        key = storage._cdata
+        size = storage.nbytes()
         if key not in self._storages:
             self._storages[key] = weakref.ref(storage, partial(self._release, key, size))
             self.live += size
@@ -286,7 +290,8 @@ class DryRun:
     """A run of `config` on fake tensors: of the GPU where there is one, else of the CPU."""
 
     def __init__(self, config: TrainConfig, target: Target) -> None:
-        self.config, self.target = config, target
+        self.config = config
+        self.target = target
         self.device = "cuda" if target.device == "cuda" and torch.cuda.is_available() else "cpu"
         if self.device == "cuda":
             torch.empty(1, device="cuda")  # backward on fake tensors of a GPU needs it initialised
@@ -362,7 +367,8 @@ class DryRun:
         """
         by_list = self.target.device == "cuda" and self.target.precision == "16-mixed"
         for group in optimiser.param_groups:
-            group["fused"], group["foreach"] = not by_list, by_list
+            group["fused"] = not by_list
+            group["foreach"] = by_list
 
     def _fill_gradients(self) -> None:
         """Put gradients where the update before has left them."""

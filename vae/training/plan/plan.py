@@ -74,7 +74,9 @@ class Sizing:
     """
 
     def __init__(self, dry: DryRun, updates: int) -> None:
-        self.dry, self.updates, self.batch = dry, updates, dry.config.data.batch_size
+        self.dry = dry
+        self.updates = updates
+        self.batch = dry.config.data.batch_size
         self.cost = dry.cost(self.batch, updates)
         other = 1 if self.batch > 1 else 2
         self._slope = (self.cost.peak - dry.cost(other, updates).peak) / (self.batch - other)
@@ -193,7 +195,8 @@ def measure_pace(
     `updates` are those done, since what an update consists of depends on them. `can_hold(images, size)` says what fits.
     """
     made: list[_Made] = []
-    update, start = None, time.perf_counter()
+    update = None
+    start = time.perf_counter()
 
     for images, size in _growing(config):
         spent = time.perf_counter() - start
@@ -231,7 +234,8 @@ def _growing(config: TrainConfig) -> Iterator[tuple[int, Size]]:
 
     First one image, whose sides grow by half up to the largest size; then more images, up to the batch.
     """
-    largest, factor = largest_size(config), config.model.downsample_factor
+    largest = largest_size(config)
+    factor = config.model.downsample_factor
     smallest = max(SMALLEST_PERCEPTUAL_IMAGE, config.loss.discriminator.smallest_image)
     side = -(-smallest // factor) * factor
 
@@ -361,8 +365,10 @@ def plan(config: TrainConfig) -> Plan:
     config = checked(config, target)
 
     *earlier, (name, start, updates) = _spans(config)
-    dry, batch = DryRun(config, target), config.data.batch_size
-    sizing, available = Sizing(dry, start), available_to(target)
+    dry = DryRun(config, target)
+    batch = config.data.batch_size
+    sizing = Sizing(dry, start)
+    available = available_to(target)
 
     pace = None
     if available is not None:
@@ -399,7 +405,8 @@ def plan(config: TrainConfig) -> Plan:
 
 def _spans(config: TrainConfig) -> list[tuple[str, int, int]]:
     """Return (name, first update, number of updates) of each part of the run."""
-    loss, begun = config.loss, {0: RECONSTRUCTION}
+    loss = config.loss
+    begun = {0: RECONSTRUCTION}
     if loss.weights.adversarial:
         begun |= {loss.discriminator_start: "the discriminator learns"}
         begun |= {0: "the discriminator alone", loss.autoencoder_start: "both learn"} if loss.autoencoder_start else {}
@@ -418,7 +425,8 @@ def _networks(dry: DryRun, asleep: float, active: float) -> dict[str, Network]:
     `asleep` are an image's operations before the discriminator starts, `active` those with all terms, at the end.
     """
     training = dry.training
-    autoencoder, teacher = training.autoencoder, training.autoencoding.teacher
+    autoencoder = training.autoencoder
+    teacher = training.autoencoding.teacher
     lpips = training.objective.lpips if training.autoencoding.decodes else None
     perceptual = 0 if lpips is None else dry.perceptual_flops(1)
 

@@ -77,7 +77,8 @@ def _time(plan: Plan) -> str:
     if plan.pace is None or plan.hours is None:
         is_here = plan.memory.available is not None
         return "not predicted: " + ("not even a small update fits" if is_here else "no such device here")
-    pace, (height, width) = plan.pace, plan.pace.size
+    pace = plan.pace
+    height, width = plan.pace.size
     return (
         f"about {_duration(3600 * plan.hours)}, predicted by the operations from real updates of up to "
         f"{pace.images} x {width} x {height} px, {_flops(1 / pace.per_flop)}/s"
