@@ -151,7 +151,7 @@ def test_every_file_says_what_is_in_it(call, capsys, model, pictures, tmp_path):
     assert call("cache-latents", model, pictures, tmp_path / "out", *SMALL, "--sample", 3) == 0
     printed = capsys.readouterr()
     assert "8 of 9 images in 3 shards" in printed.out
-    assert "1  left out: unreadable" in printed.out
+    assert "1  skipped: unreadable" in printed.out
     assert "latents: float16, raw, 3x16x16 an image" in printed.out
     assert "warning: 3 images have less than 32 px: they were enlarged" in printed.err
     names, about = [], {}

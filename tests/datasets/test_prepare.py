@@ -121,7 +121,7 @@ def test_what_is_left_out_is_listed_with_its_reason(call, capsys, pictures, tmp_
     assert "no image in a format that is read" in rows[3]["message"]
     printed = capsys.readouterr().out
     assert "6 of 10 images in 4 shards" in printed
-    assert all(f"{count}  left out: {why}" in printed for count, why in ((2, "unreadable"), (1, "too small")))
+    assert all(f"{count}  skipped: {why}" in printed for count, why in ((2, "unreadable"), (1, "too small")))
 
 
 def test_members_have_names_that_cannot_meet_and_no_second_dot(call, pictures, tmp_path):
@@ -150,7 +150,7 @@ def test_two_processes_make_the_bytes_of_one(call, capsys, monkeypatch, pictures
 def test_the_shards_train_by_the_line_that_is_printed(call, capsys, tiny_run, pictures, tmp_path):
     folder = tmp_path / "it's here"
     assert call("prepare", pictures, folder, "--resolution", 32, "--min-side", 32, "--shard-images", 1) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("python train.py"))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("vae train"))
     data = replace(compose(*shlex.split(line)[2:], "data.resolution=32").data, batch_size=2, workers=0)
     assert (data.source, data.root) == ("webdataset", str(folder / "{000000..000007}.tar"))
     assert [len(source) for source in open_sources(data)] == [4, 1]

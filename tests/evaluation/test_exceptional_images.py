@@ -53,7 +53,7 @@ def test_each_is_counted_and_named_and_no_other_row_moves(config, tmp_path, caps
     Image.fromarray(noise).save(images / "tiny.png")
     capsys.readouterr()
     with pytest.raises(
-        Stopped, match=r"1 of 9 images are left out.*corrupt\.png.*1 reconstructions are not finite"
+        Stopped, match=r"1 of 9 images are skipped.*corrupt\.png.*1 reconstructions are not finite"
     ) as stop:
         evaluate(replace(config, name="odd"))
     assert stop.value.code == 3
@@ -78,8 +78,8 @@ def test_each_is_counted_and_named_and_no_other_row_moves(config, tmp_path, caps
 
 def test_what_is_left_out_on_purpose_costs_no_status(config, tmp_path, capsys):
     (tmp_path / "images" / "corrupt.png").write_bytes(b"nothing")
-    folder = evaluate(replace(config, name="allowed", allow_left_out=True))
-    assert "1 of 6 images are left out" in capsys.readouterr().out
+    folder = evaluate(replace(config, name="allowed", allow_skipped=True))
+    assert "1 of 6 images are skipped" in capsys.readouterr().out
     assert (folder / "metrics.json").exists()
 
 
@@ -87,7 +87,7 @@ def test_a_gate_fails_where_most_images_are_not_finite_though_that_is_allowed(co
     for number in range(6):
         Image.new("RGB", (48, 48), "white").save(tmp_path / "images" / f"nan {number}.png")
     with pytest.raises(Stopped, match="1 of 1 gates failed") as stop:
-        evaluate(replace(config, name="gated", allow_left_out=True, gates={"psnr": 1.0}))
+        evaluate(replace(config, name="gated", allow_skipped=True, gates={"psnr": 1.0}))
     assert stop.value.code == GATE_FAILED
     said = "images, model: PSNR has no number of every image: 6 of 11 reconstructions are not finite"
     assert said in capsys.readouterr().out

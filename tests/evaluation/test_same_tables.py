@@ -162,7 +162,7 @@ def test_a_data_set_without_a_readable_image_has_no_numbers_and_the_others_have_
     given = config_of(
         tmp_path, tmp_path / "bad", [model], name="e", metrics=FEW, datasets=[str(tmp_path / "bad"), str(images)]
     )
-    with pytest.raises(Stopped, match="1 of 4 images are left out"):
+    with pytest.raises(Stopped, match="1 of 4 images are skipped"):
         evaluate(given)
     found = read_json(tmp_path / "e" / "metrics.json")["metrics"]
     assert {name: one["mean"] for name, one in found["bad"]["a"].items()} == dict.fromkeys(FEW)

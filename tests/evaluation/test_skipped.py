@@ -48,7 +48,7 @@ def damage(config: EvaluateConfig, *names: str) -> None:
 def test_an_image_that_cannot_be_read_is_excluded_and_named_and_changes_no_other_row(config, tmp_path):
     whole = rows(evaluate(config))
     damage(config, "2.png", "3.png")
-    with pytest.raises(Stopped, match=r"2 of 5 images are left out.*2\.png") as stop:
+    with pytest.raises(Stopped, match=r"2 of 5 images are skipped.*2\.png") as stop:
         evaluate(replace(config, name="damaged"))
     assert stop.value.code == 3
     readable = {name: value for name, value in whole.items() if name not in ("2.png", "3.png")}
@@ -57,7 +57,7 @@ def test_an_image_that_cannot_be_read_is_excluded_and_named_and_changes_no_other
     about = document["datasets"]["images"]
     assert about["images"] == 3
     assert [one["image"] for one in about["left_out"]] == ["2.png", "3.png"]
-    assert evaluate(replace(config, name="allowed", allow_left_out=True)) == tmp_path / "allowed"
+    assert evaluate(replace(config, name="allowed", allow_skipped=True)) == tmp_path / "allowed"
 
 
 def test_with_no_image_that_can_be_read_nothing_is_written(config, tmp_path):

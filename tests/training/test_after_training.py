@@ -136,7 +136,7 @@ def test_a_base_that_is_gone_is_said_with_a_command_that_measures_the_same_image
     assert first.startswith("the run is done, and not held against the weights that it began from: init='")
     assert "no such file or folder" in first
     assert not (made / "evaluations").exists()
-    words = shlex.split(second.removeprefix("by hand: python "))
+    words = shlex.split(second.removeprefix("by hand: vae "))
     seen: list[EvaluateConfig] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", words)

@@ -307,7 +307,7 @@ def test_of_several_processes_the_nearest_cause_is_named_and_not_its_consequence
 
 def test_leaving_out_is_bounded(tmp_path, monkeypatch):
     guard = replace(small_run(tmp_path).guard, on_non_finite="skip", limit=2)
-    with pytest.raises(Stopped, match=r"2 updates were left out before, guard\.limit=2"):
+    with pytest.raises(Stopped, match=r"2 updates were skipped before, guard\.limit=2"):
         poisoned_run(replace(small_run(tmp_path), guard=guard), "pixel", float("nan"), monkeypatch)
 
 

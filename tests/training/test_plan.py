@@ -252,7 +252,7 @@ def test_what_a_run_refuses_a_plan_refuses(command, capsys, override, key):
 
 def test_the_command_leaves_the_values_of_a_run_to_the_door_that_reads_them():
     refused = CliRunner().invoke(app, ["plan", "resume=runs/first"])
-    assert "python train.py resume=runs/first plan=true" in str(refused.exception)
+    assert "vae train resume=runs/first plan=true" in str(refused.exception)
 
 
 def test_the_command_gives_the_numbers_as_json(planned, monkeypatch):

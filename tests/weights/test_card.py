@@ -68,7 +68,7 @@ def test_a_card_says_what_was_trained_on_what_and_how(run):
         "- validation images: 5",
         "- resolution: 32 px",
         "- 12 updates of 2 images (2 a process and batch)",
-        "published weights: EMA",
+        "published weights: averaged (EMA)",
         "`apache-2.0`",
         "safe in float16: yes",
         "only diffusers and kohya sd-scripts (folder) can load it",

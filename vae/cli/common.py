@@ -33,7 +33,7 @@ Model = Annotated[Path, typer.Argument(help="an export, a weights file, a full c
 Images = Annotated[list[Path], typer.Argument(help="image files or folders of them")]
 Target = Annotated[Path, typer.Argument(help="NAME.safetensors for one file (web UIs), else a diffusers folder")]
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16")]
-Ema = Annotated[bool, typer.Option("--ema", help="take a training checkpoint's averaged weights")]
+Ema = Annotated[bool, typer.Option("--ema", help="take a training checkpoint's EMA weights")]
 Config = Annotated[Path | None, typer.Option(help="a config.json of diffusers that states the architecture")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 Family = Annotated[str | None, typer.Option(help="sd, sdxl, x4, sd3 or flux, where the file does not tell")]
@@ -158,7 +158,7 @@ def opened(files: "dict[str, Path]", channels: int) -> "Iterator[tuple[str, Path
             first = first or error
             if len(files) == 1:
                 raise
-            warn(f"left out: {error}")
+            warn(f"skipped: {error}")
             continue
 
         read += 1

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vae.evaluation.statistics import Comparison
 
 
-Place = Annotated[Path, typer.Argument(help="a folder that evaluate.py wrote, or the metrics.json in it")]
+Place = Annotated[Path, typer.Argument(help="a folder that vae evaluate wrote, or the metrics.json in it")]
 Chosen = Annotated[list[str] | None, typer.Option(help="compare this metric only; may be repeated")]
 Margins = Annotated[
     list[str] | None, typer.Option(help="METRIC=LOSS that is tolerated, e.g. psnr=0.1; may be repeated")
@@ -76,7 +76,7 @@ def _compared(dataset: str, pairs: "list[Pair]", metrics: list[str], margins: di
 
     for pair in (pair for pair in pairs if pair.dataset == dataset):
         if pair.apart:
-            warn(f"{dataset}, {pair.model}: {pair.apart} images are in one evaluation only, and left out")
+            warn(f"{dataset}, {pair.model}: {pair.apart} images are in one evaluation only, and skipped")
         if pair.broken:
             losses.append(f"{dataset}, {pair.model}: {pair.broken} images had numbers and have none now")
     return losses

@@ -37,8 +37,8 @@ def prepare(
     src: Images,
     dst: Folder,
     resolution: Annotated[int | None, typer.Option(help="shrink to this shorter side; never enlarges")] = None,
-    min_side: Annotated[int | None, typer.Option(help="leave out images with a shorter side below this")] = None,
-    max_aspect: Annotated[float | None, typer.Option(help="leave out images longer than this many times that")] = None,
+    min_side: Annotated[int | None, typer.Option(help="skip images with a shorter side below this")] = None,
+    max_aspect: Annotated[float | None, typer.Option(help="skip images longer than this many times that")] = None,
     format: Annotated[str, typer.Option(help="jpeg (4:4:4), webp (4:2:0) or png (lossless)")] = "jpeg",
     quality: Annotated[int | None, typer.Option(help="of jpeg and webp, 1 to 100; 95 unless given")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="leave the bytes of what needs no resizing as they are")] = False,
@@ -177,10 +177,10 @@ def _print_made(job: "Job", index: "Json") -> None:
         if images:
             say(f"{images:>10,}  {what}")
     for why, images in index["dropped"].items():
-        say(f"{images:>10,}  left out: {why}")
+        say(f"{images:>10,}  skipped: {why}")
 
     if kept < of:
-        say(f"each that is left out stands in {job.folder / DROPPED}")
+        say(f"each that is skipped stands in {job.folder / DROPPED}")
 
 
 def _print_training(job: "Job", index: "Json") -> None:
@@ -194,7 +194,7 @@ def _print_training(job: "Job", index: "Json") -> None:
 
     filled = sum(shard["images"] > 0 for shard in index["shards"])
     alone = " data.validation_root=..." if filled == 1 else ""
-    say(f"python train.py data=webdataset data.root={shlex.quote(str(pattern))}{alone}")
+    say(f"vae train data=webdataset data.root={shlex.quote(str(pattern))}{alone}")
 
     if filled < FEW_SHARDS:
         share = f"training holds out whole shards, at least 1 of these {filled} ({1 / filled:.0%} of the images)"

@@ -66,7 +66,7 @@ def plan(overrides: Overrides = None, as_json: Json = False) -> None:
     config = compose(*(overrides or []))
 
     here = config.resume in (None, AUTO)
-    remedy = f"python train.py resume={config.resume} plan=true, of that run's own values"
+    remedy = f"vae train resume={config.resume} plan=true, of that run's own values"
     require(here, f"resume={config.resume}", remedy)
 
     planned = plan(config)

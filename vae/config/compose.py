@@ -6,28 +6,39 @@ Hydra is used here and nowhere else, and no DictConfig leaves this module. `HYDR
 import difflib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar, cast
+from pathlib import Path
+from typing import Any, cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vae.config.reference import CONFIGS, help_text
+from vae.config.overrides import prepared
+from vae.config.reference import CONFIGS, example_of, help_text
 from vae.config.schema import EvaluateConfig, TrainConfig
 from vae.errors import BAD_INPUT, InputError, Stopped
 from vae.run_dir import RunDir
 
 TRACEBACKS = "HYDRA_FULL_ERROR"
-PATHS = ("data.root", "data.validation_root")
 SCHEMAS = {"train": (TrainConfig, "."), "evaluate": (EvaluateConfig, "evaluate")}  # with the folder of its YAML
-Config = TypeVar("Config")
+PLAIN_WORDS = {  # the beginning of a message of Hydra: what it means to somebody who has not read its manual
+    r"Value '(.*)' of type '\w+' could not be converted to Integer": "{!r} is not a whole number",
+    r"Value '(.*)' of type '\w+' could not be converted to Float": "{!r} is not a number",
+    r"Value '(.*)' of type '\w+' could not be converted to Boolean": "{!r} is not true or false",
+    r"Value '(.*)' is not a valid bool": "{!r} is not true or false",
+    r"field '.*' is not Optional": "null is no value for it",
+    r"Key '(.*)' is not in struct": "no such key; another argument of lightning.Trainer needs a plus: +trainer.{}=",
+    r"Key '(.*)' not in '\w+'": "no such key",
+    r"Invalid value assigned: (\w+) is not a ListConfig": "it takes a list",
+}
 
 
 def run(command: str, action: Callable[[Any], object], words: Sequence[str]) -> None:
@@ -49,7 +60,8 @@ def run(command: str, action: Callable[[Any], object], words: Sequence[str]) -> 
     def main(cfg: Any) -> None:
         sys.argv = started_with  # Lightning starts a machine's other processes with it
         try:
-            action(OmegaConf.to_object(_with_saved_values(cfg, schema)))
+            words = HydraConfig.get().overrides.task
+            action(OmegaConf.to_object(_with_saved_values(_with_chosen_groups(cfg, folder, words), schema)))
         except (InputError, OmegaConfBaseException) as error:
             if wants_traceback:
                 raise
@@ -57,13 +69,12 @@ def run(command: str, action: Callable[[Any], object], words: Sequence[str]) -> 
         except Stopped as stop:
             _exit(stop.message, stop.code)
 
-    # Lightning's processes need the whole command line (`vae train ...`), Hydra the program and the overrides.
-    started_with = [*sys.argv[: len(sys.argv) - len(overrides)], *map(_with_quotes, overrides)]
-    sys.argv = [program, *map(_with_quotes, overrides)]  # what Hydra reads
+    started_with = list(sys.argv)
     try:
+        sys.argv = [program, *prepared(overrides, example_of(schema))]  # what Hydra reads
         with _raising_hydra():
             main()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (InputError, HydraException, OmegaConfBaseException) as error:
         if wants_traceback:
             raise
         _exit(_sentence(error), BAD_INPUT)
@@ -76,20 +87,41 @@ def compose(*overrides: str) -> TrainConfig:
     """
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
     try:
+        words = prepared(overrides, TrainConfig())
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return cast(TrainConfig, OmegaConf.to_object(hydra.compose("train", list(map(_with_quotes, overrides)))))
+            cfg = _with_chosen_groups(hydra.compose("train", words), "", words)
+        return cast(TrainConfig, OmegaConf.to_object(cfg))
     except (InputError, HydraException, OmegaConfBaseException) as error:
         raise InputError(_sentence(error)) from error
 
 
-def _with_quotes(argument: str) -> str:
-    """Put quotes around a pattern or a path among the overrides.
+def _with_chosen_groups(cfg: Any, folder: str, words: Sequence[str]) -> Any:
+    """Return `cfg` with the values of the groups that `words` choose in place of an experiment's values.
 
-    The shell has removed those that the user wrote, and Hydra would read braces and commas as its own syntax.
+    Hydra lets an experiment win over every group. But a group on the command line is asked for, as `trainer=one_gpu`
+    is, and must be what runs. Single keys among `words` win over both.
     """
-    key, _, value = argument.partition("=")
-    is_plain = key not in PATHS or not value or value[0] in "'\"" or "${" in value or value == "null"
-    return argument if is_plain else "{}='{}'".format(key, value.replace("'", "\\'"))
+    groups = {}
+    keys = {}
+    for word in words:
+        key, equals, choice = word.lstrip("+").partition("=")
+        file = CONFIGS / folder / key / f"{choice}.yaml"
+        if equals and key != "experiment" and file.is_file():
+            groups[key] = _values_of_group(file)
+        elif equals and not key.startswith("hydra"):
+            keys[key] = OmegaConf.select(cfg, key)
+
+    chosen = OmegaConf.merge(cfg, groups)
+    for key, value in keys.items():
+        OmegaConf.update(chosen, key, value, force_add=True)
+    return chosen
+
+
+def _values_of_group(file: Path) -> Any:
+    """Return the values of a group's choice, with those of the choices that it builds on."""
+    values: Any = OmegaConf.load(file)
+    bases = [_values_of_group(file.with_name(f"{base}.yaml")) for base in values.pop("defaults", [])]
+    return OmegaConf.merge(*bases, values)
 
 
 def _with_saved_values(cfg: Any, schema: type) -> Any:
@@ -149,12 +181,24 @@ def _sentence(error: BaseException) -> str:
     message = str(refusal).strip()
     if "Original Traceback" in message:  # from a data worker: the last line is the error, behind its class
         message = message.splitlines()[-1].partition(": ")[2]
+    unread = next((cause.override for cause in causes if isinstance(cause, OverrideParseException)), None)
+    if unread is not None:
+        return f"{unread}: not readable as a value; a list is [1,2], a mapping {{a: 1}}, a text with marks 'in quotes'"
+    choice = re.search(r"Could not find '([\w/]+)/(.*)'\s+Available options in '.*':((?:\s+\S+)+)", message)
+    if choice is not None:
+        known = choice[3].partition("Config search path")[0].split()
+        return f"{choice[1]}={choice[2]}: no such choice{_nearest(choice[2], known)}"
     return " ".join(message.partition("Config search path")[0].split())
 
 
 def _first_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    return str(error).strip().splitlines()[0]
+    """Return the first line of an error's message, in plain words where they are known."""
+    line = str(error).strip().splitlines()[0]
+    for pattern, words in PLAIN_WORDS.items():
+        found = re.match(pattern, line)
+        if found is not None:
+            return words.format(*found.groups())
+    return line
 
 
 def _suggestion(error: OmegaConfBaseException) -> str:
@@ -166,7 +210,10 @@ def _suggestion(error: OmegaConfBaseException) -> str:
         return ""
 
     known = [field.name for field in fields(owner)]
-    if error.key in known:
-        return ""
-    near = difflib.get_close_matches(error.key, known, n=1)
+    return "" if error.key in known else _nearest(error.key, known)
+
+
+def _nearest(given: str, known: list[str]) -> str:
+    """Return the known name that is nearest to `given`, or all of them, as the end of a sentence."""
+    near = difflib.get_close_matches(given, known, n=1)
     return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"

@@ -40,9 +40,14 @@ class DataConfig:
         "The images: a folder, a list, a data set's name, or a pattern of tar archives.",
         may_change=True,  # they may have moved; their names and number must be the same
         chooses_images=True,
+        is_path=True,
     )
     validation_root: str | None = option(
-        None, "Images to validate on. null holds out a share of data.root.", may_change=True, chooses_images=True
+        None,
+        "Images to validate on. null holds out a share of data.root.",
+        may_change=True,
+        chooses_images=True,
+        is_path=True,
     )
     validation_fraction: float = option(
         0.02, "Share of data.root that is held out for validation.", allowed=SHARE, chooses_images=True
@@ -58,7 +63,9 @@ class DataConfig:
     streaming: bool = option(
         False, "Read a Hugging Face data set shard by shard, without downloading all of it.", chooses_images=True
     )
-    cache: str = option("~/.cache/vae", "Folder for copies of remote shards.", may_change=True, chooses_images=True)
+    cache: str = option(
+        "~/.cache/vae", "Folder for copies of remote shards.", may_change=True, chooses_images=True, is_path=True
+    )
     cache_gigabytes: float = option(
         50.0, "Largest size of that folder.", unit="GB", allowed=positive("above 0"), may_change=True
     )
@@ -71,6 +78,7 @@ class DataConfig:
         None,
         "A folder written by vae cache-latents. Training then shows each image's central square and encodes none.",
         may_change=True,
+        is_path=True,
     )
     min_side: int | None = option(
         None,

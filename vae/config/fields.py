@@ -59,7 +59,7 @@ def below(high: float, words: str) -> Allowed:
     return Allowed(words, lambda value: 0 <= value < high)
 
 
-def option(
+def option(  # noqa: PLR0913
     default: Value,
     text: str,
     *,
@@ -69,12 +69,14 @@ def option(
     quiet: bool = False,
     term: str = "",
     chooses_images: bool = False,
+    is_path: bool = False,
 ) -> Value:
     """Declare a dataclass field with everything there is to know about it.
 
     `text` is its sentence. `unit` is what its number counts. With `may_change` a run may be resumed with another value;
     the difference is reported, unless `quiet`. `term` names the loss term without which the field means nothing.
-    `chooses_images` marks fields that decide which images a run sees, and how they are cut.
+    `chooses_images` marks fields that decide which images a run sees, and how they are cut. `is_path` marks paths, and
+    lists of them, in which `~` is the home directory.
     """
     metadata = {
         "text": text,
@@ -84,6 +86,7 @@ def option(
         "quiet": quiet,
         "term": term,
         "chooses_images": chooses_images,
+        "is_path": is_path,
     }
 
     # Each config gets its own list or dict.

@@ -74,7 +74,10 @@ class LossConfig:
         "vgg", "The network whose features LPIPS compares.", allowed=choice(*PERCEPTUAL_NETS), term="perceptual"
     )
     perceptual_weights: str | None = option(
-        None, "File with that network's weights. null finds them among the installed packages.", term="perceptual"
+        None,
+        "File with that network's weights. null finds them among the installed packages.",
+        term="perceptual",
+        is_path=True,
     )
     perceptual_channels: list[int] | None = option(
         None,

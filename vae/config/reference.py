@@ -97,7 +97,7 @@ def page() -> str:
 
 def _sections(schema: type) -> Iterator[tuple[str, list[tuple[str, Field[Any], Any]]]]:
     """Yield (heading, [(key, field, default)]) of the config itself, then of each of its parts."""
-    config = _example(schema)
+    config = example_of(schema)
     yield from _section(config, "", "The run" if schema is TrainConfig else "The evaluation")
 
 
@@ -113,7 +113,7 @@ def _section(config: Any, prefix: str, heading: str) -> Iterator[tuple[str, list
             )
 
 
-def _example(schema: type) -> Any:
+def example_of(schema: type) -> Any:
     """Return a config with all defaults."""
     if schema is TrainConfig:
         return TrainConfig()

@@ -60,11 +60,11 @@ class TrainConfig:
         may_change=True,
         quiet=True,
     )
-    output: str = option("runs", "Folder that holds the runs.", may_change=True, quiet=True)
+    output: str = option("runs", "Folder that holds the runs.", may_change=True, quiet=True, is_path=True)
     seed: int = option(0, "Seed of order, augmentation, noise and initial weights.", allowed=SEED)
     plan: bool = option(False, "Train nothing; say what the run would need and take.", may_change=True, quiet=True)
     init: str | None = option(
-        None, "Weights to begin from: a file, an export or a run. `model` is then their architecture."
+        None, "Weights to begin from: a file, an export or a run. `model` is then their architecture.", is_path=True
     )
     latent_channels: int | None = option(None, "Begin from `init` with this many latent channels, inflated or sliced.")
     fp16_safe: bool = option(
@@ -74,6 +74,7 @@ class TrainConfig:
         None,
         "An autoencoder whose latents are learned. The decoder decodes them, and the encoder learns to make them.",
         may_change=True,
+        is_path=True,
     )
     frozen: list[str] = option([], "Parts that do not learn, by the names of their modules, e.g. [encoder].")
     trained: list[str] = option([], "The only parts that learn, by the names of their modules.")
@@ -96,7 +97,10 @@ class TrainConfig:
         may_change=True,
     )
     inception: str | None = option(
-        None, "File with Inception's weights, for rFID and KID. null looks in torch hub's folder.", may_change=True
+        None,
+        "File with Inception's weights, for rFID and KID. null looks in torch hub's folder.",
+        may_change=True,
+        is_path=True,
     )
     license: str | None = option(
         None, "License of the exports' model cards, as the hub names it.", allowed=IDENTIFIER, may_change=True
@@ -111,6 +115,7 @@ class TrainConfig:
         "configuration, or begins one.",
         may_change=True,
         quiet=True,
+        is_path=True,
     )
     checkpoint_minutes: float = option(
         30.0, "Write a checkpoint this often.", unit="minutes", allowed=MINUTES, may_change=True
@@ -292,14 +297,18 @@ class EvaluateConfig:
     """An evaluation of one or several autoencoders."""
 
     model: Any = option(  # str | list[str]; OmegaConf has no such union
-        None, "One autoencoder, or a list of several. Each is an export, a weights file or a run's directory."
+        None,
+        "One autoencoder, or a list of several. Each is an export, a weights file or a run's directory.",
+        is_path=True,
     )
-    base: str | None = option(None, "One more, that the others are compared with: their latents, and every metric.")
+    base: str | None = option(
+        None, "One more, that the others are compared with: their latents, and every metric.", is_path=True
+    )
     family: str | None = option(
         None, "Family of models whose files do not tell their scaling factor: sd, sdxl, sd3 or flux."
     )
     name: str = option("evaluation", "Name of the evaluation's folder.", allowed=FOLDER_NAME)
-    output: str = option("evaluations", "Folder that holds the evaluations.")
+    output: str = option("evaluations", "Folder that holds the evaluations.", is_path=True)
     device: str = option("auto", "Where models run: auto, cpu, cuda, or one GPU as cuda:1.")
     seed: int = option(0, "Seed of whatever noise the tests of robustness use.", allowed=SEED)
     threads: int = option(1, "Threads of a CPU. Another number changes the last bits of sums.", allowed=at_least(1))
@@ -309,7 +318,7 @@ class EvaluateConfig:
         "What is measured.",
         allowed=Allowed(some_of(*METRICS).words, lambda metrics: bool(metrics) and set(metrics) <= set(METRICS)),
     )
-    datasets: list[str] = option([], "Several values of data.root, in place of the one.")
+    datasets: list[str] = option([], "Several values of data.root, in place of the one.", is_path=True)
     cross: bool = option(False, "Measure each encoder with the decoders of the others too.")
     probe_images: int = option(
         2, "The first so many images are for the tests of robustness and precision.", allowed=at_least(0, "none")
@@ -319,8 +328,8 @@ class EvaluateConfig:
         "Limits, e.g. {psnr: 28, lpips_alex: 0.1}. An evaluation that misses one ends with status 4. So does one "
         "with a reconstruction that is not finite.",
     )
-    allow_left_out: bool = option(False, "End with status 0, not 3, where images could not be read or reconstructed.")
-    inception: str | None = option(None, "File with Inception's weights, for rFID and KID.")
+    allow_skipped: bool = option(False, "End with status 0, not 3, where images could not be read or reconstructed.")
+    inception: str | None = option(None, "File with Inception's weights, for rFID and KID.", is_path=True)
     download: bool = option(False, "Allow to fetch weights that are missing.")
     data: DataConfig = part(DataConfig, "The images.", make=lambda: DataConfig(source="photos"))
 

@@ -89,7 +89,7 @@ def _compare(run: Path, base: str, data: DataConfig) -> Path:
         threads=torch.get_num_threads(),
         metrics=list(MEASURED),
         probe_images=0,
-        allow_left_out=True,
+        allow_skipped=True,
         data=replace(data, **squares),
     )
     return evaluate_as(config, Team(Place()))
@@ -136,4 +136,4 @@ def _command(run: Path, base: str, data: DataConfig) -> str:
     chosen = {name: value for name, value in values.items() if name in OF_DOOR or value != getattr(DataConfig, name)}
     given = {"base": base, "model": str(run), "data": data.source} | {f"data.{key}": chosen[key] for key in chosen}
     words = (f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items())
-    return " ".join(["python evaluate.py", *map(shlex.quote, words)])
+    return " ".join(["vae evaluate", *map(shlex.quote, words)])

@@ -103,7 +103,7 @@ def read_evaluation(path: Path) -> Evaluation:
     path = path.expanduser()
     file = path / DOCUMENT_FILE if path.is_dir() else path
     require(
-        file.is_file(), f"{path}: no such evaluation", f"a folder that evaluate.py wrote, or the {DOCUMENT_FILE} in it"
+        file.is_file(), f"{path}: no such evaluation", f"a folder that vae evaluate wrote, or the {DOCUMENT_FILE} in it"
     )
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
@@ -113,8 +113,8 @@ def read_evaluation(path: Path) -> Evaluation:
         ) from error
 
     is_ours = isinstance(document, dict) and all(key in document for key in NEEDED)
-    require(is_ours, f"{file}: not an evaluation", f"a {DOCUMENT_FILE} with {', '.join(NEEDED)}: run evaluate.py again")
-    require(document["schema"] == SCHEMA, f"{file}: schema {document['schema']}", f"{SCHEMA}: run evaluate.py again")
+    require(is_ours, f"{file}: not an evaluation", f"a {DOCUMENT_FILE} with {', '.join(NEEDED)}: run vae evaluate again")
+    require(document["schema"] == SCHEMA, f"{file}: schema {document['schema']}", f"{SCHEMA}: run vae evaluate again")
     return Evaluation(file, document, *_read_table(file.with_name(TABLE_FILE)))
 
 
@@ -164,7 +164,7 @@ def paired_by_name(old: Evaluation, new: Evaluation) -> list[str]:
         silent = [str(one.file) for one in (old, new) if not one.pixels.get(dataset)]
         if silent:
             why = f"{silent[0]} holds no hashes of their pixels, as of an earlier version of vae"
-            said.append(f"images of {dataset} are paired by name only: {why}; run evaluate.py again to be sure")
+            said.append(f"images of {dataset} are paired by name only: {why}; run vae evaluate again to be sure")
     return said
 
 
@@ -244,7 +244,7 @@ def _read_table(file: Path) -> _Table:
             dataset, image, model = row["dataset"], row["image"], row["model"]
             values = tuple(math.nan if row[name] == "" else float(row[name]) for name in metrics)
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{file}: not a table of an evaluation ({error}); run evaluate.py again") from error
+            raise InputError(f"{file}: not a table of an evaluation ({error}); run vae evaluate again") from error
 
         # Several images of a dataset may have one name: their order tells them apart.
         key = image, seen[dataset, model, image]
@@ -261,7 +261,7 @@ def _lines(file: Path) -> Iterator[dict[str, str]]:
         with file.open(newline="", encoding="utf-8", errors="surrogateescape") as text:
             yield from csv.DictReader(text)
     except csv.Error as error:
-        raise InputError(f"{file}: not readable as CSV ({error}); run evaluate.py again") from error
+        raise InputError(f"{file}: not readable as CSV ({error}); run vae evaluate again") from error
 
 
 def _has_number(columns: dict[str, np.ndarray], metric: str) -> bool:

@@ -31,7 +31,7 @@ from vae.evaluation.measure import Evaluator, exact_arithmetic
 from vae.evaluation.report.gallery import choose
 from vae.evaluation.report.images import Pictures, grid
 from vae.evaluation.report.page import render
-from vae.evaluation.results import Collected, Document, Rows, as_csv, collect, of_dataset, rows_of
+from vae.evaluation.results import SKIPPED, Collected, Document, Rows, as_csv, collect, of_dataset, rows_of
 from vae.evaluation.robustness import precision, probe, probe_steps
 from vae.evaluation.setup import CODE, Setting, prepare
 from vae.evaluation.terminal import say
@@ -104,8 +104,8 @@ def _end(config: EvaluateConfig, folder: Path, document: Document) -> None:
 
     # Missing images stop the run before failed gates do: the gates saw incomplete numbers.
     incomplete = terminal.incomplete(document, folder / DOCUMENT_FILE)
-    if incomplete and not config.allow_left_out:
-        raise Stopped(BAD_IMAGES, f"{incomplete}. allow_left_out=true accepts that")
+    if incomplete and not config.allow_skipped:
+        raise Stopped(BAD_IMAGES, f"{incomplete}. allow_skipped=true accepts that")
     if incomplete:
         terminal.say(incomplete)
     if failed:
@@ -115,14 +115,14 @@ def _end(config: EvaluateConfig, folder: Path, document: Document) -> None:
 def _check_all(collected: dict[str, Collected], datasets: dict[str, tuple[DataConfig, Source]]) -> None:
     """Raise InputError unless every image has a row and at least one image has numbers."""
     for name, (_, source) in datasets.items():
-        known = len(collected[name].lines) + len(collected[name].left_out)
+        known = len(collected[name].lines) + len(collected[name].skipped)
         if known != len(source):
             wrong = f"{known} of {len(source)} images of {name} have rows"
             raise InputError(f"{wrong}: output= must be one folder that all processes share; run the command again")
     if not any(one.lines for one in collected.values()):
         name, one = next(iter(collected.items()))
-        count = len(one.left_out)
-        first = one.left_out[0]["left_out"]
+        count = len(one.skipped)
+        first = one.skipped[0][SKIPPED]
         raise InputError(f"none of {count} images of {name} can be read, the first: {first}")
 
 

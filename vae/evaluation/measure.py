@@ -23,7 +23,7 @@ from vae.data.transforms import to_model_range
 from vae.errors import InputError, require
 from vae.evaluation.latents import describe
 from vae.evaluation.protocols import Protocol
-from vae.evaluation.results import Line, packed
+from vae.evaluation.results import SKIPPED, Line, packed
 from vae.latents import latents_for
 from vae.metrics.paired import PairedMetrics
 from vae.models.arithmetic import float32_arithmetic
@@ -219,7 +219,7 @@ class Evaluator:
         """Yield a row for each image of the batch, and for each image that was skipped."""
         for index, one in zip(batch.missing, batch.skipped, strict=True):
             about = {"dataset": dataset, "index": index, "image": one.name}
-            yield about | {"left_out": one.reason, "is_corrupt": one.is_corrupt}
+            yield about | {SKIPPED: one.reason, "is_corrupt": one.is_corrupt}
 
         for start in range(0, len(batch.images), self.at_once):
             part = slice(start, start + self.at_once)

@@ -25,7 +25,8 @@ from vae.evaluation.statistics import FEWEST, QUANTILE, compare_pairs, summarise
 from vae.metrics.registry import CONVENTION_OF, OF_SETS, PAIRED
 from vae.metrics.set_distances import frechet_distance, kernel_estimate
 
-Line = dict[str, Any]  # a row about one image: dataset, index, image, and left_out or what each model made of it
+Line = dict[str, Any]  # a row about one image: dataset, index, image, and SKIPPED or what each model made of it
+SKIPPED = "left_out"  # key of an image that could not be used, in rows and in metrics.json since the first version
 Key = tuple[str, int]  # dataset, index
 
 
@@ -79,7 +80,7 @@ class Rows:
 
         Images that could not be read are not among them: they may have been repaired.
         """
-        return {key_of(line) for line in self.read() if "left_out" not in line}
+        return {key_of(line) for line in self.read() if SKIPPED not in line}
 
     def forget(self) -> None:
         """Delete the rows of all processes."""
@@ -121,7 +122,7 @@ class Collected:
     """The rows of one data set, ordered by index, and the arrays that were packed into them."""
 
     lines: list[Line] = field(default_factory=list)  # of images that were measured
-    left_out: list[Line] = field(default_factory=list)
+    skipped: list[Line] = field(default_factory=list)
     features: dict[str, dict[str, list[np.ndarray]]] = field(default_factory=dict)  # model -> convention -> per image
     latents: dict[str, list[Vectors]] = field(default_factory=dict)  # model -> per image
 
@@ -152,7 +153,7 @@ def collect(lines: Iterable[Line], datasets: Sequence[str], models: Sequence[str
     found: dict[tuple[int, int], Line] = {}
     for line in lines:
         key = order[line["dataset"]], line["index"]
-        if key not in found or "left_out" in found[key]:
+        if key not in found or SKIPPED in found[key]:
             found[key] = _unpacked(line)
 
     collected = {name: Collected() for name in datasets}
@@ -176,8 +177,8 @@ def _unpacked(line: Line) -> Line:
 
 def _take(into: Collected, line: Line, models: Sequence[str]) -> None:
     """Move one row, with its arrays, into the collection of its data set."""
-    if "left_out" in line:
-        into.left_out.append(line)
+    if SKIPPED in line:
+        into.skipped.append(line)
         return
     _add(into.features.setdefault(ORIGINAL, {}), line.pop("features"))
     for name in models:
@@ -297,9 +298,9 @@ def _about_images(collected: Collected, models: list[str]) -> dict[str, Any]:
     both = [(line["image"], model, line["models"][model]) for line in collected.lines for model in models]
     return {
         "images": len(collected.lines),
-        "left_out": [
-            {"image": line["image"], "reason": line["left_out"], "is_corrupt": line["is_corrupt"]}
-            for line in collected.left_out
+        SKIPPED: [
+            {"image": line["image"], "reason": line[SKIPPED], "is_corrupt": line["is_corrupt"]}
+            for line in collected.skipped
         ],
         "enlarged": [line["image"] for line in collected.lines if line["enlarged"]],
         "not_finite": [{"image": name, "model": model} for name, model, one in both if not one["is_finite"]],

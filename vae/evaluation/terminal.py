@@ -13,6 +13,7 @@ from vae.data.decode import printable
 from vae.evaluation.compare import whole_models
 from vae.evaluation.drop_in import lines_against_base
 from vae.evaluation.protocols import PROTOCOLS
+from vae.evaluation.results import SKIPPED
 from vae.evaluation.statistics import NO_DIFFERENCE
 from vae.metrics.registry import METRICS, OF_SETS
 
@@ -140,14 +141,14 @@ def gates_in(document: dict[str, Any]) -> int:
 def incomplete(document: dict[str, Any], file: Path) -> str:
     """Say which images are missing from the numbers, skipped or not finite; empty if none are."""
     datasets = document["datasets"].values()
-    corrupt = [one for about in datasets for one in about["left_out"] if one["is_corrupt"]]
+    corrupt = [one for about in datasets for one in about[SKIPPED] if one["is_corrupt"]]
     broken = [one for about in datasets for one in about["not_finite"]]
-    total = sum(about["images"] + len(about["left_out"]) for about in datasets)
+    total = sum(about["images"] + len(about[SKIPPED]) for about in datasets)
 
     said = []
     if corrupt:
         first = corrupt[0]["reason"]
-        said.append(f"{len(corrupt)} of {total} images are left out, listed in {file}; the first: {first}")
+        said.append(f"{len(corrupt)} of {total} images are skipped, listed in {file}; the first: {first}")
     if broken:
         first = f"{broken[0]['image']} by {broken[0]['model']}"
         said.append(f"{len(broken)} reconstructions are not finite, listed in {file}; the first: {first}")

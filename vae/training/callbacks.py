@@ -110,7 +110,7 @@ class SkippedImages(Callback):
 
         if not self._known:
             first = printable(next(iter(new)))
-            warn(f"warning: some images are left out; they are listed in {self._file}. The first: {first}")
+            warn(f"warning: some images are skipped; they are listed in {self._file}. The first: {first}")
 
         self._known |= {(of, name) for name in new}
         with self._file.open("a", encoding="utf-8") as file:

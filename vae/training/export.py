@@ -239,10 +239,6 @@ def _called(file: Path) -> str:
     return file.name if run is None else file.absolute().relative_to(run.path.parent).as_posix()
 
 
-LATER: dict[str, Any] = dict.fromkeys(("init", "latent_channels", "teacher")) | {
-    "frozen": [],
-    "trained": [],
-}  # keys that older runs do not have
 Part = TypeVar("Part")
 
 
@@ -325,7 +321,7 @@ def export_checkpoint(
     images, or on those in the folder `images`. Raises InputError if the checkpoint or the run's configuration cannot
     be used.
     """
-    config = LATER | read_json(RunDir(run).config)
+    config = asdict(TrainConfig()) | read_json(RunDir(run).config)  # an older run lacks the keys that are younger
     found = _weights(run, checkpoint, config, ("autoencoder.",) if live else ("ema_model.", "average."))
 
     data = _part(run, config, "data", DataConfig)

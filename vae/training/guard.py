@@ -191,9 +191,7 @@ class Guard:
         policy, limit = self.config.on_non_finite, self.config.limit
         if policy == "stop" or self.skipped_updates >= limit:
             tried = (
-                ""
-                if policy == "stop"
-                else f"; {self.skipped_updates} updates were left out before, guard.limit={limit}"
+                "" if policy == "stop" else f"; {self.skipped_updates} updates were skipped before, guard.limit={limit}"
             )
             raise Stopped(NOT_FINITE, f"{update}; the weights are those before it{tried}")
 
@@ -209,7 +207,7 @@ class Guard:
             training.adversarial_loss.discard()
 
         if training.trainer.is_global_zero:
-            warn(f"warning: {update}; left out ({self.skipped_updates} of at most {limit})")
+            warn(f"warning: {update}; skipped ({self.skipped_updates} of at most {limit})")
 
     def _culprits(self, training: Guarded) -> Culprits:
         """Return what is not finite on this process: weights, else terms and their images, else gradients."""

@@ -123,7 +123,7 @@ def _leave(trainer: lightning.Trainer, folder: Path, code: object, message: str)
     """
     if isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment) and trainer.local_rank:
         return SystemExit(0 if code != PROCESS_LOST else PROCESS_LOST)
-    remedy = f". Go on with: python train.py resume={folder}" if checkpoints_in(RunDir(folder).checkpoints) else ""
+    remedy = f". Go on with: vae train resume={folder}" if checkpoints_in(RunDir(folder).checkpoints) else ""
     return Stopped(int(str(code)), f"{message}{remedy}")
 
 

@@ -140,7 +140,7 @@ def conclude(
     `metrics` are those of the first and the last validation; `pace` is the last line.
     """
     before, after = metrics
-    table = Table("validation (averaged weights)", "at the start", "at the end")
+    table = Table("validation (EMA weights)", "at the start", "at the end")
     for name in sorted(name for name in after if not name.startswith("val/kl_")):
         table.add_row(name, f"{before[name]:.4f}" if name in before else "", f"{after[name]:.4f}")
     Console().print(table)
@@ -152,7 +152,7 @@ def conclude(
         **({"diffusers": exports[0]} if len(exports) > 1 else {}),
         "one file": exports[-1],
         **({} if best.kept is None else {"the best": f"{best.folder}: {best.kept}"}),
-        "measure": f"python evaluate.py model={shlex.quote(str(run))} {_same_images(config.data)}",
+        "measure": f"vae evaluate model={shlex.quote(str(run))} {_same_images(config.data)}",
     }
     for label, text in left.items():
         say(f"{label:>10}  {text}")

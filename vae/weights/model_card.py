@@ -173,7 +173,7 @@ def _training(known: Facts) -> list[str]:
     lines = [
         f"- {updates:,} updates"
         + (f" of {images:,} images ({known.text('batch_size_per_process')} a process and batch)" if images else ""),
-        f"- published weights: {known.text('weights')}",
+        f"- published weights: {'averaged (EMA)' if known.text('weights') == 'EMA' else known.text('weights')}",
         *(f"- {name}: {known.text(name)}" for name in ("frozen", "trained") if known.text(name)),
         *(
             f"- {words} {_files(start)}"

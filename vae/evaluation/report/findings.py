@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vae.evaluation.report.gallery import counted, figure, listed, main_metrics, not_finite, short
+from vae.evaluation.results import SKIPPED
 from vae.evaluation.statistics import Comparison, percent
 from vae.metrics.registry import PAIRED, VISIBLE
 
@@ -72,7 +73,7 @@ def _of_dataset(document: dict[str, Any], dataset: str) -> Iterator[Finding]:
         yield from (Finding("bad", f"{short(model)}: {warning}.") for warning in latents.get("warnings") or ())
 
     about = document["datasets"][dataset]
-    lost = len(about["left_out"]) + len(about["not_finite"])
+    lost = len(about[SKIPPED]) + len(about["not_finite"])
     if lost:
         yield Finding("bad", f"{counted(lost, 'image')}{where} could not be measured.", "Named at the end.")
 
