@@ -142,6 +142,16 @@ def test_no_modules_import_each_other_in_a_circle():
     assert left == {}
 
 
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_only_networks_and_files_ask_what_an_architecture_is_called(module):
+    """Other code asks what it can do: see Architecture in vae/config/model.py."""
+    if module.startswith(("vae.models", "vae.weights")):
+        return
+    compared = [node for node in ast.walk(ast.parse(MODULES[module].read_text())) if isinstance(node, ast.Compare)]
+    asked = [part for node in compared for part in (node.left, *node.comparators)]
+    assert not [part for part in asked if isinstance(part, ast.Attribute) and part.attr == "architecture"]
+
+
 def test_there_are_at_most_130_modules():
     assert len([module for module in MODULES if _within(module, "vae")]) <= 130
 

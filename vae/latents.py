@@ -38,11 +38,11 @@ def unscale_latents(latents: Tensor, config: AutoencoderConfig) -> Tensor:
 def latents_for(reader: AutoencoderConfig, latents: Tensor, maker: AutoencoderConfig) -> Tensor:
     """Convert raw latents of the autoencoder `maker` to raw latents of the autoencoder `reader`.
 
-    Latents do not change if both have the same architecture. A decoder of the same family, or a fine-tuned one, takes
-    them as they are, whatever scale is written beside it. The latents of a tiny autoencoder are already scaled. Between
+    Latents do not change if both have raw ones, or both scaled ones. A decoder of the same family, or a fine-tuned
+    one, takes them as they are, whatever scale is written beside it. The latents of a tiny autoencoder are already scaled. Between
     a KL and a tiny one, the result is therefore the latents that a diffusion model sees as the same.
     """
-    if reader.architecture == maker.architecture:
+    if reader.latents_are_scaled == maker.latents_are_scaled:
         return latents
     return unscale_latents(scale_latents(latents, maker), reader)
 

@@ -21,6 +21,7 @@ from vae.errors import InputError
 from vae.evaluation.drop_in import judge, latents_against_base, unfit
 from vae.evaluation.evaluate import evaluate
 from vae.evaluation.report.findings import findings
+from vae.evaluation.report.images import grid
 from vae.evaluation.report.page import render
 from vae.latents import scale_latents
 from vae.models.autoencoder_kl import AutoencoderKL
@@ -220,13 +221,13 @@ def test_a_page_with_a_base_opens_with_the_verdict_and_has_the_table_and_the_pic
     verdicts = {model: judge(document, model, SAME) for model in ("after", "worse")}
     document = document | {"against_base": verdicts}
     assert [one.headline for one in findings(document)][:2] == [f"{one['headline']}." for one in verdicts.values()]
-    page = render(document, rows, pictures)
+    page = render(document, rows, pictures, grid(document, pictures))
     assert "Is it harmless?" in page
     assert page.count('<td class="better">better</td>') > 0
     assert page.count('<td class="worse">worse</td>') > 0
     assert '<img class="grid" src="data:image/' in page
     assert 'data-left="1" data-right="3"' in page
-    assert len(render(document, rows, pictures, most_bytes=400_000).encode()) <= 400_000
+    assert len(render(document, rows, pictures, grid(document, pictures), most_bytes=400_000).encode()) <= 400_000
 
 
 def test_what_only_its_own_interval_shows_is_perhaps_worse_and_nothing_is_proved(reported):

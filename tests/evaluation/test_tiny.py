@@ -65,7 +65,7 @@ def test_a_factor_that_is_assumed_is_not_held_against_the_bases(tmp_path, tiny):
 
 def test_posteriors_without_width_are_no_ailment_of_a_tiny_autoencoder():
     posterior = AutoencoderTiny(TINY()).encode(torch.rand(1, 3, 64, 64) * 2 - 1)
-    latents = combine([describe(posterior)], is_tiny=True)
+    latents = combine([describe(posterior)], has_width=False)
     assert latents is not None
     assert latents["kl"] is None
     assert not [line for line in latents["warnings"] if "log-variances" in line]

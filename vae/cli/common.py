@@ -227,13 +227,13 @@ def raw_latents(path: Path, config: "AutoencoderConfig", family: str | None) -> 
     latents, scaled = read_latents(path, config.latent_channels)
     if scaled:
         stated = scale_in(path, config.latent_channels)
-        scale = config if stated is None or stated.architecture != config.architecture else stated
+        scale = config if stated is None or stated.latents_are_scaled != config.latents_are_scaled else stated
         unknown = f"{path}: scaled latents, and a model that does not tell its scale"
         require(scale.scale_is_known, unknown, "--family with them: sd, sdxl, sd3 or flux")
         return unscale_latents(latents, scale)
 
     # Raw latents are what a KL autoencoder takes. A tiny one needs the scale of the model that made them.
-    if config.architecture == "kl":
+    if not config.latents_are_scaled:
         return latents
     if family is not None:
         scaling, shift = FAMILIES[family]

@@ -156,7 +156,7 @@ def encode(
     allowed = bytes_named(memory)
     autoencoder = load(model, device, family)
     config = autoencoder.config
-    scaled = scaled or config.architecture == "tiny"  # a tiny autoencoder has no raw latents
+    scaled = scaled or config.latents_are_scaled  # it has no raw latents
 
     unknown = f"--scaled, and {model} does not tell its scaling factor"
     require(config.scale_is_known or not scaled, unknown, "--family with it, or raw latents")

@@ -296,14 +296,14 @@ def _write(found: "LoadedWeights", target: Path, dtype: "torch.dtype | None") ->
     layout = save_found(found, target, dtype)
 
     # TAESD is published as two files, one for each half.
-    is_pair = found.config.architecture == "tiny" and PAIR_FILE.fullmatch(target.name) is not None
+    is_pair = layout == "taesd" and PAIR_FILE.fullmatch(target.name) is not None
     files = [file_of_half(target, half) for half in HALVES] if is_pair else [target]
     say(f"{layout} layout written to {' and '.join(map(str, files))}, {found.kind} weights of {found.file}")
 
     for line in _lost(found, dtype, layout):
         say(line)
 
-    needs_family = found.config.architecture == "kl" or (target.suffix == SINGLE_FILE and not is_pair)
+    needs_family = not found.config.latents_are_scaled or (target.suffix == SINGLE_FILE and not is_pair)
     for line in warnings_of(found) if needs_family else warnings_about(found.config):
         warn(line)
 

@@ -175,7 +175,7 @@ class TrainConfig:
         """
         self._check_validation()
         self._check_resolution()
-        self._check_tiny()
+        self._check_kl()
         self._check_channels()
 
     def _check_beginning(self) -> None:
@@ -261,19 +261,19 @@ class TrainConfig:
         remedy = f"at least {smallest} for the perceptual loss; or set loss.weights.perceptual=0"
         require(not self.loss.weights.perceptual or resolution >= smallest, given, remedy)
 
-    def _check_tiny(self) -> None:
-        """Refuse a KL term with a tiny autoencoder, whose posteriors have no width.
+    def _check_kl(self) -> None:
+        """Refuse a KL term with an autoencoder whose posteriors have no width.
 
         The default weight is allowed, and counts as none.
         """
         weight = self.loss.weights.kl
         warmup = self.loss.kl_warmup
-        is_kl = self.model.architecture == "kl"
-        given = "with model.architecture=tiny"
+        has_kl = self.model.is_variational
+        given = f"with model.architecture={self.model.architecture}"
 
-        allowed = is_kl or weight in (0, LossWeights.kl)
+        allowed = has_kl or weight in (0, LossWeights.kl)
         require(allowed, f"loss.weights.kl={weight} {given}", "0: its posteriors have no width")
-        require(is_kl or warmup == 0, f"loss.kl_warmup={warmup} {given}", "0: it has no KL term")
+        require(has_kl or warmup == 0, f"loss.kl_warmup={warmup} {given}", "0: it has no KL term")
 
     def _check_channels(self) -> None:
         """Refuse channels that cannot be reconstructed, that LPIPS cannot see, or that have no colour to change."""

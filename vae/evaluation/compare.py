@@ -113,7 +113,8 @@ def read_evaluation(path: Path) -> Evaluation:
         ) from error
 
     is_ours = isinstance(document, dict) and all(key in document for key in NEEDED)
-    require(is_ours, f"{file}: not an evaluation", f"a {DOCUMENT_FILE} with {', '.join(NEEDED)}: run vae evaluate again")
+    remedy = f"a {DOCUMENT_FILE} with {', '.join(NEEDED)}: run vae evaluate again"
+    require(is_ours, f"{file}: not an evaluation", remedy)
     require(document["schema"] == SCHEMA, f"{file}: schema {document['schema']}", f"{SCHEMA}: run vae evaluate again")
     return Evaluation(file, document, *_read_table(file.with_name(TABLE_FILE)))
 

@@ -71,7 +71,7 @@ def latent_drift(base: Autoencoder, model: Autoencoder, images: Sequence[Tensor]
     The configurations must have latents of the same shape. If the architectures differ, the latents are compared as
     diffusion models see them, scaled, because a tiny autoencoder has no others.
     """
-    unlike = base.config.architecture != model.config.architecture
+    unlike = base.config.latents_are_scaled != model.config.latents_are_scaled
 
     theirs, ours = _encoder_of(base), _encoder_of(model)
     shared = theirs.keys() & ours.keys()
@@ -212,7 +212,7 @@ def maybe_rescaled(before: AutoencoderConfig, now: AutoencoderConfig) -> str | N
 
 def _scaled_apart(before: AutoencoderConfig, now: AutoencoderConfig) -> str | None:
     """Say how two scales differ in some channel, or return None if they do not or cannot be compared."""
-    kinds = [(one.architecture, one.latent_channels, one.downsample_factor) for one in (before, now)]
+    kinds = [(one.latents_are_scaled, one.latent_channels, one.downsample_factor) for one in (before, now)]
     if kinds[0] != kinds[1]:
         return None
 

@@ -31,7 +31,7 @@ from vae.evaluation.measure import Evaluator, exact_arithmetic
 from vae.evaluation.report.gallery import choose
 from vae.evaluation.report.images import Pictures, grid
 from vae.evaluation.report.page import render
-from vae.evaluation.results import SKIPPED, Collected, Document, Rows, as_csv, collect, of_dataset, rows_of
+from vae.evaluation.results import SKIPPED, Collected, Document, Row, Rows, as_csv, collect, of_dataset, rows_of
 from vae.evaluation.robustness import precision, probe, probe_steps
 from vae.evaluation.setup import CODE, Setting, prepare
 from vae.evaluation.terminal import say
@@ -50,47 +50,67 @@ def finish(config: EvaluateConfig, folder: Path, setting: Setting, rows: Rows) -
     `metrics.json` is written last: an evaluation is complete once it exists. Raises InputError if rows are missing, and
     `Stopped` if images were skipped, reconstructions are not finite, or a gate failed.
     """
-    header, datasets, bench, lists = setting
-    models = list(header["models"])
-    collected = collect(rows.read(), list(datasets), models)
-    _check_all(collected, datasets)
-    parts = {name: of_dataset(one, header) for name, one in collected.items()}
+    models = list(setting.header["models"])
+    collected = collect(rows.read(), list(setting.datasets), models)
+    _check_all(collected, setting.datasets)
 
-    document: Document = header | {"datasets": {name: part.pop("images") for name, part in parts.items()}}
-    for name, sha256 in lists.items():
+    document = _measured(setting, collected)
+    _judge(document, config, setting, collected)
+
+    table = [row for name, one in collected.items() for row in rows_of(name, one, models)]
+    drawn = _draw(document, table, setting, folder)
+    _write(document, table, folder)
+
+    # The document is complete on disk, so the rows that a rerun would need can go.
+    rows.forget()
+    terminal.document(document)
+    terminal.written(folder, (*drawn, DOCUMENT_FILE, TABLE_FILE))
+    _end(config, folder, document)
+
+
+def _measured(setting: Setting, collected: dict[str, Collected]) -> Document:
+    """Return the document with everything that follows from the rows alone."""
+    parts = {name: of_dataset(one, setting.header) for name, one in collected.items()}
+    document: Document = setting.header | {"datasets": {name: part.pop("images") for name, part in parts.items()}}
+    for name, sha256 in setting.lists.items():
         document["datasets"][name]["sha256"] = sha256
     for kind in ("metrics", "comparisons", "latents"):
         document[kind] = {name: part[kind] for name, part in parts.items()}
+    return document
 
-    # Unlike the parts above, these run the models again, on a few images.
+
+def _judge(document: Document, config: EvaluateConfig, setting: Setting, collected: dict[str, Collected]) -> None:
+    """Add to the document what needs the models again, on a few images, and the verdicts."""
     probed, latents = _probed(config, setting, collected)
     document |= probed
     document["against_base"] = {model: judge(document, model, one) for model, one in latents.items()}
     document["gates"] = {"asked": parse_gates(config.limits), "failed": check(document, config.limits)}
 
-    # The report can only show some images: the most telling ones are decoded again for it.
-    table = [row for name, one in collected.items() for row in rows_of(name, one, models)]
-    wanted = choose(document, table, PICTURES + PICTURES_A_MODEL * len(bench.models))
-    found = {key: _pictures(bench, *datasets[key[0]], key[1]) for key in wanted}
+
+def _draw(document: Document, table: list[Row], setting: Setting, folder: Path) -> tuple[str, ...]:
+    """Write the report and the sheet of images before and after; return the names of the files.
+
+    The report can only show some images: the most telling ones are decoded again for it.
+    """
+    wanted = choose(document, table, PICTURES + PICTURES_A_MODEL * len(setting.bench.models))
+    found = {key: _pictures(setting.bench, *setting.datasets[key[0]], key[1]) for key in wanted}
     pictures = {key: one for key, one in found.items() if one is not None}
-    write_text(folder / REPORT_FILE, render(document, table, pictures))
 
-    before_after = grid(document, pictures)
-    if before_after is not None:
-        with replacing(folder / BEFORE_AFTER_FILE) as partial:
-            before_after.save(partial, "PNG")
+    sheet = grid(document, pictures)
+    write_text(folder / REPORT_FILE, render(document, table, pictures, sheet))
+    if sheet is None:
+        return (REPORT_FILE,)
+    with replacing(folder / BEFORE_AFTER_FILE) as partial:
+        sheet.save(partial, "PNG")
+    return REPORT_FILE, BEFORE_AFTER_FILE
 
+
+def _write(document: Document, table: list[Row], folder: Path) -> None:
+    """Write the table and, last, the document."""
     # Names of files may hold bytes that are not UTF-8: they are written as they are.
     with replacing(folder / TABLE_FILE) as partial:
-        partial.write_bytes(as_csv(table, header).encode("utf-8", "surrogateescape"))
+        partial.write_bytes(as_csv(table, document).encode("utf-8", "surrogateescape"))
     write_text(folder / DOCUMENT_FILE, json.dumps(document, indent=2, allow_nan=False) + "\n")
-
-    # The document is complete on disk, so the rows that a rerun would need can go.
-    rows.forget()
-    terminal.document(document)
-    drawn = () if before_after is None else (BEFORE_AFTER_FILE,)
-    terminal.written(folder, (REPORT_FILE, *drawn, DOCUMENT_FILE, TABLE_FILE))
-    _end(config, folder, document)
 
 
 def _end(config: EvaluateConfig, folder: Path, document: Document) -> None:

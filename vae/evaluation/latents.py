@@ -156,7 +156,7 @@ def describe(posterior: DiagonalGaussian) -> Sums:
     }
 
 
-def combine(images: Iterable[Sums], *, is_tiny: bool = False) -> dict[str, Any] | None:
+def combine(images: Iterable[Sums], *, has_width: bool = True) -> dict[str, Any] | None:
     """Combine the descriptions of images, in order, into plain values for JSON; a value that is not defined is None.
 
     Moments are those of posterior samples, so they include both the means and the noise (law of total variance):
@@ -164,8 +164,8 @@ def combine(images: Iterable[Sums], *, is_tiny: bool = False) -> dict[str, Any] 
     `kl_per_channel` is in nats per latent element. `spectrum`, `autocorrelation`, `correlation` and `effective_rank`
     describe the posterior means alone.
 
-    Images whose moments are not finite are counted and skipped. Returns None if no image is left. `is_tiny` says that
-    the posteriors have no width by design, and so no KL.
+    Images whose moments are not finite are counted and skipped. Returns None if no image is left. `has_width` is
+    False where posteriors have none by design, and so no KL.
     """
     total: Sums | None = None
     seen = not_finite = 0
@@ -179,7 +179,7 @@ def combine(images: Iterable[Sums], *, is_tiny: bool = False) -> dict[str, Any] 
     if total is None:
         return None
     result = {"images": seen, "not_finite": not_finite} | _moments(total) | _layout(total)
-    return result | {"warnings": _warnings(result, is_tiny=is_tiny)} | ({"kl": None} if is_tiny else {})
+    return result | {"warnings": _warnings(result, has_width=has_width)} | ({} if has_width else {"kl": None})
 
 
 def _added(a: Sums, b: Sums) -> Sums:
@@ -247,7 +247,7 @@ def _layout(total: Sums) -> dict[str, Any]:
     }
 
 
-def _warnings(result: dict[str, Any], *, is_tiny: bool) -> list[str]:
+def _warnings(result: dict[str, Any], *, has_width: bool) -> list[str]:
     """Say in sentences what is wrong with the latents."""
     noise, std = np.array(result["posterior_std"]), np.array(result["latents_std"])
     collapsed = np.array(result["kl_per_channel"]) < COLLAPSED
@@ -260,7 +260,7 @@ def _warnings(result: dict[str, Any], *, is_tiny: bool) -> list[str]:
     ]
 
     words = [f"{_named(which)} {what}" for which, what in said if which.any()]
-    if result["clamped_share"] > CLAMPED and not is_tiny:
+    if result["clamped_share"] > CLAMPED and has_width:
         lowest, highest = LOGVAR_RANGE
         words.append(f"{result['clamped_share']:.0%} of log-variances are at the bounds {lowest:g} and {highest:g}")
     if result["scaling_factor"] is None:

@@ -23,7 +23,7 @@ from vae.data.transforms import to_model_range
 from vae.errors import InputError, require
 from vae.evaluation.latents import describe
 from vae.evaluation.protocols import Protocol
-from vae.evaluation.results import SKIPPED, Line, packed
+from vae.evaluation.results import SKIPPED, Line
 from vae.latents import latents_for
 from vae.metrics.paired import PairedMetrics
 from vae.models.arithmetic import float32_arithmetic
@@ -71,10 +71,8 @@ def check_scales(models: Mapping[str, Autoencoder]) -> None:
     known.
     """
     for name, model in models.items():
-        meets = any(
-            other.config.architecture != model.config.architecture and _latents_of(other) == _latents_of(model)
-            for other in models.values()
-        )
+        others = [one for one in models.values() if _latents_of(one) == _latents_of(model)]
+        meets = any(one.config.latents_are_scaled != model.config.latents_are_scaled for one in others)
         if meets and not model.config.scale_is_known:
             unknown = f"{name} does not tell its scaling factor, by which a tiny one has its latents"
             raise InputError(f"{unknown}; state it: family= one of {families_of(model.config)}")
@@ -253,19 +251,19 @@ class Evaluator:
                 if finite[row]:
                     result["is_identical"] = identical[row]
                     result["metrics"] = {name: _plain(column[row]) for name, column in columns.items()}
-                    result["features"] = {name: packed(values[row].numpy()) for name, values in features.items()}
+                    result["features"] = {name: values[row].numpy() for name, values in features.items()}
 
                 # Latents belong to the encoder: a crossed codec would only repeat those of its encoder's own model.
                 if finite[row] and not codec.is_crossed:
                     one = DiagonalGaussian(made.posterior.mean[row : row + 1], made.posterior.logvar[row : row + 1])
-                    result["latents"] = {name: packed(array) for name, array in describe(one).items()}
+                    result["latents"] = describe(one)
                 line["models"][codec.name] = result
 
             # The features of the images themselves are the same for all codecs.
             if not lines[0]["features"]:
                 originals = self._features(shown)
                 for row, line in enumerate(lines):
-                    line["features"] = {name: packed(values[row].numpy()) for name, values in originals.items()}
+                    line["features"] = {name: values[row].numpy() for name, values in originals.items()}
         return lines
 
     def _features(self, images: Tensor) -> dict[str, Tensor]:

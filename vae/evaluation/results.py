@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from vae.config.model import ARCHITECTURES
 from vae.errors import InputError
 from vae.evaluation.compare import PIXELS, whole_models
 from vae.evaluation.latents import combine
@@ -52,9 +53,9 @@ class Rows:
             self._file.write(b"\n")
 
     def add(self, line: Line) -> None:
-        """Write a row to disk at once. Raises InputError if that fails, for instance on a full disk."""
+        """Write a row with its arrays to disk at once. Raises InputError if that fails, for instance on a full disk."""
         try:
-            self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+            self._file.write(json.dumps(line, allow_nan=False, default=_packed).encode() + b"\n")
             self._file.flush()
         except OSError as error:
             raise InputError(f"{self._path}: cannot be written ({error.strerror}); make room, then go on") from error
@@ -93,13 +94,13 @@ def key_of(line: Line) -> Key:
     return line["dataset"], line["index"]
 
 
-def packed(array: np.ndarray) -> list[Any]:
+def _packed(array: np.ndarray) -> list[Any]:
     """Pack an array for JSON: dtype, shape, and its bytes in base64."""
     return [array.dtype.str, list(array.shape), base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()]
 
 
-def unpacked(given: list[Any]) -> np.ndarray:
-    """Restore an array from what `packed` made of it."""
+def _array(given: list[Any]) -> np.ndarray:
+    """Restore an array from what `_packed` made of it."""
     dtype, shape, data = given
     return np.frombuffer(base64.b64decode(data), dtype=np.dtype(dtype)).reshape(shape)
 
@@ -171,7 +172,7 @@ def _unpacked(line: Line) -> Line:
     for packed in [line, *line.get("models", {}).values()]:
         for kind in ("features", "latents"):
             if kind in packed:
-                packed[kind] = {name: unpacked(value) for name, value in packed[kind].items()}
+                packed[kind] = {name: _array(value) for name, value in packed[kind].items()}
     return line
 
 
@@ -217,10 +218,15 @@ def of_dataset(collected: Collected, header: Document) -> Document:
         "metrics": metrics,
         "comparisons": [row for pairs in _asked(header) for row in compare_pairs(columns, pairs)],
         "latents": {
-            model: combine(vectors, is_tiny=header["models"][model].get("architecture") == "tiny")
+            model: combine(vectors, has_width=_has_width(header["models"][model]))
             for model, vectors in collected.latents.items()
         },
     }
+
+
+def _has_width(model: Document) -> bool:
+    """Say whether the posteriors of a model in the header have a width. Early documents do not name architectures."""
+    return ARCHITECTURES[model.get("architecture", "kl")].is_variational
 
 
 def rows_of(dataset: str, collected: Collected, models: list[str]) -> Iterator[Row]:

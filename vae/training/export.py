@@ -93,7 +93,7 @@ def record_origin(start: InitialState, run: Path, sources: tuple[Source, Source]
         origin[SCALE_IS_ASSUMED] = True
     if start.groups_are_assumed:
         origin[GROUPS_ARE_ASSUMED] = True
-    if start.found is not None and are_the_same and config.model.architecture == "tiny":
+    if start.found is not None and are_the_same and config.model.latents_are_scaled:
         origin["family"] = start.found.family
 
     write_text(RunDir(run).origin, json.dumps(origin, indent=2) + "\n")
@@ -286,7 +286,7 @@ def publish(
     """
     shift = None if model.config.shift_factor is None else statistics.mean
     kept = model.config.assuming_its_scale() if summary.get(SCALE_IS_ASSUMED) else model.config
-    stays = scale_stays or model.config.architecture == "tiny"
+    stays = scale_stays or model.config.latents_are_scaled
     config = kept if stays else model.config.with_scale(statistics.scaling_factor, shift)
     model.config = replace(config, sample_size=summary["resolution"])
 

@@ -174,7 +174,7 @@ def conclude(
         say(f"note: {lost}")
 
     # ComfyUI needs the scale entries to know for which latents the file of a tiny autoencoder is.
-    families = families_of(exported) if exported.architecture == "tiny" else []
+    families = families_of(exported) if exported.latents_are_scaled else []
     if families and SCALE[0] not in index.entries:
         command = f"vae convert {shlex.quote(str(run))} NAME.safetensors --family {families[0]}"
         others = "".join(f", or {family}" for family in families[1:])

@@ -37,7 +37,6 @@ from vae.evaluation.report.images import (
     amplified,
     as_data,
     error_gain,
-    grid,
     latent_map,
     to_picture,
 )
@@ -196,18 +195,19 @@ def render(
     document: dict[str, Any],
     rows: Sequence[Row],
     pictures: Mapping[Case, Pictures],
+    sheet: Image.Image | None = None,
     most_bytes: int = 10_000_000,
 ) -> str:
     """Write the page; the result depends on nothing but the arguments.
 
-    It has at most `most_bytes` in UTF-8, as far as that can be reached with fewer or smaller pictures.
+    `sheet` shows images before and after. The page has at most `most_bytes` in UTF-8, as far as that can be reached
+    with fewer or smaller pictures.
     """
     crossed, document = document, of_whole_models(document)
 
     rows = [row for row in rows if row["model"] in document["models"]]
     ranks = rankings(document, rows)
     cases = [case for case in telling(document, rows, ranks) if case in pictures]
-    sheet = grid(document, pictures)
 
     sections = _sections(document, rows, crossed)
     sections["sheet"] = None if sheet is None else (as_data(sheet, int(OF_GRID * most_bytes)), sheet.size)
