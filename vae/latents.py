@@ -39,8 +39,8 @@ def latents_for(reader: AutoencoderConfig, latents: Tensor, maker: AutoencoderCo
     """Convert raw latents of the autoencoder `maker` to raw latents of the autoencoder `reader`.
 
     Latents do not change if both have raw ones, or both scaled ones. A decoder of the same family, or a fine-tuned
-    one, takes them as they are, whatever scale is written beside it. The latents of a tiny autoencoder are already scaled. Between
-    a KL and a tiny one, the result is therefore the latents that a diffusion model sees as the same.
+    one, takes them as they are, whatever scale is written beside it. The latents of a tiny autoencoder are already
+    scaled. Between a KL and a tiny one, the result is therefore the latents that a diffusion model sees as the same.
     """
     if reader.latents_are_scaled == maker.latents_are_scaled:
         return latents
