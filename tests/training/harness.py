@@ -3,6 +3,7 @@
 A program of its own, because it forks: before anything has started threads, and after the slow imports.
 """
 
+import csv
 import hashlib
 import os
 import random
@@ -56,6 +57,12 @@ def small_run(output: Path, workers: int = 0, accumulate: int = 1, keep_best: st
             "accumulate_grad_batches": accumulate,
         },
     )
+
+
+def logged(run: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv, without the pace, which no two runs share."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return [{name: v for name, v in row.items() if not name.startswith("pace/")} for row in csv.DictReader(file)]
 
 
 def digest_of(run: Path) -> str:

@@ -122,6 +122,21 @@ class Objective:
         return torch.stack(weighted).sum()
 
 
+def total(logs: Mapping[str, Tensor], config: LossConfig, updates: int) -> Tensor:
+    """Return the weighted sum of the raw terms in `logs`, as the autoencoder's gradient has it. It has no gradient."""
+    scales = {
+        "kl": ramp(updates, 0, config.kl_warmup),
+        "adversarial": ramp(updates, config.adversarial_start, config.adversarial_ramp),
+    }
+    balances = {"adversarial": logs.get("adaptive_weight", 1.0)}
+    parts = [
+        getattr(config.weights, one.name) * scales.get(one.name, 1.0) * balances.get(one.name, 1.0) * logs[one.name]
+        for one in fields(LossWeights)
+        if one.name in logs
+    ]
+    return torch.stack([part.detach() for part in parts]).sum() if parts else torch.zeros(())
+
+
 def ramp(updates: int, start: int, length: int) -> float:
     """Return 0 before update `start`, then rise linearly to 1 within `length` updates (at once if `length` is 0)."""
     if updates < start:

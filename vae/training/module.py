@@ -27,7 +27,7 @@ from vae.data.pixels import as_depth
 from vae.data.transforms import to_model_range, to_uint8
 from vae.errors import InputError
 from vae.losses.adversarial import AdversarialLoss, Augment, Logs, unchanged
-from vae.losses.autoencoder_loss import Objective
+from vae.losses.autoencoder_loss import Objective, total
 from vae.losses.diff_augment import DRAWS, diff_augment
 from vae.metrics.paired import PairedMetrics
 from vae.models.arithmetic import float32_arithmetic
@@ -69,7 +69,6 @@ def count_from_updates(checkpoint: dict[str, Any], accumulate: int, validate_eve
 
 FUSED_ON = ("cuda", "cpu")  # where torch has an optimiser that reads weights and moments only once
 OLD_NAMES = {"average.": "ema_model.", "game.": "adversarial_loss."}  # in checkpoints of the first version
-ON_THE_BAR = frozenset({"pixel", "perceptual", "adversarial", "discriminator"})
 
 
 class AutoencoderModule(lightning.LightningModule):
@@ -156,9 +155,10 @@ class AutoencoderModule(lightning.LightningModule):
         loss, logs = self._pass(batch)
         self.guard.record(batch, logs)
 
+        logs["total"] = total(logs, self.config.loss, self.updates)
         logs["learning_rate"] = torch.tensor(self.trainer.optimizers[0].param_groups[0]["lr"])
         for name, value in logs.items():
-            self.log(f"train/{name}", value, prog_bar=name in ON_THE_BAR)
+            self.log(f"train/{name}", value)
         return loss
 
     def _pass(self, batch: Batch) -> tuple[Tensor, Logs]:
@@ -276,7 +276,7 @@ class AutoencoderModule(lightning.LightningModule):
         """Log what the validation measured."""
         self.validated_at = self.updates
         for name, value in self.validation.finish().items():
-            self.log(f"val/{name}", value, prog_bar=name == "psnr", rank_zero_only=True)
+            self.log(f"val/{name}", value, rank_zero_only=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the images of an update, the digest of all images, and the skipped updates to the checkpoint."""

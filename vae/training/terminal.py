@@ -1,23 +1,29 @@
 """What a run prints on the terminal: how it begins, how far it is, and what it made."""
 
+import math
 import shlex
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import RichProgressBar
+import rich.progress
+import torch
+from lightning.pytorch import Callback
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, track
+from rich.table import Column, Table
 
 from vae.config.data import DataConfig
 from vae.config.schema import TrainConfig
 from vae.console import say
+from vae.distributed import workers_for
+from vae.metrics.registry import METRICS
 from vae.run_dir import RunDir
 from vae.training.checkpointing import Best
-from vae.training.module import AutoencoderModule
+from vae.training.module import AutoencoderModule, images_per_update
 from vae.training.optim import learning
-from vae.training.validation import ABSENT
 from vae.weights import lost_in_half
 from vae.weights.describe import warnings_about
 from vae.weights.families import families_of
@@ -26,26 +32,128 @@ from vae.weights.safetensors_io import read_index
 from vae.weights.taesd import SCALE
 
 FEW_IMAGES = 5
+LINE_EVERY = 30.0  # seconds
+SHOWN = ("total", "pixel", "perceptual", "adversarial")  # terms beside the pace
 
 
-class ProgressBar(RichProgressBar):
-    """One bar over all updates, where Lightning has one for each epoch."""
+class Progress(Callback):
+    """Say how far a run is, and log its pace.
 
-    @property
-    def total_train_batches(self) -> int | float:
-        """All batches of the run."""
-        return self.trainer.num_training_batches  # also right where gradients are accumulated
+    On a terminal there is one bar, and one line is kept of each validation. Elsewhere, in a log file, there is a line
+    every LINE_EVERY seconds and at each validation. Times do not count validations, except the time that is left.
+    """
 
-    def _get_train_description(self, current_epoch: int) -> str:
-        """Return the text before the bar. Lightning's names the epoch, which means nothing here."""
-        return "AutoencoderModule"
+    def __init__(self, best: Best, every: int, *, has_bar: bool) -> None:
+        self.best = best
+        self.every = every  # updates between two logged ones
+        self._bar = None
+        if has_bar and Console().is_terminal:
+            numbers = TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True))
+            self._bar = rich.progress.Progress(BarColumn(16), MofNCompleteColumn(), numbers)
+        self._begun = self._marked = self._said = time.monotonic()
+        self._first = 0  # the update at which this session began
+        self._images = 0  # since the last mark
+        self._validating = self._validation = 0.0  # seconds: of all validations of this session, of the last one
 
-    def get_metrics(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> dict[str, int | str | float | dict[str, float]]:
-        """Return the metrics beside the bar, without the prefix `train/` and Lightning's version number."""
-        shown = super().get_metrics(trainer, pl_module)
-        return {name.removeprefix("train/"): value for name, value in shown.items() if name != "v_num"}
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Start the clock, and the bar."""
+        self._begun = self._marked = self._said = time.monotonic()
+        self._first = trainer.global_step
+        self._validating = 0.0
+        if self._bar is not None and trainer.is_global_zero:
+            self._bar.add_task("training", total=trainer.max_steps, completed=trainer.global_step, numbers="")
+            self._bar.start()
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Log the pace where the terms are logged; move the bar, or print a line if it is time."""
+        self._images += len(batch.images) * trainer.world_size
+        if (batch_idx + 1) % (self.every * trainer.accumulate_grad_batches):
+            return
+
+        now = time.monotonic()
+        rate = self._images / max(now - self._marked, 1e-9)
+        pl_module.log("pace/images_per_second", rate, rank_zero_only=True)
+        pl_module.log("pace/seconds", now - self._begun - self._validating, rank_zero_only=True)
+        self._marked = now
+        self._images = 0
+        if not trainer.is_global_zero:
+            return
+
+        if self._bar is not None:
+            numbers = self._numbers(trainer, rate, SHOWN[:1])
+            self._bar.update(TaskID(0), completed=trainer.global_step, numbers=numbers)
+        elif now - self._said >= LINE_EVERY:
+            self._said = now
+            say(f"update {trainer.global_step} of {trainer.max_steps}: {self._numbers(trainer, rate, SHOWN)}")
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Stop counting the time as training."""
+        self._validation = time.monotonic()
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Print what the validation measured, and whether it is the best so far."""
+        assert isinstance(pl_module, AutoencoderModule)
+        self._validation = time.monotonic() - self._validation
+        self._validating += self._validation
+        self._marked += self._validation
+        if not trainer.is_global_zero:
+            return
+
+        measured = pl_module.validation.measured
+        shown = [f"{name} {measured[name]:.{METRICS[name].digits}f}" for name in METRICS if name in measured]
+        kept = self.best.kept
+        if kept is not None and kept.updates == pl_module.updates:
+            shown.append(f"new best {kept.metric}")
+        self._said = time.monotonic()
+        say(f"validation at update {pl_module.updates} of {trainer.max_steps}: {', '.join(shown)}")
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Take the bar away."""
+        self._stop()
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Take the bar away, so that the error stands below it."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _numbers(self, trainer: lightning.Trainer, rate: float, names: Sequence[str]) -> str:
+        """Return the terms of these names, the pace and the time that is left, in one line."""
+        found = trainer.callback_metrics
+        terms = [f"{name} {found[f'train/{name}']:.3g}" for name in names if f"train/{name}" in found]
+        return f"{', '.join(terms)}, {rate:.3g} images/s, {duration(self._left(trainer))} left"
+
+    def _left(self, trainer: lightning.Trainer) -> float:
+        """Return the seconds until the end, at the mean pace of this session, validations included."""
+        taken = time.monotonic() - self._begun - self._validating
+        left = trainer.max_steps - trainer.global_step
+        batches = int(trainer.val_check_interval)
+        validations = math.ceil(left * trainer.accumulate_grad_batches / batches)
+        return taken / max(trainer.global_step - self._first, 1) * left + validations * self._validation
+
+
+def counted(number: int, thing: str) -> str:
+    """Return a number of things, as 1 thread or 2 threads."""
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the units that a person reads: 40 s, 6 min, 2 h 5 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def announce(  # noqa: PLR0917
@@ -55,8 +163,9 @@ def announce(  # noqa: PLR0917
     images: tuple[int, int],
     done: int,
     notes: Sequence[str],
+    trainer: lightning.Trainer,
 ) -> None:
-    """Print what the run trains, on which images, and where its files go; then notes and likely mistakes.
+    """Print what the run trains, on which images and machine, where its files go; then notes and likely mistakes.
 
     `images` are the numbers of training and validation images, and `done` is the number of updates that are done.
     """
@@ -64,17 +173,19 @@ def announce(  # noqa: PLR0917
 
     sides = config.data.bucket_resolutions
     shape = f", trained in buckets of about {' and '.join(map(str, sides))} px squared" if sides else ""
+    network = f"{config.model.kind.network} f{config.model.downsample_factor}c{config.model.latent_channels}"
     say(
-        f"Autoencoder of {parameters:,} parameters, {images[0]} training and {images[1]} validation images at "
-        f"{config.data.resolution} px{shape}, updates {done} to {config.updates}; everything goes to {folder}"
+        f"{network} of {parameters:,} parameters, {images[0]:,} training and {images[1]:,} validation images of "
+        f"{config.data.source} at {config.data.resolution} px{shape}, updates {done:,} to {config.updates:,}; "
+        f"everything goes to {folder}"
     )
+
+    say(_machine(config, trainer))
 
     if config.frozen or config.trained or config.teacher:
         say(_what_learns(config, training))
     if images[1] < FEW_IMAGES:
         say(f"note: few validation images ({images[1]}) say little: raise data.validation_fraction, or name others")
-    if config.model.out_channels == 3 and training.validation.sets.inception is None:
-        say(f"note: {ABSENT}")
     if config.loss.weights.adversarial and config.loss.adversarial_start >= config.updates:
         say(
             f"The adversarial term starts at update {config.loss.adversarial_start}, after this run ends: "
@@ -90,6 +201,17 @@ def announce(  # noqa: PLR0917
 
     for note in notes:
         say(f"note: {note}")
+
+
+def _machine(config: TrainConfig, trainer: lightning.Trainer) -> str:
+    """Return on what the run computes: device, precision, threads, data workers, and the images of an update."""
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    processes = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
+    threads = f", {counted(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
+    workers = counted(workers_for(config.data.workers), "data worker")
+    together = images_per_update(config, trainer)
+    return f"On {processes}{name}, precision {trainer.precision}{threads}, {workers}, {together} images an update"
 
 
 def _what_learns(config: TrainConfig, training: AutoencoderModule) -> str:

@@ -32,7 +32,7 @@ from vae.training.initialise import InitialState, initial_state, load_initial_we
 from vae.training.interruption import StopRequests, reporting_failures
 from vae.training.module import AutoencoderModule, images_per_update
 from vae.training.resume import RUN_NAME, TIME, folder_of, open_folder, read_progress
-from vae.training.terminal import announce, conclude, measuring
+from vae.training.terminal import announce, conclude, counted, duration, measuring
 from vae.training.trainer import build_trainer
 
 Sources = tuple[Source, Source]  # training, validation
@@ -116,8 +116,8 @@ def _train(start: InitialState, folder: Path, sources: Sources, requests: StopRe
         if trainer.is_global_zero:
             after = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
             shut_down(validation)
-            minutes = (time.monotonic() - started) / 60
-            pace = f"{trainer.global_step - begun.done} updates in {minutes:.1f} minutes, start-up included"
+            taken = duration(time.monotonic() - started)
+            pace = f"{counted(trainer.global_step - begun.done, 'update')} in {taken}, start-up included"
             conclude(config, export(module, folder), (before, after), best, pace)
 
 
@@ -172,7 +172,7 @@ def _record_beginning(  # noqa: PLR0917
         best.begin(resumed=resumed)
         record_origin(start, best.run, sources, resumed=resumed)
         images = (len(sources[0]), len(sources[1]))
-        announce(start.config, module, best.run, images, begun.done, (*start.notes, *begun.notes))
+        announce(start.config, module, best.run, images, begun.done, (*start.notes, *begun.notes), trainer)
 
     for logger in trainer.loggers:
         if resumed and isinstance(logger, MetricsFile):

@@ -19,7 +19,7 @@ from vae.run_dir import RunDir
 from vae.training.callbacks import Advice, MetricsFile, Pictures, SkippedImages
 from vae.training.checkpointing import Best, CheckedCheckpointIO, Checkpoints
 from vae.training.interruption import StopRequests, keep_lightning_out
-from vae.training.terminal import ProgressBar
+from vae.training.terminal import Progress
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 STRATEGIES = ("auto", "ddp")
@@ -68,13 +68,14 @@ def build_trainer(
     accumulate = arguments.get("accumulate_grad_batches", 1)
     has_batch_norm = bool(config.loss.weights.adversarial) and config.loss.discriminator.mixes_images
 
-    bar = [ProgressBar()] if arguments.get("enable_progress_bar", True) else []
+    progress = Progress(best, arguments["log_every_n_steps"], has_bar=arguments.pop("enable_progress_bar", True))
     checkpoints = Checkpoints(best, config.validate_every, config.checkpoint_minutes, requests)
     try:
         trainer = lightning.Trainer(
             **arguments,
             default_root_dir=folder,
             enable_model_summary=False,
+            enable_progress_bar=False,  # ours says more, and speaks in a log file too
             max_steps=config.updates,
             max_epochs=-1,
             limit_train_batches=config.updates * accumulate,
@@ -86,7 +87,7 @@ def build_trainer(
             inference_mode=False,  # metrics are used again by the next validation, which inference tensors forbid
             sync_batchnorm=has_batch_norm,
             logger=_build_loggers(config, folder, lambda: trainer.global_step),
-            callbacks=[checkpoints, skipped, Pictures(folder), best, Advice(arguments["log_every_n_steps"]), *bar],
+            callbacks=[checkpoints, skipped, Pictures(folder), best, Advice(arguments["log_every_n_steps"]), progress],
             plugins=[CheckedCheckpointIO()],
         )
     except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
