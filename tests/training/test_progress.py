@@ -60,11 +60,6 @@ def test_the_weighted_sum_has_the_ramps_and_the_adaptive_weight():
 
 
 def test_times_and_numbers_are_written_for_people():
-    assert [duration(seconds) for seconds in (3.4, 59, 61, 3600, 7500)] == [
-        "3 s",
-        "59 s",
-        "1 min",
-        "1 h 0 min",
-        "2 h 5 min",
-    ]
+    assert [duration(seconds) for seconds in (3.4, 59, 61)] == ["3 s", "59 s", "1 min"]
+    assert [duration(seconds) for seconds in (3600, 7500)] == ["1 h 0 min", "2 h 5 min"]
     assert [counted(number, "update") for number in (1, 2, 1000)] == ["1 update", "2 updates", "1,000 updates"]
