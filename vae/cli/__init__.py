@@ -2,20 +2,23 @@
 
 import sys
 import warnings
+from importlib import metadata
+from typing import Annotated
 
 import typer
 
 from vae.cli import compare, datasets, evaluate, explore, images, train, weights
-from vae.cli.common import warn
+from vae.cli.common import say, warn
 from vae.errors import InputError
 
 app = typer.Typer(
     help="Train, measure, convert and use the autoencoders of latent diffusion.",
-    epilog="Exit status: 0 done, 2 something given cannot be used (one line on stderr says what, and what to do), "
-    "4 compare shows a loss.",
+    epilog="Exit status: 0 done; 2 something given cannot be used (one line on stderr says what, and what to do); "
+    "3 images could not be read; 4 a gate failed, or compare shows a loss; 5 something was not finite; "
+    "6 another process was lost; 124 max_minutes are over; 130 and 143 stopped by Ctrl-C or SIGTERM.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
     weights.inspect,
@@ -40,6 +43,28 @@ for command in (
     app.command()(command)
 for command in (train.train, evaluate.evaluate):
     app.command(add_help_option=False, context_settings=train.PASSED_ON)(command)
+
+
+Version = Annotated[bool, typer.Option("--version", help="the version of vae, and of torch")]
+
+
+@app.callback(invoke_without_command=True)
+def options(version: Version = False) -> None:
+    """Train, measure, convert and use the autoencoders of latent diffusion."""
+    if version:
+        say(f"vae {metadata.version('vae')}, torch {metadata.version('torch')}")
+        raise typer.Exit
+
+
+@app.command("help")
+def help_with(key: Annotated[str, typer.Argument(help="a key, as data.crop_scale, or a part of one")]) -> None:
+    """Say what a key of `vae train` or `vae evaluate` means: its default, unit and range.
+
+    Example: vae help data.crop_scale
+    """
+    from vae.config.reference import help_of
+
+    say(help_of(key))
 
 
 def main() -> None:

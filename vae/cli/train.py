@@ -60,14 +60,16 @@ def plan(overrides: Overrides = None, as_json: Json = False) -> None:
     from vae.config.compose import compose
     from vae.config.schema import AUTO
     from vae.errors import require
-    from vae.training.plan.plan import plan
-    from vae.training.plan.show import show
 
     config = compose(*(overrides or []))
 
     here = config.resume in (None, AUTO)
     remedy = f"vae train resume={config.resume} plan=true, of that run's own values"
     require(here, f"resume={config.resume}", remedy)
+
+    # The slow imports come last, so that a typo is answered at once.
+    from vae.training.plan.plan import plan
+    from vae.training.plan.show import show
 
     planned = plan(config)
     if as_json:

@@ -3,6 +3,7 @@
 `python -m vae.config.reference` prints docs/configuration.md.
 """
 
+import difflib
 import shutil
 import textwrap
 from collections.abc import Iterator
@@ -10,7 +11,9 @@ from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from vae.config.fields import walk
 from vae.config.schema import EvaluateConfig, TrainConfig
+from vae.errors import InputError
 
 PACKAGE = Path(__file__).resolve().parent.parent
 INSTALLED = PACKAGE / "configs"  # where a wheel puts them
@@ -69,6 +72,28 @@ def help_text(command: str, width: int | None = None) -> str:
             lines += textwrap.wrap(_sentence(one), width, initial_indent="      ", subsequent_indent="      ")
 
     return "\n".join(lines) + "\n"
+
+
+def help_of(asked: str) -> str:
+    """Return what there is to know of a key, or of all keys with `asked` in their name, for `vae help`.
+
+    Raises InputError where there is none.
+    """
+    found: dict[tuple[str, str], list[str]] = {}  # (a key with its default, its sentence): the commands that have it
+    for command, schema in (("train", TrainConfig), ("evaluate", EvaluateConfig)):
+        known = [entry for _, keys in _sections(schema) for entry in keys]
+        exact = [entry for entry in known if entry[0] == asked]
+        for key, one, value in exact or [entry for entry in known if asked in entry[0]]:
+            found.setdefault((f"{key}={_shown(value)}", _sentence(one)), []).append(f"vae {command}")
+
+    if not found:
+        near = difflib.get_close_matches(asked, [key for key, _, _ in walk(TrainConfig())], n=1, cutoff=0.4)
+        raise InputError(f"{asked}: no such key{f'; did you mean {near[0]}?' if near else ''}")
+    lines = []
+    for (shown, sentence), commands in found.items():
+        lines.append(f"{shown}  ({', '.join(commands)})")
+        lines += textwrap.wrap(sentence, 76, initial_indent="  ", subsequent_indent="  ")
+    return "\n".join(lines)
 
 
 def page() -> str:
