@@ -5,6 +5,11 @@ from pathlib import Path
 FILE_ENDING = ".vae.safetensors"  # of an export's single file
 
 
+def step_name(updates: int) -> str:
+    """Return the name of a checkpoint, an export or a picture that was made after so many updates."""
+    return f"step_{updates:07d}"
+
+
 class RunDir:
     """The paths of one run. The class makes no folder and opens no file."""
 
@@ -72,6 +77,10 @@ class RunDir:
     def exported(self) -> list[Path]:
         """List the exports that exist: the best one first, then those by step with the newest last."""
         return [*self.exports.glob("best"), *sorted(self.exports.glob("step_*"))]
+
+    def published(self) -> Path | None:
+        """Return the export that the run's name means: the best one where there is one, else the newest, else None."""
+        return self.best if self.best_record.is_file() else next(reversed(self.exported()), None)
 
     @staticmethod
     def of_export(export: Path) -> "RunDir | None":

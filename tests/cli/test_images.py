@@ -68,7 +68,7 @@ def test_help_names_every_command_and_the_exit_statuses(call, capsys):
     assert call("--help") == 0
     printed = capsys.readouterr().out
     assert all(command in printed for command in COMMANDS)
-    assert "Exit status: 0 done, 2" in printed
+    assert "Exit status: 0 done; 2" in printed
 
 
 def test_encoded_images_decode_to_what_the_model_reconstructs(call, model, photos, tmp_path):

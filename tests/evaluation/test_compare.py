@@ -414,7 +414,7 @@ def test_help_shows_an_example_and_the_status(call, capsys):  # noqa: F811
     assert call("compare", "--help") == 0
     assert "Example: vae compare" in capsys.readouterr().out
     assert call("--help") == 0
-    assert "4 compare shows a loss" in " ".join(capsys.readouterr().out.split())
+    assert "4 a gate failed, or compare shows a loss" in " ".join(capsys.readouterr().out.split())
 
 
 def test_every_paired_metric_can_be_compared():

@@ -60,7 +60,7 @@ def test_a_decoder_that_pools_is_fine_tuned_into_one_file(tmp_path, short):
     init = save_autoencoder(base, tmp_path / "base_decoder.safetensors", "taesd")
     run = train(replace(short, init=str(init), frozen=["encoder"], model=AutoencoderConfig()))
     made = find_export(run)
-    assert {path.name for path in made.parent.iterdir()} == {made.name, "README.md"}
+    assert {path.name for path in made.parent.iterdir()} == {made.name, "README.md", "best.json"}
     card = (made.parent / "README.md").read_text()
     for half in ("decoder", "encoder"):
         content = (tmp_path / f"base_{half}.safetensors").read_bytes()

@@ -29,7 +29,7 @@ from vae.cli.common import (
     warn,
 )
 from vae.errors import InputError, require
-from vae.run_dir import RunDir
+from vae.run_dir import RunDir, step_name
 
 if TYPE_CHECKING:
     import torch
@@ -226,7 +226,7 @@ def export(
     """
     from vae.evaluation.measure import find_device
     from vae.training.export import export_checkpoint
-    from vae.training.manifest import checkpoints_in, newest_whole, step_name
+    from vae.training.manifest import checkpoints_in, newest_whole
     from vae.weights import lost_in_half
     from vae.weights.describe import warnings_about
 

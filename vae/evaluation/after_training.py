@@ -23,7 +23,7 @@ from vae.evaluation.compare import DOCUMENT_FILE
 from vae.evaluation.drop_in import rescaled
 from vae.evaluation.evaluate import PLAN_FILE, evaluate_as
 from vae.evaluation.measure import codecs_of, described, load_models
-from vae.run_dir import RunDir
+from vae.run_dir import RunDir, step_name
 from vae.weights.load import find_export
 from vae.weights.loaded import read_json
 
@@ -34,7 +34,7 @@ OF_DOOR = ("validation_fraction", "validation_images")  # configs/evaluate and t
 
 
 def compare_with_init(run: str | Path, base: str | None = None) -> Path:
-    """Compare the newest export of `run` with the weights that it began from, and return the folder of the report.
+    """Compare the run's export with the weights that it began from, and return the folder of the report.
 
     `base` says where these weights are now, if they were moved. The comparison uses the run's validation images at its
     resolution, and covers latents, reconstructions, float16, and pictures before and after.
@@ -71,7 +71,7 @@ def after_training(config: TrainConfig, run: Path) -> None:
 
 
 def _compare(run: Path, base: str, data: DataConfig) -> Path:
-    """Evaluate the newest export of `run` together with `base` on `data`, unless this was done before."""
+    """Evaluate the export of `run` together with `base` on `data`, unless this was done before."""
     find_export(base, "init")
     folder = _folder_of(run, base)
     if (folder / DOCUMENT_FILE).exists():
@@ -96,7 +96,7 @@ def _compare(run: Path, base: str, data: DataConfig) -> Path:
 
 
 def _folder_of(run: Path, base: str) -> Path:
-    """Return where the newest export of `run` is, or will be, compared with `base`: step_N, or step_N_2 and so on."""
+    """Return where the run's export is, or will be, compared with `base`: step_N, or step_N_2 and so on."""
     first = RunDir(run).evaluations / _step_of(find_export(run))
     if _begun(first) is None:
         return first
@@ -127,7 +127,9 @@ def _is_of(begun: dict[str, Any], now: Sequence[dict[str, Any]], scale: str | No
 
 def _step_of(export: Path) -> str:
     """Return the name of the export's step, "step_N". A tiny autoencoder's export may be a file."""
-    return export.parent.name if export.name == "diffusers" or export.is_file() else export.name
+    folder = export.parent if export.name == "diffusers" or export.is_file() else export
+    run = RunDir.of_export(folder)
+    return step_name(read_json(run.best_record)["updates"]) if run is not None and folder == run.best else folder.name
 
 
 def _command(run: Path, base: str, data: DataConfig) -> str:

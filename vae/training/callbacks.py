@@ -31,10 +31,9 @@ from vae.data.sources import Skipped
 from vae.files import replacing, write_text
 from vae.latents import ACTIVE
 from vae.metrics.registry import OF_SETS
-from vae.run_dir import RunDir
+from vae.run_dir import RunDir, step_name
 from vae.training.guard import MANY, RECENT
 from vae.training.interruption import StopRequests
-from vae.training.manifest import step_name
 from vae.training.module import AutoencoderModule
 
 ALWAYS_ALLOWED = 10  # corrupt images that are allowed in a data set of any size

@@ -22,10 +22,10 @@ from vae.console import warn
 from vae.errors import NOT_FINITE, InputError, Stopped
 from vae.files import check_space, replacing, write_text
 from vae.metrics.registry import METRICS
-from vae.run_dir import RunDir
+from vae.run_dir import RunDir, step_name
 from vae.training.export import export
 from vae.training.interruption import StopRequests, reason
-from vae.training.manifest import HashingFile, checkpoints_in, keep_newest, record, step_name
+from vae.training.manifest import HashingFile, checkpoints_in, keep_newest, record
 from vae.training.module import AutoencoderModule
 from vae.weights.loaded import read_json
 

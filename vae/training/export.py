@@ -36,9 +36,8 @@ from vae.models.base import Autoencoder
 from vae.models.registry import build_autoencoder
 from vae.models.resize_latents import keeps_channels
 from vae.precision.audit import audit_precision
-from vae.run_dir import RunDir
+from vae.run_dir import RunDir, step_name
 from vae.training.initialise import InitialState
-from vae.training.manifest import step_name
 from vae.training.module import AutoencoderModule, images_per_update
 from vae.training.optim import decoder_learns, freeze, posterior_learns
 from vae.training.resume import read_progress

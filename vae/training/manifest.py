@@ -14,11 +14,6 @@ from vae.files import write_text
 MANIFEST = "SHA256SUMS"
 
 
-def step_name(updates: int) -> str:
-    """Return the name of a checkpoint, an export or a picture that was made after so many updates."""
-    return f"step_{updates:07d}"
-
-
 def checkpoints_in(folder: Path) -> list[Path]:
     """Return the checkpoints that have their final name, the newest first."""
     return sorted(folder.glob("step_*.ckpt"), reverse=True)

@@ -112,7 +112,7 @@ def _read_shards(index: Path) -> State:
 def find_export(path: str | Path, key: str = "model") -> Path:
     """Return the weights that `path` means.
 
-    For a run's directory that is its newest export by step, else its best one; for an export it is the folder of
+    For a run's directory that is its best export, else its newest one by step; for an export it is the folder of
     diffusers or, where diffusers cannot hold the network, the single file. `key` is what an error calls the path.
     Raises InputError where nothing is there, or where a run has no export yet.
     """
@@ -120,9 +120,7 @@ def find_export(path: str | Path, key: str = "model") -> Path:
     if not path.exists():
         raise InputError(f"{key}={str(path)!r}: no such file or folder; name an export, a weights file or a run")
 
-    exports = RunDir(path).exported()
-    if exports:
-        path = exports[-1]
+    path = RunDir(path).published() or path
     if RunDir(path).checkpoints.is_dir():
         raise InputError(f"{key}={str(path)!r}: a run without an export; vae export {path} makes one of its checkpoint")
 
