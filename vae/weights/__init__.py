@@ -112,8 +112,8 @@ def load_autoencoder(
     """Load the autoencoder in any published layout, in eval mode, on the CPU. Nothing in the file is executed.
 
     `path` is a run's directory (its best export is taken, else its newest), a diffusers folder, a file in LDM's names,
-    or a full SD checkpoint. A tiny autoencoder can be a diffusers folder, either file of the published pair, or ComfyUI's single
-    file. Files are safetensors or PyTorch's pickles.
+    or a full SD checkpoint. A tiny autoencoder can be a diffusers folder, either file of the published pair, or
+    ComfyUI's single file. Files are safetensors or PyTorch's pickles.
 
     `config` replaces the architecture that is stated beside or inside the file or read from its tensors. `ema` takes
     the EMA weights of a training checkpoint. `family`, "sd" or another of `FAMILIES`, states the scaling factor where
