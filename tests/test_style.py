@@ -1,6 +1,6 @@
 """What the linter cannot see: assignments and choices that put two thoughts on a line, and long functions without air.
 
-See "Style" in CONTRIBUTING.md. Only the code that a user runs is held to it, not the tests.
+See "Rules" in CONTRIBUTING.md. Only the code that a user runs is held to it, not the tests.
 """
 
 import ast

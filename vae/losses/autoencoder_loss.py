@@ -80,8 +80,8 @@ class Objective:
     """
 
     def __init__(self, config: LossConfig) -> None:
+        self.config = config
         self.weights = config.weights
-        self.kl_warmup = config.kl_warmup
         self.image_terms = {
             name: build(config) for name, build in RECONSTRUCTION_TERMS.items() if getattr(config.weights, name)
         }
@@ -117,24 +117,28 @@ class Objective:
         if unknown:
             raise KeyError(f"loss terms {sorted(unknown)} have no weight in LossWeights")
 
-        scales = {"kl": ramp(updates, 0, self.kl_warmup)}
-        weighted = [getattr(self.weights, name) * (scales.get(name, 1.0) * term) for name, term in terms.items()]
+        weighted = [getattr(self.weights, name) * (_risen(name, self.config, updates) * t) for name, t in terms.items()]
         return torch.stack(weighted).sum()
 
 
 def total(logs: Mapping[str, Tensor], config: LossConfig, updates: int) -> Tensor:
     """Return the weighted sum of the raw terms in `logs`, as the autoencoder's gradient has it. It has no gradient."""
-    scales = {
-        "kl": ramp(updates, 0, config.kl_warmup),
-        "adversarial": ramp(updates, config.adversarial_start, config.adversarial_ramp),
-    }
-    balances = {"adversarial": logs.get("adaptive_weight", 1.0)}
+    balance = {"adversarial": logs.get("adaptive_weight", 1.0)}
+    weights = {one.name: getattr(config.weights, one.name) for one in fields(LossWeights) if one.name in logs}
     parts = [
-        getattr(config.weights, one.name) * scales.get(one.name, 1.0) * balances.get(one.name, 1.0) * logs[one.name]
-        for one in fields(LossWeights)
-        if one.name in logs
+        weight * _risen(name, config, updates) * balance.get(name, 1.0) * logs[name].detach()
+        for name, weight in weights.items()
     ]
-    return torch.stack([part.detach() for part in parts]).sum() if parts else torch.zeros(())
+    return torch.stack(parts).sum() if parts else torch.zeros(())
+
+
+def _risen(term: str, config: LossConfig, updates: int) -> float:
+    """Return the share of its full weight, 0 to 1, that a term has at this update."""
+    if term == "kl":
+        return ramp(updates, 0, config.kl_warmup)
+    if term == "adversarial":
+        return ramp(updates, config.adversarial_start, config.adversarial_ramp)
+    return 1.0
 
 
 def ramp(updates: int, start: int, length: int) -> float:
