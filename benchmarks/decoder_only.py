@@ -3,7 +3,7 @@
 python benchmarks/decoder_only.py [--model tiny] [--resolution 64] [--batch 2] [--dtype float32] [--device cpu]
     [--perceptual alex --perceptual-weights FILE] [--rounds 7] [--threads 1]
 
-One process, in turns; LPIPS, GAN and adaptive weight are active. Averaged weights and data loading are left out. Prints
+One process, in turns; LPIPS, GAN and adaptive weight are active. EMA weights and data loading are not part. Prints
 markdown, and nothing where the decoder's gradient is not the same in all three.
 """
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that a GPU is asked, the most valuable first, each part within a limit, so that what is done is there whatever fails.
+# Everything that runs on a GPU, the most valuable first. Each part has a time limit, so the results before a failure are kept.
 #
 #   OUT=results benchmarks/gpu_all.sh measure PHOTOS [VGG_FILE]           about 5 minutes
 #   OUT=results benchmarks/gpu_all.sh train PHOTOS MINUTES [VGG_FILE]     a training of the sd preset at 256 px

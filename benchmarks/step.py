@@ -3,7 +3,7 @@
 python benchmarks/step.py [--model sd] [--resolution 256] [--batch 8] [--dtype bfloat16] [--device cuda] [--rounds 7]
     [--variants NAME ...] [--perceptual vgg --perceptual-weights FILE] [--threads 1]
 
-LPIPS, GAN and adaptive weight are active; averaged weights and data loading are left out on all sides. `bfloat16` is
+LPIPS, GAN and adaptive weight are active. No side has EMA weights or data loading. `bfloat16` is
 autocast over float32 weights. Prints markdown, and no number of a variant whose gradients or losses are not ours.
 """
 

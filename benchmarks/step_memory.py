@@ -3,7 +3,7 @@
 python benchmarks/step_memory.py [--model sd] [--resolution 256] [--batch 1] [--dtype bfloat16]
 
 Resident memory at its highest within one generator and one discriminator update, above what the weights had taken:
-activations, gradients, what kernels ask for. The optimisers' moments, equal on all sides, are left out.
+activations, gradients, what kernels ask for. The optimisers' moments are equal on all sides and not counted.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 The steps are re-creations of structure, not anybody's code: which forwards, backwards and synchronisations a generator
 and a discriminator update consist of, in diffusers' train_autoencoderkl.py and in the LDM / sgm code. LPIPS and the
-discriminator are the same modules as ours. Averaged weights and data loading are left out on all sides.
+discriminator are the same modules as ours. No side has EMA weights or data loading.
 """
 
 from contextlib import AbstractContextManager, nullcontext
