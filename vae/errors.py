@@ -25,6 +25,14 @@ class Stopped(SystemExit):
         return self.message
 
 
+def printable(text: str) -> str:
+    """Return text that can be printed.
+
+    File names may hold characters that move the cursor, and bytes that are no text.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 def require(condition: bool, given: str, expected: str) -> None:
     """Raise InputError("`given`, expected `expected`") unless `condition` holds. `given` reads "key=value"."""
     if not condition:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vae.errors import InputError
+from vae.errors import InputError, printable
 
 State = dict[str, Tensor]
 LONGEST = 900  # characters of a message that are shown
@@ -29,7 +29,7 @@ class WeightsError(InputError):
     """
 
     def __init__(self, message: str) -> None:
-        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message[:LONGEST])
+        shown = printable(message[:LONGEST])
         super().__init__(shown if len(message) <= LONGEST else f"{shown}...")
 
 

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import Field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +98,27 @@ TEXT_KEYS = [
 ]
 
 
-@pytest.mark.parametrize(("command", "key"), TEXT_KEYS)
-def test_every_text_and_path_arrives_as_it_was_typed(command, key):
-    """Several at a time, since composing takes a while: other keys of the same kind take the other texts."""
-    others = [other for one, other in TEXT_KEYS if one == command]
-    at = others.index(key)
-    for first in range(0, len(TEXTS), len(others)):
-        texts = TEXTS[first : first + len(others)]
-        given = {others[(at + place) % len(others)]: text for place, text in enumerate(texts)}
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_every_text_and_path_arrives_in_every_key_as_it_was_typed(command):
+    """As Hydra reads one word; the next test composes whole command lines."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parser = OverridesParser.create()
+    example = TrainConfig() if command == "train" else EvaluateConfig(model="m")
+    for key in (key for one, key in TEXT_KEYS if one == command):
+        for text in TEXTS:
+            if key == "model" and text == "[a]":
+                continue  # of an evaluation it may be a list
+            read = parser.parse_override(prepared([f"{key}={text}"], example)[0])
+            assert (read.key_or_group, read.value()) == (key, text)
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_every_text_and_path_arrives_through_a_whole_command_line(command):
+    """Several at a time: each key takes another text."""
+    keys = [key for one, key in TEXT_KEYS if one == command]
+    for first in range(0, len(TEXTS), len(keys)):
+        given = dict(zip(keys, TEXTS[first : first + len(keys)], strict=False))
         if given.get("model") == "[a]":
             del given["model"]  # of an evaluation it may be a list
         cfg = composed(command, *(f"{name}={text}" for name, text in given.items()))
@@ -178,14 +192,8 @@ def test_a_key_of_an_earlier_version_still_works(monkeypatch, tmp_path):
 # ---------------------------------------------------------------------------------------- groups beside an experiment
 
 
-NEEDS = {"init=MODEL.safetensors", "teacher=MODEL.safetensors"}
 GROUPS = {name: choices for name, choices in groups("train").items() if name != "experiment"}
-PAIRS = [
-    (experiment, group, choice)
-    for experiment in groups("train")["experiment"]
-    for group, choices in GROUPS.items()
-    for choice in choices
-]
+EXPERIMENTS = groups("train")["experiment"]
 
 
 def values_of(group: str, choice: str) -> dict[str, Any]:
@@ -208,23 +216,45 @@ def values_of(group: str, choice: str) -> dict[str, Any]:
     return values
 
 
-@pytest.mark.parametrize(("experiment", "group", "choice"), PAIRS)
-def test_a_group_that_is_chosen_beside_an_experiment_is_what_runs_or_is_refused(experiment, group, choice):
-    """In front of the checks of our own: what they refuse, they refuse in words of the keys."""
-    words = [f"experiment={experiment}", f"{group}={choice}"]
-    asked = [word for word in ("init", "teacher") if f"{word}: ???" in _text_of(experiment)]
-    words += [f"{word}=MODEL.safetensors" for word in asked]
-    if group == "data" and choice not in {"photos"}:
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_a_group_that_is_chosen_beside_an_experiment_is_what_runs_or_is_refused(experiment, tmp_path, monkeypatch):
+    """In front of the checks of our own: what they refuse, they refuse in words of the keys.
+
+    One choice of every group at a time, since composing takes a while. Where they do not go together, one by one.
+    """
+    monkeypatch.chdir(tmp_path)
+    Path("some.safetensors").touch()
+    words = [f"experiment={experiment}"]
+    for asked in ("init", "teacher"):
+        if _composed_or_refused(words)[1].startswith(f"{asked}=MODEL"):
+            words.append(f"{asked}=some.safetensors")
+    assert not _composed_or_refused(words)[1]
+
+    for row in zip_longest(*([(group, choice) for choice in choices] for group, choices in GROUPS.items())):
+        chosen = dict(pair for pair in row if pair is not None)
+        if not _is_what_runs(words, chosen):
+            for group, choice in chosen.items():
+                _is_what_runs(words, {group: choice})
+
+
+def _is_what_runs(experiment: list[str], chosen: dict[str, str]) -> bool:
+    """Compose an experiment with chosen groups. Return False if it was refused."""
+    words = [*experiment, *(f"{group}={choice}" for group, choice in chosen.items())]
+    if chosen.get("data", "photos") != "photos":
         words.append("data.root=there")
+
     config, refusal = _composed_or_refused(words)
     if config is None:
         assert "expected" in refusal or "not set" in refusal
-        return
-    for key, value in values_of(group, choice).items():
-        found: Any = config
-        for part in key.split("."):
-            found = found[part] if isinstance(found, dict) else getattr(found, part)
-        assert found == value, key
+        return False
+
+    for group, choice in chosen.items():
+        for key, value in values_of(group, choice).items():
+            found: Any = config
+            for part in key.split("."):
+                found = found[part] if isinstance(found, dict) else getattr(found, part)
+            assert found == value, key
+    return True
 
 
 def _composed_or_refused(words: list[str]) -> tuple[TrainConfig | None, str]:
@@ -232,10 +262,6 @@ def _composed_or_refused(words: list[str]) -> tuple[TrainConfig | None, str]:
         return compose(*words), ""
     except InputError as refused:
         return None, str(refused)
-
-
-def _text_of(experiment: str) -> str:
-    return (CONFIGS / "experiment" / f"{experiment}.yaml").read_text()
 
 
 def test_a_single_key_wins_over_a_group_and_an_experiment():

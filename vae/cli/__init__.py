@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vae.cli import compare, datasets, evaluate, explore, images, train, weights
-from vae.cli.common import say, warn
+from vae.console import say, warn
 from vae.errors import InputError
 
 app = typer.Typer(

@@ -1,21 +1,19 @@
-"""Helpers that the subcommands share: their options, how they print, and how they load a model and run it on images.
+"""Helpers that the subcommands share: their options, and how they load a model and run it on images.
 
 Options that several commands have are defined once here, as `Annotated` types. torch is imported inside functions, so
 that `vae --help` is fast. A model encodes and decodes either whole or, with `--memory`, in strips within that bound.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 from zlib import crc32
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
+from vae.console import warn
 from vae.errors import InputError, require
 
 if TYPE_CHECKING:
@@ -49,28 +47,6 @@ Memory = Annotated[
 PHOTOS = "photos"  # in place of a folder: the photographs embedded in the installation
 AUDITED = 2  # images; saturated and noisy images and latents of the prior are added
 UNITS = {"MB": 1e6, "GB": 1e9, "MIB": 2**20, "GIB": 2**30}
-
-
-def say(line: str = "") -> None:
-    """Print one line to stdout, unstyled and without wrapping."""
-    Console().print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def warn(line: str) -> None:
-    """Print one line to stderr as a warning, in yellow on a terminal."""
-    Console(stderr=True).print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True, style="yellow")
-
-
-@contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[float], object]]:
-    """Show a progress bar on stderr up to `total`. It disappears at the end.
-
-    Yields `advance(amount)`, which moves the bar on.
-    """
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda amount: bar.advance(task, amount)
 
 
 def dtype_named(name: str | None) -> "torch.dtype | None":
@@ -329,11 +305,3 @@ def generator_of(seed: int, name: str) -> "torch.Generator":
 def rows_of(count: int) -> list[slice]:
     """Divide `count` pictures into rows of at most `WIDEST`, as slices."""
     return [slice(start, min(start + WIDEST, count)) for start in range(0, count, WIDEST)]
-
-
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table of text cells to stdout."""
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*row)
-    Console(markup=False, highlight=False).print(table)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vae.cli.common import say, warn
+from vae.console import say, warn
 from vae.errors import GATE_FAILED, require
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vae.cli.common import Device, Family, Model, Resolution, progress, read, say, warn
+from vae.cli.common import Device, Family, Model, Resolution, read
+from vae.console import progress, say, warn
 from vae.errors import InputError
 
 if TYPE_CHECKING:

@@ -21,14 +21,12 @@ from vae.cli.common import (
     generator_of,
     image_files,
     load,
-    print_table,
-    progress,
     rows_of,
     save,
-    say,
     shown,
     squares,
 )
+from vae.console import print_table, progress, say
 from vae.errors import require
 
 if TYPE_CHECKING:

@@ -30,12 +30,10 @@ from vae.cli.common import (
     load,
     opened,
     place_of,
-    progress,
     raw_latents,
     save,
-    say,
-    warn,
 )
+from vae.console import progress, say, warn
 from vae.errors import InputError, require
 from vae.run_dir import FILE_ENDING, RunDir
 

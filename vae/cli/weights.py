@@ -23,11 +23,9 @@ from vae.cli.common import (
     Target,
     audit_images,
     dtype_named,
-    progress,
     read,
-    say,
-    warn,
 )
+from vae.console import progress, say, warn
 from vae.errors import InputError, require
 from vae.run_dir import RunDir, step_name
 

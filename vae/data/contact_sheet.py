@@ -7,8 +7,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from vae.data.decode import printable
 from vae.data.pixels import as_channels
+from vae.errors import printable
 
 GAP = 4  # pixels between images
 ERROR_GAIN = 4  # errors are drawn four times as large as they are

@@ -24,7 +24,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from vae.data.pixels import MAXIMUM, as_channels, as_depth, from_array, upright, with_clear
 from vae.data.tiff import LONGEST_SIGNATURE, ORIENTATION, kind_of, npy_shape, read_npy, read_tiff, tiff_page
-from vae.errors import InputError, require
+from vae.errors import InputError, printable, require
 
 MAX_PIXELS = 100_000_000
 MAX_CHANNELS = 4  # of an image of MAX_PIXELS; smaller images may have more
@@ -40,14 +40,6 @@ class ImageError(InputError):
 def refusal(label: str, reason: str, remedy: str = "replace or remove it") -> ImageError:
     """Make the error for an image that cannot be used, from what it is called, the reason and the remedy."""
     return ImageError(f"{printable(label)}: {reason}; {remedy}")
-
-
-def printable(name: str) -> str:
-    """Return a file name as text that can be printed.
-
-    File names may hold characters that move the cursor, and bytes that are no text.
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
 
 
 @contextmanager

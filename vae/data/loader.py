@@ -11,12 +11,12 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from vae.config.data import DataConfig
-from vae.data.decode import ImageError, printable
+from vae.data.decode import ImageError
 from vae.data.sampler import EndlessSampler, Order, SampleIndex, seed_for
 from vae.data.sources import Skipped, Source
 from vae.data.transforms import Augmentation, center_crop, random_crop
 from vae.distributed import outlive_signals, workers_for
-from vae.errors import InputError, require
+from vae.errors import InputError, printable, require
 
 ATTEMPTS = 100  # at finding a usable image for one place in a batch
 

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vae.data.decode import printable
-from vae.errors import InputError, require
+from vae.errors import InputError, printable, require
 from vae.metrics.registry import PAIRED
 
 SCHEMA = 1

@@ -18,6 +18,7 @@ from rich.progress import track
 
 from vae.config.data import DataConfig
 from vae.config.schema import EvaluateConfig
+from vae.console import progress, say
 from vae.data.loader import Batch, HeldOutImages, indexed_loader, shut_down
 from vae.data.sources import Source
 from vae.data.transforms import to_model_range, to_uint8
@@ -34,7 +35,6 @@ from vae.evaluation.report.page import render
 from vae.evaluation.results import SKIPPED, Collected, Document, Row, Rows, as_csv, collect, of_dataset, rows_of
 from vae.evaluation.robustness import precision, probe, probe_steps
 from vae.evaluation.setup import CODE, Setting, prepare
-from vae.evaluation.terminal import say
 from vae.files import locked, replacing, write_text
 from vae.latents import scale_latents
 from vae.precision.audit import audit_steps
@@ -117,17 +117,17 @@ def _end(config: EvaluateConfig, folder: Path, document: Document) -> None:
     """Print the outcome of the gates; raises `Stopped` if images are missing from the numbers or a gate failed."""
     asked, failed = document["gates"]["asked"], document["gates"]["failed"]
     for failure in failed:
-        terminal.say(failure)
+        say(failure)
     if asked and not failed:
         limits = ", ".join(f"{name} {limit:g}" for name, limit in asked.items())
-        terminal.say(f"all gates are passed: {limits}")
+        say(f"all gates are passed: {limits}")
 
     # Missing images stop the run before failed gates do: the gates saw incomplete numbers.
     incomplete = terminal.incomplete(document, folder / DOCUMENT_FILE)
     if incomplete and not config.allow_skipped:
         raise Stopped(BAD_IMAGES, f"{incomplete}. allow_skipped=true accepts that")
     if incomplete:
-        terminal.say(incomplete)
+        say(incomplete)
     if failed:
         raise Stopped(GATE_FAILED, f"{len(failed)} of {terminal.gates_in(document)} gates failed")
 
@@ -163,7 +163,7 @@ def _probed(
         return {"robustness": {}, "precision": {}}, {}
 
     models = bench.models.items()
-    with terminal.probing(len(models) * (probe_steps(probed) + audit_steps(audited))) as advance:
+    with progress("Probing", len(models) * (probe_steps(probed) + audit_steps(audited))) as advance:
         robustness = {model: probe(network, probed, advance) for model, network in models if probed}
         safety = {model: precision(network, audited, advance) for model, network in models}
 

@@ -1,15 +1,14 @@
 """Terminal output of an evaluation: protocol, a table for each data set, missing metrics, and who is better."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Column, Table
 
-from vae.data.decode import printable
+from vae.console import say
+from vae.errors import printable
 from vae.evaluation.compare import whole_models
 from vae.evaluation.drop_in import lines_against_base
 from vae.evaluation.protocols import PROTOCOLS
@@ -19,11 +18,6 @@ from vae.metrics.registry import METRICS, OF_SETS
 
 MOST_COMPARISONS = 12  # the most that are printed; all of them are in the files
 STYLES = {"better": "green", "worse": "red"}
-
-
-def say(line: str) -> None:
-    """Print one line, with escapes for what cannot be printed."""
-    Console().print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
 
 def document(document: dict[str, Any]) -> None:
@@ -153,11 +147,3 @@ def incomplete(document: dict[str, Any], file: Path) -> str:
         first = f"{broken[0]['image']} by {broken[0]['model']}"
         said.append(f"{len(broken)} reconstructions are not finite, listed in {file}; the first: {first}")
     return printable(". ".join(said))
-
-
-@contextmanager
-def probing(steps: int) -> Iterator[Callable[[], object]]:
-    """Show a progress bar of `steps` steps, and yield the function that advances it."""
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("Probing", total=steps)
-        yield lambda: bar.advance(task)

@@ -13,12 +13,12 @@ from torch import Tensor
 from vae.config.data import DataConfig
 from vae.config.model import encoder_differences
 from vae.config.schema import TrainConfig
-from vae.data.decode import ImageError, printable
+from vae.data.decode import ImageError
 from vae.data.loader import Sample, TrainingImages
 from vae.data.sampler import Order, SampleIndex
 from vae.data.sources import Files, Names, Source
 from vae.data.transforms import center_crop, to_model_range
-from vae.errors import InputError
+from vae.errors import InputError, printable
 from vae.latents import unscale_moments
 from vae.models.base import Autoencoder
 from vae.weights.latent_files import FLIPPED, MOMENTS, StoredLatents, encoder_digest

@@ -25,9 +25,9 @@ from torchvision.transforms.v2 import functional as TF
 from vae.config.loss import LossConfig
 from vae.console import warn
 from vae.data.contact_sheet import reconstruction_sheet
-from vae.data.decode import printable
 from vae.data.pixels import as_depth
 from vae.data.sources import Skipped
+from vae.errors import printable
 from vae.files import replacing, write_text
 from vae.latents import ACTIVE
 from vae.metrics.registry import OF_SETS
@@ -109,7 +109,7 @@ class SkippedImages(Callback):
 
         if not self._known:
             first = printable(next(iter(new)))
-            warn(f"warning: some images are skipped; they are listed in {self._file}. The first: {first}")
+            warn(f"some images are skipped; they are listed in {self._file}. The first: {first}")
 
         self._known |= {(of, name) for name in new}
         with self._file.open("a", encoding="utf-8") as file:
@@ -265,7 +265,7 @@ class Advice(Callback):
         """Print `words` with the number of the update, unless they were printed before."""
         if words not in self._said:
             self._said.add(words)
-            warn(f"note, update {trainer.global_step}: {words}")
+            warn(words, f"note, update {trainer.global_step}")
 
 
 def _reconstruction(means: Means, loss: LossConfig) -> float:

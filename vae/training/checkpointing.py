@@ -210,7 +210,7 @@ class Checkpoints(Callback):
             try:
                 self._save(trainer, pl_module, wait=False)
             except InputError as unsaved:
-                warn(f"error: update {trainer.global_step} is not saved: {unsaved}")
+                warn(f"update {trainer.global_step} is not saved: {unsaved}", "error")
 
     def _save_or_stop(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save if it is time to. Raises `Stopped` on all processes if any of them was asked to stop."""

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from vae.config.optim import GuardConfig
 from vae.console import warn
-from vae.data.decode import printable
 from vae.data.loader import Batch
 from vae.distributed import ProcessGroup
-from vae.errors import NOT_FINITE, InputError, Stopped
+from vae.errors import NOT_FINITE, InputError, Stopped, printable
 from vae.losses.adversarial import AdversarialLoss
 from vae.run_dir import RunDir
 from vae.training.manifest import newest_whole
@@ -207,7 +206,7 @@ class Guard:
             training.adversarial_loss.discard()
 
         if training.trainer.is_global_zero:
-            warn(f"warning: {update}; skipped ({self.skipped_updates} of at most {limit})")
+            warn(f"{update}; skipped ({self.skipped_updates} of at most {limit})")
 
     def _culprits(self, training: Guarded) -> Culprits:
         """Return what is not finite on this process: weights, else terms and their images, else gradients."""

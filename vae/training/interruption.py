@@ -153,7 +153,7 @@ def _watch(trainer: lightning.Trainer, is_over: threading.Event) -> None:
     while not is_over.wait(POLL_SECONDS):
         for number, child in enumerate(_children(trainer), start=1):
             if child.poll():
-                warn(f"error: process {number} of the run (pid {child.pid}) ended with status {child.returncode}")
+                warn(f"process {number} of the run (pid {child.pid}) ended with status {child.returncode}", "error")
                 return
 
 

@@ -3,7 +3,7 @@
 import math
 import shlex
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ import rich.progress
 import torch
 from lightning.pytorch import Callback
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, track
-from rich.table import Column, Table
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
+from rich.table import Column
 
 from vae.config.data import DataConfig
 from vae.config.schema import TrainConfig
-from vae.console import say
+from vae.console import print_table, say
 from vae.distributed import workers_for
 from vae.metrics.registry import METRICS
 from vae.run_dir import RunDir
@@ -245,11 +245,6 @@ def _same_images(data: DataConfig) -> str:
     return " ".join(f"{key}={shlex.quote(str(value))}" for key, value in chosen.items())
 
 
-def measuring(sizes: Iterator[tuple[int, int]], total: int) -> Iterable[tuple[int, int]]:
-    """Show a progress bar while the sizes of all images are read."""
-    return track(sizes, "Reading sizes", total, console=Console(stderr=True), transient=True)
-
-
 def conclude(
     config: TrainConfig,
     exports: Sequence[Path],
@@ -262,10 +257,9 @@ def conclude(
     `metrics` are those of the first and the last validation; `pace` is the last line.
     """
     before, after = metrics
-    table = Table("validation (EMA weights)", "at the start", "at the end")
-    for name in sorted(name for name in after if not name.startswith("val/kl_")):
-        table.add_row(name, f"{before[name]:.4f}" if name in before else "", f"{after[name]:.4f}")
-    Console().print(table)
+    names = sorted(name for name in after if not name.startswith("val/kl_"))
+    rows = [(name, f"{before[name]:.4f}" if name in before else "", f"{after[name]:.4f}") for name in names]
+    print_table(("validation (EMA weights)", "at the start", "at the end"), rows)
 
     run = exports[0].parents[2]
     left = {

@@ -18,6 +18,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from torch.utils.data import DataLoader
 
 from vae.config.schema import AUTO, TrainConfig
+from vae.console import track
 from vae.data.build import open_sources
 from vae.data.loader import Batch, TrainingImages, shut_down, training_loader, validation_loader
 from vae.data.sampler import BucketOrder, EndlessSampler, Order, order_of, without_bucket
@@ -32,7 +33,7 @@ from vae.training.initialise import InitialState, initial_state, load_initial_we
 from vae.training.interruption import StopRequests, reporting_failures
 from vae.training.module import AutoencoderModule, images_per_update
 from vae.training.resume import RUN_NAME, TIME, folder_of, open_folder, read_progress
-from vae.training.terminal import announce, conclude, counted, duration, measuring
+from vae.training.terminal import announce, conclude, counted, duration
 from vae.training.trainer import build_trainer
 
 Sources = tuple[Source, Source]  # training, validation
@@ -127,7 +128,7 @@ def _order(config: TrainConfig, trainer: lightning.Trainer, images: Source) -> O
     Reading the sizes of many images takes a while, so the first process shows a progress bar.
     """
     together = images_per_update(config, trainer)
-    show = measuring if trainer.is_global_zero else lambda sizes, _: sizes
+    show = partial(track, label="Reading sizes") if trainer.is_global_zero else lambda sizes, _: sizes
     return order_of(images, config.data, config.seed, together, config.model.downsample_factor, show)
 
 

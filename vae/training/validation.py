@@ -116,7 +116,7 @@ class SetMetrics:
         if len(whole) == len(shares):
             return whole
         if self.inception is not None:
-            warn("warning: rFID and KID are not measured: not every process has the Inception weights on its machine")
+            warn("rFID and KID are not measured: not every process has the Inception weights on its machine")
             self.inception = None
         return []
 
