@@ -48,6 +48,7 @@ NOT_RUN = {  # the beginnings of lines
     "vae train": "trains for minutes; composed here",
     "vae evaluate": "measures for minutes; composed here",
     "vae plan": "follows full-size networks; composed here, tests/training/test_plan.py runs it",
+    "vae install": "into a program that is not here; parsed here, tests/cli/test_install.py runs it",
     "vae bake": "wants both in the same large network; parsed here, tests/cli/test_weights.py runs it",
     **dict.fromkeys(
         ("vae interpolate", "vae vary", "vae restore", "vae channels", "vae prior"),

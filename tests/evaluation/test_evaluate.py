@@ -23,8 +23,9 @@ from vae.evaluation.measure import load_models
 from vae.evaluation.protocols import DEFAULT_V1
 from vae.models.autoencoder_kl import AutoencoderKL
 from vae.models.lpips import BACKBONES, load_backbone
+from vae.run_dir import RunDir
 from vae.weights import load_autoencoder, save_autoencoder
-from vae.weights.load import find_export
+from vae.weights.load import find_export, which_export
 
 PHOTOS = DataConfig(source="photos", resolution=64, validation_batch_size=2, workers=0)
 
@@ -118,10 +119,18 @@ def test_the_hash_of_the_protocol_is_pinned():
     assert (DEFAULT_V1.version, DEFAULT_V1.sha256) == (1, "59b9ba92c70a")
 
 
-def test_a_run_means_its_newest_export(tmp_path, tiny):
-    for step in (5, 10):
-        save_autoencoder(AutoencoderKL(tiny), tmp_path / "run" / "exports" / f"step_{step:07d}" / "diffusers")
-    assert find_export(tmp_path / "run") == tmp_path / "run" / "exports" / "step_0000010" / "diffusers"
+def test_a_run_means_its_best_export_else_its_newest_and_it_is_said_which(tmp_path, tiny):
+    run = RunDir(tmp_path / "run")
+    for name in ("best", "step_0000005", "step_0000010"):
+        save_autoencoder(AutoencoderKL(tiny), run.export(name) / "diffusers")
+    assert find_export(run.path) == run.export("step_0000010") / "diffusers"
+    assert which_export(run.path) == f"the newest export of {run.path}, step_0000010; it has no best one"
+
+    run.best_record.write_text('{"updates": 5, "metric": "psnr", "value": 25.0}')
+    assert find_export(run.path) == run.best / "diffusers"
+    made = f"the best export of {run.path}, made at update 5 by psnr; the newest is step_0000010"
+    assert which_export(run.path) == made
+    assert which_export(run.best) == ""
 
 
 def test_the_same_model_twice_is_refused(model_folder):

@@ -20,14 +20,12 @@ from vae.config.model import AutoencoderConfig
 from vae.errors import InputError
 from vae.models.autoencoder_kl import AutoencoderKL
 from vae.models.autoencoder_tiny import AutoencoderTiny
-from vae.run_dir import RunDir
 from vae.weights import read_autoencoder, save_autoencoder
 from vae.weights.install import (
     PROGRAMS,
     Place,
     check_held,
     check_name,
-    chosen_export,
     find_program,
     name_of,
     put,
@@ -374,16 +372,6 @@ def test_a_tiny_autoencoder_arrives_with_the_scale_that_comfyui_reads(tmp_path):
     assert {"taesd_decoder.1.weight", "taesd_encoder.0.weight"} <= theirs.keys()
     with pytest.raises(InputError, match="another content"):
         put(tiny.of_family("sd3"), file, torch.float16, replace=False)
-
-
-def test_the_best_export_is_taken_if_it_is_whole_and_else_the_newest(tmp_path):
-    run = RunDir(tmp_path / "run")
-    assert chosen_export(run.path) == (run.path, "")
-    for name in ("step_0000010", "step_0000020", "best"):
-        run.export(name).mkdir(parents=True)
-    assert chosen_export(run.path) == (run.export("step_0000020"), "the newest export; the run has no best one")
-    run.best_record.touch()
-    assert chosen_export(run.path) == (run.best, "the best of 3 exports")
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ for command in (
     weights.export,
     weights.extract,
     weights.bake,
+    weights.install,
     images.measure,
     images.encode,
     images.decode,

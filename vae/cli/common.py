@@ -83,7 +83,11 @@ def read(
     from vae.weights import read_autoencoder
     from vae.weights.families import families_of
     from vae.weights.formats import read_config
-    from vae.weights.load import find_export
+    from vae.weights.load import find_export, which_export
+
+    which = which_export(model)
+    if which:
+        warn(which, "note")
 
     stated = None if config is None else read_config(config)
     found = read_autoencoder(find_export(model), config=stated, ema=ema, finite=finite)

@@ -1,4 +1,4 @@
-"""Subcommands about weight files: `inspect`, `convert`, `export`, `extract` and `bake`.
+"""Subcommands about weight files: `inspect`, `convert`, `export`, `extract`, `bake` and `install`.
 
 `inspect` says what a file is, the others bring weights from one place or format to another. The first half holds the
 parts of `inspect` and `convert` that run a model: what float16 does to it, and how far its latents have moved.
@@ -28,6 +28,10 @@ from vae.cli.common import (
 from vae.console import progress, say, warn
 from vae.errors import InputError, require
 from vae.run_dir import RunDir, step_name
+
+WebUI = Annotated[Path, typer.Option(help="folder of A1111, Forge, reForge, ComfyUI, SD.Next or Fooocus")]
+MenuName = Annotated[str | None, typer.Option(help="what the menu calls it; the run's, folder's or file's name else")]
+Replace = Annotated[bool, typer.Option("--replace", help="replace a file of that name that has another content")]
 
 if TYPE_CHECKING:
     import torch
@@ -319,3 +323,45 @@ def _lost(found: "LoadedWeights", dtype: "torch.dtype | None", layout: str) -> l
     written = dict.fromkeys([dtype, torch.float16 if has_variant else None])
     lost = [narrowed(found.state, one).words for one in written if one is not None]
     return [words for words in lost if words is not None]
+
+
+def install(
+    model: Model,
+    webui: WebUI,
+    name: MenuName = None,
+    dtype: Dtype = None,
+    family: Family = None,
+    replace: Replace = False,
+) -> None:
+    """Copy a VAE to where a web UI looks for it, and say in which menu it is. Of a run the best export is taken.
+
+    Example: vae install runs/first --webui ~/ComfyUI
+    """
+    from vae.weights.describe import warnings_of
+    from vae.weights.install import check_held, check_name, find_program, name_of, put
+    from vae.weights.safetensors_io import narrowed
+
+    precision = dtype_named(dtype)
+    place = find_program(webui)
+    program = place.program
+    called = check_name(name_of(model) if name is None else name)
+    file = place.file(called)
+
+    found = read(model, family=family)
+    check_held(found, program)
+    is_new = put(found, file, precision, replace=replace)
+
+    from_where = "" if place.root == webui.expanduser().absolute() else f", found from {webui}"
+    say(f"{program.name} in {place.root}{from_where}")
+    say(f"{'written to' if is_new else 'already there:'} {file}")
+    say(f"{found.kind} weights of {found.file}")
+
+    lost = None if precision is None else narrowed(found.state, precision).words
+    for line in (lost, *place.notes(called)):
+        if line is not None:
+            say(line)
+    for line in warnings_of(found):
+        warn(line)
+
+    say(f"choose {file.name} in: {program.menu}")
+    say(f"if {program.name} is running, first {program.refresh}")

@@ -38,6 +38,7 @@ from vae.evaluation.setup import CODE, Setting, prepare
 from vae.files import locked, replacing, write_text
 from vae.latents import scale_latents
 from vae.precision.audit import audit_steps
+from vae.weights.load import which_export
 from vae.weights.loaded import read_json
 
 REPORT_FILE, BEFORE_AFTER_FILE = "report.html", "before_after.png"
@@ -234,6 +235,8 @@ def evaluate_as(config: EvaluateConfig, team: Team) -> Path:
             say(f"measuring into {folder}; interrupted, the same command with name={folder.name} goes on")
             resolution = config.data.resolution
 
+            for which in filter(None, map(which_export, [*config.models, *([config.base] if config.base else [])])):
+                say(f"note: {which}")
             sizes = {name: model.config.sample_size for name, model in setting.bench.models.items()}
             for name in (name for name, size in sizes.items() if size < resolution):
                 say(f"note: {name} is made for {sizes[name]} px and measured at data.resolution={resolution}")

@@ -189,19 +189,6 @@ def _program_in(folder: Path) -> Place | None:
     return next((Place(program, folder) for program in programs), None)
 
 
-def chosen_export(model: Path) -> tuple[Path, str]:
-    """Return the export of a run that is to be handed over, and which one it is in words.
-
-    It is the best one, if the run has it whole, or else the newest. A path that is no run's directory is returned as it
-    is, with no words.
-    """
-    run = RunDir(model)
-    exports = run.exported()
-    if run.best_record.is_file():
-        return run.best, f"the best of {len(exports)} exports" if len(exports) > 1 else "the best export"
-    return (exports[-1], "the newest export; the run has no best one") if exports else (model, "")
-
-
 def name_of(model: Path) -> str:
     """Return what a VAE is called after its path: the run's name, the folder's name, or that of the file."""
     path = model.expanduser().absolute()
@@ -281,7 +268,8 @@ def _holds(file: Path, found: LoadedWeights) -> bool:
     except InputError:
         return False
 
-    config, notes = found.config, noting_the_scale(found.notes, found.config)
+    config = found.config
+    notes = noting_the_scale(found.notes, config)
     if (there.layout, there.config, there.notes, there.others) != (config.file_format, config, notes, 0):
         return False
     if config.latents_are_scaled and there.family != found.family:

@@ -109,6 +109,21 @@ def _read_shards(index: Path) -> State:
     return state
 
 
+def which_export(path: str | Path) -> str:
+    """Say which export of a run `find_export` takes, or "" where `path` is no run's directory."""
+    run = RunDir(path)
+    taken = run.published()
+    if taken is None:
+        return ""
+
+    newest = run.exported()[-1]
+    if taken != run.best:
+        return f"the newest export of {run.path}, {newest.name}; it has no best one"
+    best = read_json(run.best_record)
+    words = f"the best export of {run.path}, made at update {best.get('updates')} by {best.get('metric')}"
+    return words if newest == run.best else f"{words}; the newest is {newest.name}"
+
+
 def find_export(path: str | Path, key: str = "model") -> Path:
     """Return the weights that `path` means.
 
