@@ -83,6 +83,13 @@ class RunDir:
         return self.best if self.best_record.is_file() else next(reversed(self.exported()), None)
 
     @staticmethod
+    def owning(path: str | Path) -> "RunDir | None":
+        """Return the run that `path` is, or that it is an export of, or None for any other path."""
+        path = Path(path).expanduser().absolute()
+        runs = (RunDir.of_export(folder) for folder in (path / "exports" / "any", path, *path.parents))
+        return next((run for run in runs if run is not None and run.config.is_file() and run.exports.is_dir()), None)
+
+    @staticmethod
     def of_export(export: Path) -> "RunDir | None":
         """Return the run that the folder `export` in `exports/` belongs to, or None for any other folder."""
         return RunDir(export.parents[1]) if export.parent.name == "exports" else None

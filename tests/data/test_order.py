@@ -96,6 +96,25 @@ def test_the_split_of_a_folder_keeps_its_sides_when_images_are_added():
     assert validation <= held_out
 
 
+@pytest.mark.parametrize(("images", "held_out"), [(1, 1), (9, 1), (60, 6), (61, 7), (160, 16), (500, 16)])
+def test_a_tenth_of_few_images_or_sixteen_are_held_out_whatever_the_fraction_gives(images, held_out):
+    names = [f"{number}.jpg" for number in range(images)]
+    training, validation = split_by_hash(Names(names), 1e-9, DataConfig.validation_at_least)
+    assert (len(training), len(validation)) == (images - held_out, held_out)
+    assert not set(training) & set(validation)
+
+
+def test_images_that_are_added_bring_no_image_from_training_to_validation():
+    names = [f"{number}.jpg" for number in range(160)]
+    training: set[str] = set()
+    for total in (160, 200, 500, 900, 3000):
+        names += [f"new/{number}.jpg" for number in range(len(names), total)]
+        indices, held_out = split_by_hash(Names(names), 0.02, 16)
+        assert len(held_out) >= 16
+        assert training <= {names[index] for index in indices}
+        training = {names[index] for index in indices}
+
+
 def test_a_small_folder_still_holds_one_image_out():
     training, validation = _split(["a.jpg", "b.jpg", "c.jpg"], 1e-9)
     assert (len(training), len(validation)) == (2, 1)

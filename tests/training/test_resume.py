@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from torchvision.io import write_png
 
+from tests.conftest import read_json
 from tests.training.harness import digest_of, logged, small_run
 from vae.config.schema import AUTO, TrainConfig
 from vae.data.sources import TRAINING_PHOTOS
@@ -125,6 +127,23 @@ def test_a_run_begun_with_the_older_bound_of_the_adaptive_weight_ends_with_the_b
     assert digest_of(train(config)) == expected
     with pytest.raises(InputError, match=r"loss\.adaptive_maximum was 5\.0 and is 7\.0"):
         train(replace(config, loss=replace(config.loss, adaptive_maximum=7.0)))
+
+
+def test_a_run_from_before_at_least_sixteen_images_were_held_out_keeps_those_it_had(tmp_path, monkeypatch):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(30):
+        write_png(torch.full((3, 40, 40), number * 8, dtype=torch.uint8), str(folder / f"{number}.png"))
+    config = small_run(tmp_path)
+    config = replace(config, data=replace(config.data, source="folder", root=str(folder)))
+    older = replace(config, data=replace(config.data, validation_at_least=1))
+    expected = digest_of(train(replace(older, name="whole")))
+
+    run = cut_at(older, PLAYING, monkeypatch)
+    saved = read_json(run / "config.json")
+    del saved["data"]["validation_at_least"]
+    (run / "config.json").write_text(json.dumps(saved))
+    assert digest_of(train(config)) == expected
 
 
 def test_a_run_with_the_names_of_the_first_version_goes_on_to_the_same_bits(tmp_path, monkeypatch):

@@ -105,11 +105,14 @@ def image_files(given: Sequence[Path], suffixes: Sequence[str] = ()) -> dict[str
     selects other files than images. Raises InputError where two files would have the same label.
     """
     from vae.data.decode import EXTENSIONS
-    from vae.data.sources import folder_files
+    from vae.data.sources import folder_files, in_words
 
     found: dict[str, Path] = {}
     for path in (path.expanduser() for path in given):
-        names = folder_files(path, suffixes or EXTENSIONS, str(path)) if path.is_dir() else [path.name]
+        others: list[str] = []
+        names = folder_files(path, suffixes or EXTENSIONS, str(path), others) if path.is_dir() else [path.name]
+        if others and not suffixes:
+            warn(in_words(others, path), "note")
         for name in names:
             stem, dot, suffix = name.rpartition(".")
 

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vae.config.overrides import prepared
 from vae.config.reference import CONFIGS, example_of, help_text
-from vae.config.schema import EvaluateConfig, TrainConfig
+from vae.config.schema import EvaluateConfig, TrainConfig, with_younger_keys
 from vae.errors import BAD_INPUT, InputError, Stopped
 from vae.run_dir import RunDir
 
@@ -137,7 +137,8 @@ def _with_saved_values(cfg: Any, schema: type) -> Any:
         return cfg
 
     try:
-        saved = OmegaConf.merge(OmegaConf.structured(schema), json.loads(file.read_text(encoding="utf-8")))
+        values = with_younger_keys(json.loads(file.read_text(encoding="utf-8")))
+        saved = OmegaConf.merge(OmegaConf.structured(schema), values)
     except ValueError as error:
         raise InputError(f"{file}: not readable as a run's configuration; restore it or start a new run") from error
 

@@ -52,6 +52,12 @@ class DataConfig:
     validation_fraction: float = option(
         0.02, "Share of data.root that is held out for validation.", allowed=SHARE, chooses_images=True
     )
+    validation_at_least: int = option(
+        16,
+        "Hold out at least this many of the images of data.root, or a tenth of them where that is less.",
+        allowed=at_least(1),
+        chooses_images=True,
+    )
     validation_images: int | None = option(
         256, "At most this many images are validated on.", allowed=at_least(1).or_null("all"), chooses_images=True
     )

@@ -11,6 +11,7 @@ from vae.config.model import AutoencoderConfig
 from vae.config.optim import GuardConfig, OptimConfig
 from vae.errors import require
 
+YOUNGER = {"data": {"validation_at_least": 1}}  # what runs did that began before these keys, where the default is other
 AUTO = "auto"
 ASKED = "MODEL"  # stands in recipes in place of a path that the user has to give
 LOGGERS = ("csv", "wandb", "tensorboard")
@@ -368,3 +369,9 @@ class EvaluateConfig:
         require(first, f"data.root={data.root!r} and {given}", remedy)
         alone = data.validation_root is None and data.validation_split is None
         require(alone or not self.datasets, f"data.validation_root or data.validation_split and {given}", "one of them")
+
+
+def with_younger_keys(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the saved configuration of a run, with what an older run did in place of keys that it does not have."""
+    data = saved.get("data")
+    return saved | {"data": YOUNGER["data"] | data} if isinstance(data, dict) else saved

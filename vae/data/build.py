@@ -26,6 +26,7 @@ from vae.data.sources import (
     Source,
     fewest_by_hash,
     folder_source,
+    in_words,
     list_source,
     split_by_hash,
 )
@@ -157,7 +158,7 @@ def _warn(line: str) -> None:
 
 def _divided(source: Source, config: "DataConfig") -> Pair:
     """Divide a source into training and validation images, by the hashes of their names."""
-    training, validation = split_by_hash(_names(source), config.validation_fraction)
+    training, validation = split_by_hash(_names(source), config.validation_fraction, config.validation_at_least)
     return _part(source, training), _part(source, validation)
 
 
@@ -182,7 +183,8 @@ def _names(source: Source) -> Names:
 def _part(source: Source, indices: np.ndarray) -> Source:
     """Return the images of a source at `indices`."""
     if isinstance(source, Files) and isinstance(source.names, Names):
-        return Files(source.root, source.names.take(indices)) if len(indices) < len(source) else source
+        part = Files(source.root, source.names.take(indices), source.passed_over)
+        return part if len(indices) < len(source) else source
     return Part(source, indices)
 
 
@@ -261,7 +263,10 @@ def _whole_photos(_: Named) -> Source:
 
 def _whole_folder(named: Named) -> Source:
     """Open a folder."""
-    return folder_source(named.root, KEY)
+    found = folder_source(named.root, KEY)
+    if found.passed_over:
+        named.note(in_words(found.passed_over, found.root))
+    return found
 
 
 def _whole_list(named: Named) -> Source:

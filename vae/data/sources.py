@@ -9,8 +9,10 @@ import csv
 import importlib.util
 import io
 import json
+import math
 import os
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
@@ -28,6 +30,7 @@ from vae.data.decode import EXTENSIONS, Encoded, image_size, open_image, reraise
 from vae.errors import InputError, require
 
 CHUNK = 100_000  # names that are Python objects at a time
+MOST_SNIFFED = 1_000  # files with a wrong suffix that are opened
 
 
 class Names(Sequence[str]):
@@ -94,19 +97,21 @@ class Computed(Sequence[str]):
         return self._name_of(range(self._length)[index])
 
 
-def split_by_hash(names: Names, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+def split_by_hash(names: Names, fraction: float, at_least: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Split indices into (training, validation).
 
-    A name's side depends on the name alone, so the split survives added images. Validation is never empty: if no name
-    falls to it, it gets the one with the smallest hash.
+    Validation gets the names whose hash is in the lowest `fraction`, and never less than `at_least` of them, or a tenth
+    of all where that is less. It is never empty. So a name's side depends on the name, and the split survives added
+    images: where 10 * `at_least` are there already, none of them goes over to validation.
     """
     hashes = names.hashes()
+    fewest = max(1, min(at_least, math.ceil(len(names) / 10)))
 
     # The bound is at most 2**64 - 2048, the largest float64 below 2**64.
     held_out = (
         hashes < np.uint64(min(fraction * 2.0**64, 2.0**64 - 2048)) if fraction < 1 else np.ones(len(hashes), bool)
     )
-    held_out[np.argmin(hashes)] = True
+    held_out[np.argpartition(hashes, fewest - 1)[:fewest]] = True
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
@@ -131,6 +136,14 @@ TRAINING_PHOTOS = (
     "moon.png",
 )
 VALIDATION_PHOTOS = ("astronaut.png", "camera.png", "coins.png", "clock_motion.png", "cell.png")
+# Suffixes of pictures that cannot be read here. They are counted and passed over.
+OTHER_KINDS = frozenset(
+    (
+        *(".heic", ".heif", ".jxl", ".jp2", ".j2k", ".jpf", ".jfif", ".ico", ".tga", ".dds", ".pcx", ".ppm", ".pgm"),
+        *(".pbm", ".psd", ".psb", ".xcf", ".svg", ".eps", ".ai", ".pdf", ".exr", ".hdr", ".dcm", ".nii"),
+        *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"),
+    )
+)
 LEFT_ALONE = "__MACOSX"  # a folder in zip archives made on a Mac
 
 
@@ -176,8 +189,10 @@ class Source(ABC):
 class Files(Source):
     """Image files, by their paths below `root`."""
 
-    def __init__(self, root: Path, names: "Names | Sequence[str]") -> None:
+    def __init__(self, root: Path, names: "Names | Sequence[str]", passed_over: Sequence[str] = ()) -> None:
+        """Take paths below `root`, and those of pictures there that are of no kind that can be read."""
         self.root = root
+        self.passed_over = passed_over
         self._names = names if isinstance(names, Names) else Names(names)
         self.names = self._names
 
@@ -192,6 +207,12 @@ class Files(Source):
     def fingerprint(self) -> str:
         """Hash the names."""
         return self._names.fingerprint()
+
+    def path_hashes(self) -> np.ndarray:
+        """Return the hash of each file's whole path, (N,) uint64. Links in `root` are resolved."""
+        root = os.fsencode(self.root.resolve())
+        paths = (os.path.join(root, name) for names in self._names.encoded() for name in names)  # noqa: PTH118
+        return np.fromiter(map(xxhash.xxh3_64_intdigest, paths), np.uint64, len(self))
 
 
 class Photos(Files):
@@ -246,14 +267,41 @@ def folder_source(root: str | Path, key: str = "data.root") -> Files:
 
     `key` is what an error calls the folder.
     """
-    return Files(Path(root).expanduser(), folder_files(root, EXTENSIONS, f"{key}={str(root)!r}"))
+    others: list[str] = []
+    names = folder_files(root, EXTENSIONS, f"{key}={str(root)!r}", others)
+    return Files(Path(root).expanduser(), names, others)
 
 
-def folder_files(root: str | Path, suffixes: Collection[str], given: str) -> list[str]:
+def in_words(passed_over: Sequence[str], root: Path) -> str:
+    """Say which pictures below `root` were passed over, counted by kind; "" where there are none."""
+    if not passed_over:
+        return ""
+    counts = Counter(map(_suffix, passed_over))
+    kinds = ", ".join(f"{number:,} {kind}" for kind, number in counts.most_common())
+    words = f"{len(passed_over):,} pictures in {root} are of kinds that cannot be read, and are not used: {kinds}"
+
+    # A suffix may be wrong. Only names decide what is read, so that a folder means the same images everywhere.
+    known = next((name for name in passed_over[:MOST_SNIFFED] if _is_readable(root / name)), None)
+    if known is None:
+        return f"{words}; save them as PNG or JPEG to use them"
+    return f"{words}; {known} is a JPEG or PNG all the same: rename such files"
+
+
+def _is_readable(path: Path) -> bool:
+    """Return whether a file begins as a JPEG or a PNG does."""
+    try:
+        with path.open("rb") as file:
+            return file.read(8).startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"))
+    except OSError:
+        return False
+
+
+def folder_files(root: str | Path, suffixes: Collection[str], given: str, others: list[str] | None = None) -> list[str]:
     """List files with one of `suffixes` below `root`, as sorted relative names.
 
     Links are followed, and each folder is read once. Hidden files and folders are skipped. `given` is what an error
-    calls the folder. Raises InputError where it is missing, not readable or without such files.
+    calls the folder. Pictures of OTHER_KINDS are added to `others`. Raises InputError where it is missing, not readable
+    or without such files.
     """
     folder = Path(root).expanduser()
     if not folder.is_dir():
@@ -270,16 +318,23 @@ def folder_files(root: str | Path, suffixes: Collection[str], given: str) -> lis
         # os.walk reads the folders that remain in this list.
         folders[:] = [name for name in sorted(folders, key=os.fsencode) if _is_new(Path(parent) / name, seen)]
         below = Path(parent).relative_to(folder)
-        names += [
-            (below / name).as_posix()
-            for name in files
-            if os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".")  # noqa: PTH122  (by millions)
-        ]
+        found = [name for name in files if _suffix(name) in suffixes and not name.startswith(".")]
+        names += [(below / name).as_posix() for name in found]
+        if others is not None and len(found) < len(files):
+            unread = (name for name in files if _suffix(name) in OTHER_KINDS and not name.startswith("."))
+            others += [(below / name).as_posix() for name in unread]
 
+    if not names and others:
+        raise InputError(f"{given}: {in_words(others, folder)}")
     if not names:
         raise InputError(f"{given}: nothing in it or below to read (looked for {', '.join(sorted(suffixes))})")
 
     return sorted(names, key=os.fsencode)  # the order of strings would be the locale's
+
+
+def _suffix(name: str) -> str:
+    """Return the suffix of a file's name in small letters. There are millions of names, so no Path is made."""
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122
 
 
 def _is_new(folder: Path, seen: set[tuple[int, int]]) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from vae.config.data import DataConfig
-from vae.config.schema import EvaluateConfig, TrainConfig
+from vae.config.schema import EvaluateConfig, TrainConfig, with_younger_keys
 from vae.distributed import Place, Team, leads_alone
 from vae.errors import InputError, Stopped
 from vae.evaluation import terminal
@@ -45,7 +45,7 @@ def compare_with_init(run: str | Path, base: str | None = None) -> Path:
     Raises InputError if the run began from random weights, or if something that the comparison needs is missing.
     """
     run = Path(run).expanduser()
-    saved = read_json(RunDir(run).config)
+    saved = with_younger_keys(read_json(RunDir(run).config))
     base = base or saved.get("init")
     if base is None:
         raise InputError(f"{run}: it began from chance (init=null); name a base to hold it against")

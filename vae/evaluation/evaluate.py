@@ -34,11 +34,10 @@ from vae.evaluation.report.images import Pictures, grid
 from vae.evaluation.report.page import render
 from vae.evaluation.results import SKIPPED, Collected, Document, Row, Rows, as_csv, collect, of_dataset, rows_of
 from vae.evaluation.robustness import precision, probe, probe_steps
-from vae.evaluation.setup import CODE, Setting, prepare
+from vae.evaluation.setup import CODE, Setting, notes_on, prepare
 from vae.files import locked, replacing, write_text
 from vae.latents import scale_latents
 from vae.precision.audit import audit_steps
-from vae.weights.load import which_export
 from vae.weights.loaded import read_json
 
 REPORT_FILE, BEFORE_AFTER_FILE = "report.html", "before_after.png"
@@ -233,15 +232,8 @@ def evaluate_as(config: EvaluateConfig, team: Team) -> Path:
             raise InputError(refusal)
         if team.leads:
             say(f"measuring into {folder}; interrupted, the same command with name={folder.name} goes on")
-            resolution = config.data.resolution
-
-            for which in filter(None, map(which_export, [*config.models, *([config.base] if config.base else [])])):
-                say(f"note: {which}")
-            sizes = {name: model.config.sample_size for name, model in setting.bench.models.items()}
-            for name in (name for name, size in sizes.items() if size < resolution):
-                say(f"note: {name} is made for {sizes[name]} px and measured at data.resolution={resolution}")
-            for name in (name for name, model in setting.bench.models.items() if not model.config.scale_is_known):
-                say(f"note: {name} does not tell its scaling factor; pictures of its latents take one, family= says it")
+            for note in notes_on(config, setting):
+                say(f"note: {note}")
 
         rows = Rows(folder, team.rank)
         try:

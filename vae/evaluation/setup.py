@@ -8,14 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import PIL
 import torch
 
 from vae import __version__
 from vae.config.data import DataConfig
-from vae.config.schema import EvaluateConfig
+from vae.config.schema import EvaluateConfig, with_younger_keys
 from vae.data.build import open_sources
-from vae.data.sources import Files, Source
+from vae.data.sources import Files, Source, in_words
 from vae.distributed import Team
 from vae.errors import InputError
 from vae.evaluation.compare import SCHEMA
@@ -35,7 +36,9 @@ from vae.metrics.paired import PairedMetrics, unavailable
 from vae.metrics.registry import CONVENTION_OF, OF_SETS, PAIRED
 from vae.models.inception import Inception, load_inception
 from vae.models.lpips import MissingBackboneError
-from vae.weights.load import find_export
+from vae.run_dir import RunDir
+from vae.weights.load import find_export, which_export
+from vae.weights.loaded import read_json
 
 CODE = "code"  # key in the header's "library": the hash of this package
 
@@ -150,6 +153,64 @@ def _open(config: EvaluateConfig) -> dict[str, tuple[DataConfig, Source]]:
     names = short_names(given, "datasets")
     each = [replace(data, root=root) for root in config.datasets] or [data]
     return {name: (data, open_sources(data)[1]) for name, data in zip(names, each, strict=True)}
+
+
+def notes_on(config: EvaluateConfig, setting: Setting) -> list[str]:
+    """Return what somebody who will show the numbers must know before they are measured."""
+    notes = [which_export(path) for path in config.models]
+    resolution = config.data.resolution
+    for name, model in setting.bench.models.items():
+        size = model.config.sample_size
+        if size < resolution:
+            notes.append(f"{name} is made for {size} px and measured at data.resolution={resolution}")
+        if not model.config.scale_is_known:
+            notes.append(f"{name} does not tell its scaling factor; pictures of its latents take one, family= says it")
+
+    for data, source in setting.datasets.values():
+        if isinstance(source, Files):
+            notes.append(in_words(source.passed_over, source.root))
+        notes += [_seen(path, data, source) for path in dict.fromkeys(config.models)]
+    return [note for note in notes if note]
+
+
+def _seen(path: str, data: DataConfig, source: Source) -> str:
+    """Say how many images of `source` the model at `path` was trained on, "" where its run tells of none."""
+    run = RunDir.owning(path)
+    seen = 0 if run is None else trained_on(run, data, source)
+    if run is None or seen == 0:
+        return ""
+
+    share = with_younger_keys(read_json(run.config))["data"]["validation_fraction"]
+    told = f"{seen:,} of these {len(source):,} images were trained on by {run.path}: numbers of new images may be worse"
+    return f"{told}; data.validation_fraction={share} measures those that were held out"
+
+
+def trained_on(run: RunDir, data: DataConfig, source: Source) -> int:
+    """Return how many images of `source`, which `data` describes, were among the training images of `run`.
+
+    Files are compared by their whole paths, other images by their names in the same data set.
+    """
+    try:
+        saved = DataConfig(**with_younger_keys(read_json(run.config))["data"])
+        is_same = (saved.source, saved.root, saved.split) == (data.source, data.root, data.split)
+        if not is_same and not (isinstance(source, Files) and _may_share(saved, data)):
+            return 0
+        training = open_sources(saved)[0]
+    except (InputError, KeyError, TypeError):  # moved since, or of another version
+        return 0
+
+    if isinstance(training, Files) and isinstance(source, Files):
+        return int(np.isin(source.path_hashes(), training.path_hashes()).sum())
+    return len(set(training.names) & set(source.names))
+
+
+def _may_share(one: DataConfig, other: DataConfig) -> bool:
+    """Return whether two data sets of files may have files in common: one lies in the other's folder."""
+    if not {one.source, other.source} <= {"folder", "list"} or one.root is None or other.root is None:
+        return False
+    places = [Path(data.root or "").expanduser().resolve() for data in (one, other)]
+    first, second = (place.parent if place.is_file() else place for place in places)
+    return first == second or first in second.parents or second in first.parents
 
 
 def list_sha256(source: Source) -> str:

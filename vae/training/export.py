@@ -23,7 +23,7 @@ from vae import __version__
 from vae.config.data import DataConfig
 from vae.config.loss import term_of
 from vae.config.model import AutoencoderConfig
-from vae.config.schema import TrainConfig
+from vae.config.schema import TrainConfig, with_younger_keys
 from vae.data.build import open_sources
 from vae.data.loader import first_images, validation_loader
 from vae.data.sources import Photos, Source
@@ -320,7 +320,8 @@ def export_checkpoint(
     images, or on those in the folder `images`. Raises InputError if the checkpoint or the run's configuration cannot
     be used.
     """
-    config = asdict(TrainConfig()) | read_json(RunDir(run).config)  # an older run lacks the keys that are younger
+    # An older run lacks the keys that are younger.
+    config = asdict(TrainConfig()) | with_younger_keys(read_json(RunDir(run).config))
     found = _weights(run, checkpoint, config, ("autoencoder.",) if live else ("ema_model.", "average."))
 
     data = _part(run, config, "data", DataConfig)

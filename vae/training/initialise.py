@@ -25,7 +25,7 @@ from vae.precision.rescale import rescale_checked
 from vae.training.cached_latents import PairedLatents, match_cached_latents
 from vae.training.module import AutoencoderModule
 from vae.training.optim import decoder_learns, freeze, posterior_learns
-from vae.training.resume import is_resumed, model_of, with_bound_of
+from vae.training.resume import as_begun, is_resumed, model_of
 from vae.training.step import Teacher
 from vae.training.validation import AUDITED
 from vae.weights import load_autoencoder, read_autoencoder
@@ -71,9 +71,7 @@ def initial_state(config: TrainConfig, folder: Path, images: Source | None = Non
     again. Cached latents are looked for, and weights made safe in float16, only if the training `images` are passed.
     Raises InputError if parts of the configuration do not fit together.
     """
-    if is_resumed(config, folder):
-        config = with_bound_of(config, folder)
-
+    config = as_begun(config, folder)
     start = InitialState(config) if config.init is None else _initialised(config, folder, images)
 
     # Parameters without contents are enough to see which parts learn.

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vae.config.data import DataConfig
 from vae.config.fields import walk
 from vae.config.model import AutoencoderConfig
-from vae.config.schema import AUTO, TrainConfig
+from vae.config.schema import AUTO, TrainConfig, with_younger_keys
 from vae.errors import InputError, require
 from vae.files import write_text
 from vae.run_dir import RunDir
@@ -80,16 +81,17 @@ def model_of(run: Path) -> AutoencoderConfig:
         raise InputError(f"{RunDir(run).config}: no model in it ({error}); restore it or start a new run") from error
 
 
-def with_bound_of(config: TrainConfig, run: Path) -> TrainConfig:
-    """Return `config` for resuming `run`, with the bound of the adaptive weight that the run began with.
+def as_begun(config: TrainConfig, run: Path) -> TrainConfig:
+    """Return `config`, with what the run that it resumes in `run` did before some keys or defaults were there.
 
-    A run that began with the older bound keeps it, to the last bit. Presets no longer contain that bound. If
-    `config` states one all the same, it is compared with the run's like any other key.
+    A run that began with the older bound of the adaptive weight keeps it, to the last bit; presets no longer contain
+    that bound. It keeps its validation images too. If `config` states another value all the same, that is compared with
+    the run's like any other key.
     """
     saved = RunDir(run).config
-    if not saved.is_file():
-        return config  # no run: refused in better words where it is opened
-    return _with_bound_of(config, _read(saved))
+    if not is_resumed(config, run) or not saved.is_file():
+        return config  # not a run: refused in better words where it is opened
+    return _as_begun(config, _read(saved))
 
 
 def open_folder(config: TrainConfig, folder: Path, *, is_first: bool) -> tuple[Path | None, list[str]]:
@@ -176,7 +178,7 @@ def _differences(config: TrainConfig, saved: Path) -> dict[str, str]:
     """
     known = _read(saved)
     before = _flat(asdict(TrainConfig())) | known
-    now = _flat(asdict(_with_bound_of(config, known)))
+    now = _flat(asdict(_as_begun(config, known)))
     return {
         key: f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -192,8 +194,12 @@ def _corrected(before: dict[str, Any]) -> list[str]:
     return [words for key, applies, words in CORRECTED if applies(values[f"loss.{key}"])]
 
 
-def _with_bound_of(config: TrainConfig, before: dict[str, Any]) -> TrainConfig:
-    """Return `config` with the older bound, if the run began with it and `config` states no other."""
+def _as_begun(config: TrainConfig, before: dict[str, Any]) -> TrainConfig:
+    """Return `config` with what the saved configuration `before` has in place of younger defaults."""
+    least = before.get("data.validation_at_least")
+    if least is not None and config.data.validation_at_least == DataConfig.validation_at_least:
+        config = replace(config, data=replace(config.data, validation_at_least=least))
+
     older = before.get("loss.adaptive_maximum")
     if older is None or "loss.adaptive_bound" in before or config.loss.adaptive_maximum is not None:
         return config
@@ -203,7 +209,7 @@ def _with_bound_of(config: TrainConfig, before: dict[str, Any]) -> TrainConfig:
 def _read(saved: Path) -> dict[str, Any]:
     """Read the configuration in a run's directory, as {"a.b": value}. Raises InputError if it is not readable."""
     try:
-        return _flat(json.loads(saved.read_text(encoding="utf-8")))
+        return _flat(with_younger_keys(json.loads(saved.read_text(encoding="utf-8"))))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{saved}: not readable as a run's configuration ({error}); restore it or start a new run"

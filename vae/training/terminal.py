@@ -5,7 +5,7 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 import rich.progress
@@ -31,9 +31,17 @@ from vae.weights.loaded import config_in
 from vae.weights.safetensors_io import read_index
 from vae.weights.taesd import SCALE
 
-FEW_IMAGES = 5
+FEW_IMAGES = 8  # below it a validation shows whether a run learns, and not which of two exports is better
 LINE_EVERY = 30.0  # seconds
 SHOWN = ("total", "pixel", "perceptual", "adversarial")  # terms beside the pace
+
+
+class Images(NamedTuple):
+    """How many images a run has, and the class of the caller's own sources if they are such."""
+
+    training: int
+    validation: int
+    own: str | None
 
 
 class Progress(Callback):
@@ -160,14 +168,14 @@ def announce(  # noqa: PLR0917
     config: TrainConfig,
     training: AutoencoderModule,
     folder: Path,
-    images: tuple[int, int],
+    images: Images,
     done: int,
     notes: Sequence[str],
     trainer: lightning.Trainer,
 ) -> None:
     """Print what the run trains, on which images and machine, where its files go; then notes and likely mistakes.
 
-    `images` are the numbers of training and validation images, and `done` is the number of updates that are done.
+    `done` is the number of updates that are done.
     """
     parameters = sum(parameter.numel() for parameter in training.autoencoder.parameters())
 
@@ -175,17 +183,23 @@ def announce(  # noqa: PLR0917
     shape = f", trained in buckets of about {' and '.join(map(str, sides))} px squared" if sides else ""
     network = f"{config.model.kind.network} f{config.model.downsample_factor}c{config.model.latent_channels}"
     say(
-        f"{network} of {parameters:,} parameters, {images[0]:,} training and {images[1]:,} validation images of "
-        f"{config.data.source} at {config.data.resolution} px{shape}, updates {done:,} to {config.updates:,}; "
-        f"everything goes to {folder}"
+        f"{network} of {parameters:,} parameters, {images.training:,} training and {images.validation:,} validation "
+        f"images of {images.own or config.data.source} at {config.data.resolution} px{shape}, "
+        f"updates {done:,} to {config.updates:,}; everything goes to {folder}"
     )
 
     say(_machine(config, trainer))
 
     if config.frozen or config.trained or config.teacher:
         say(_what_learns(config, training))
-    if images[1] < FEW_IMAGES:
-        say(f"note: few validation images ({images[1]}) say little: raise data.validation_fraction, or name others")
+    if images.validation < FEW_IMAGES:
+        more = "raise data.validation_fraction, or name others"
+        more = "your own are named by data=folder data.root=FOLDER" if config.data.source == "photos" else more
+        more = "give more of them" if images.own else more
+        say(
+            f"note: {counted(images.validation, 'validation image')} can show that a run learns, and not which of two "
+            f"exports is better{'' if config.best_metric is None else '; exports/best is chosen by so few'}: {more}"
+        )
     if config.loss.weights.adversarial and config.loss.adversarial_start >= config.updates:
         say(
             f"The adversarial term starts at update {config.loss.adversarial_start}, after this run ends: "
@@ -229,24 +243,31 @@ def _what_learns(config: TrainConfig, training: AutoencoderModule) -> str:
     return f"{parameters:,} of them learn{parts}; {decoded}{made}"
 
 
-def _same_images(data: DataConfig) -> str:
+def _same_images(data: DataConfig, images: Images) -> str:
     """Return overrides with which an evaluation measures the images that training was validated on.
 
-    Training validates on at most `data.validation_images` of them; the evaluation is not limited to these.
+    Training validates on at most `data.validation_images` of them; the evaluation is not limited to these. Of the
+    caller's own sources the command line knows nothing, so a folder stands in their place.
     """
+    if images.own:
+        return f"data=folder data.root=FOLDER_OF_HELD_OUT_IMAGES data.resolution={data.resolution}"
+
     chosen = {"data": data.source, "data.resolution": data.resolution}
     if data.source != "photos":
         other = data.validation_split if data.source == "huggingface" else data.validation_root
         chosen |= {"data.root": data.validation_root or data.root}
         chosen |= {"data.validation_fraction": data.validation_fraction} if other is None else {}
+        if other is None and data.validation_at_least != DataConfig.validation_at_least:
+            chosen |= {"data.validation_at_least": data.validation_at_least}
         chosen |= {"data.split": other or data.split} if data.source == "huggingface" else {}
         chosen |= {"data.column": data.column} if data.column else {}
         chosen |= {"data.streaming": "true"} if data.streaming else {}
     return " ".join(f"{key}={shlex.quote(str(value))}" for key, value in chosen.items())
 
 
-def conclude(
+def conclude(  # noqa: PLR0917
     config: TrainConfig,
+    images: Images,
     exports: Sequence[Path],
     metrics: tuple[Mapping[str, float], Mapping[str, float]],
     best: Best,
@@ -268,7 +289,7 @@ def conclude(
         **({"diffusers": exports[0]} if len(exports) > 1 else {}),
         "one file": exports[-1],
         **({} if best.kept is None else {"the best": f"{best.folder}: {best.kept}"}),
-        "measure": f"vae evaluate model={shlex.quote(str(run))} {_same_images(config.data)}",
+        "measure": f"vae evaluate model={shlex.quote(str(run))} {_same_images(config.data, images)}",
     }
     for label, text in left.items():
         say(f"{label:>10}  {text}")

@@ -22,7 +22,7 @@ from vae.console import track
 from vae.data.build import open_sources
 from vae.data.loader import Batch, TrainingImages, shut_down, training_loader, validation_loader
 from vae.data.sampler import BucketOrder, EndlessSampler, Order, order_of, without_bucket
-from vae.data.sources import Source, checked
+from vae.data.sources import Files, Source, checked, in_words
 from vae.errors import InputError, require
 from vae.files import locked
 from vae.training.cached_latents import ImagesWithLatents
@@ -32,8 +32,8 @@ from vae.training.export import export, record_origin
 from vae.training.initialise import InitialState, initial_state, load_initial_weights
 from vae.training.interruption import StopRequests, reporting_failures
 from vae.training.module import AutoencoderModule, images_per_update
-from vae.training.resume import RUN_NAME, TIME, folder_of, open_folder, read_progress
-from vae.training.terminal import announce, conclude, counted, duration
+from vae.training.resume import RUN_NAME, TIME, as_begun, folder_of, open_folder, read_progress
+from vae.training.terminal import Images, announce, conclude, counted, duration
 from vae.training.trainer import build_trainer
 
 Sources = tuple[Source, Source]  # training, validation
@@ -60,8 +60,9 @@ def train(config: TrainConfig, sources: Sources | None = None) -> Path:
     require(not config.plan, "plan=true", "false to train; vae.training.plan.plan makes plans")
 
     with StopRequests(config.max_minutes) as requests:
-        opened = _open(config, sources)
         folder = folder_of(config)
+        config = as_begun(config, folder)
+        opened = _open(config, sources)
         start = initial_state(config, folder, opened[0])
         _train(start, folder, opened, requests)
     return folder
@@ -119,7 +120,7 @@ def _train(start: InitialState, folder: Path, sources: Sources, requests: StopRe
             shut_down(validation)
             taken = duration(time.monotonic() - started)
             pace = f"{counted(trainer.global_step - begun.done, 'update')} in {taken}, start-up included"
-            conclude(config, export(module, folder), (before, after), best, pace)
+            conclude(config, _images(sources), export(module, folder), (before, after), best, pace)
 
 
 def _order(config: TrainConfig, trainer: lightning.Trainer, images: Source) -> Order:
@@ -172,12 +173,25 @@ def _record_beginning(  # noqa: PLR0917
             skipped.add(without_bucket(sources[0], order), TRAINING, begun.done)
         best.begin(resumed=resumed)
         record_origin(start, best.run, sources, resumed=resumed)
-        images = (len(sources[0]), len(sources[1]))
-        announce(start.config, module, best.run, images, begun.done, (*start.notes, *begun.notes), trainer)
+        notes = (*start.notes, *begun.notes, *_passed_over(sources))
+        announce(start.config, module, best.run, _images(sources), begun.done, notes, trainer)
 
     for logger in trainer.loggers:
         if resumed and isinstance(logger, MetricsFile):
             logger.resume_at(begun.done)
+
+
+def _images(sources: Sources) -> Images:
+    """Return how many images there are, and whether they come from the caller's own sources."""
+    training, validation = sources
+    own = next((type(source).__name__ for source in sources if not type(source).__module__.startswith("vae.")), None)
+    return Images(len(training), len(validation), own)
+
+
+def _passed_over(sources: Sources) -> list[str]:
+    """Return a note for each folder that has pictures of kinds that cannot be read."""
+    folders = {source.root: source.passed_over for source in sources if isinstance(source, Files)}
+    return [in_words(passed_over, root) for root, passed_over in folders.items() if passed_over]
 
 
 def _fit(  # noqa: PLR0917

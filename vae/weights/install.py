@@ -192,8 +192,7 @@ def _program_in(folder: Path) -> Place | None:
 def name_of(model: Path) -> str:
     """Return what a VAE is called after its path: the run's name, the folder's name, or that of the file."""
     path = model.expanduser().absolute()
-    runs = (RunDir.of_export(folder) for folder in (path, *path.parents))
-    run = next((run for run in runs if run is not None and run.config.is_file()), None)
+    run = RunDir.owning(path)
     if run is not None:
         return run.path.name
     if path.is_dir():
