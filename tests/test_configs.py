@@ -17,8 +17,8 @@ from vae.config.compose import compose, run
 from vae.config.loss import LossConfig
 from vae.config.schema import EvaluateConfig, TrainConfig
 from vae.errors import Stopped
+from vae.models.base import build_autoencoder
 from vae.models.discriminator import PatchDiscriminator
-from vae.models.registry import build_autoencoder
 from vae.training.optim import build_optimiser
 
 GROUPS = ("model", "loss", "data", "optim", "trainer", "experiment")

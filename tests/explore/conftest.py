@@ -5,8 +5,7 @@ import torch
 from torch import Tensor
 
 from vae.config.model import AutoencoderConfig
-from vae.models.base import Autoencoder
-from vae.models.registry import build_autoencoder
+from vae.models.base import Autoencoder, build_autoencoder
 
 SMALL = {
     "kl": AutoencoderConfig(latent_channels=3, block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4),

@@ -6,7 +6,7 @@ import torch
 from skimage.color import rgb2lab
 
 from tests.metrics.pairs import PHOTOGRAPHS, blurred, foggy, noisy, photograph, real, washed_out
-from vae.metrics.appearance import appearance, details, lab
+from vae.metrics.pixel import appearance, details, lab
 
 RATIOS = {"contrast", "saturation", "sharpness", "high_frequency"}
 

@@ -12,8 +12,7 @@ from vae.config.model import ARCHITECTURES, AutoencoderConfig
 from vae.errors import InputError
 from vae.latents import LatentStatistics
 from vae.models.autoencoder_tiny import AutoencoderTiny, TinyBlock
-from vae.models.base import Autoencoder
-from vae.models.registry import build_autoencoder, network_of
+from vae.models.base import Autoencoder, build_autoencoder, network_of
 from vae.models.strips import decode_in_strips, encode_in_strips
 from vae.precision.audit import audit_precision, peaks_of
 from vae.weights.formats import format_of, to_diffusers_config

@@ -18,9 +18,9 @@ from vae.config.schema import TrainConfig
 from vae.errors import InputError
 from vae.losses.adversarial import AdversarialLoss
 from vae.losses.autoencoder_loss import Objective
+from vae.models.base import build_autoencoder
 from vae.models.discriminator import PatchDiscriminator
 from vae.models.lpips import BACKBONES, MissingBackboneError, load_backbone
-from vae.models.registry import build_autoencoder
 from vae.training.train import train
 from vae.weights import load_autoencoder, save_autoencoder
 

@@ -20,9 +20,9 @@ from vae.config.schema import EvaluateConfig, TrainConfig
 from vae.errors import InputError
 from vae.evaluation.evaluate import evaluate
 from vae.models.autoencoder_kl import AutoencoderKL
+from vae.models.base import build_autoencoder
 from vae.models.lpips import LPIPS
 from vae.models.posterior import DiagonalGaussian
-from vae.models.registry import build_autoencoder
 from vae.training.module import AutoencoderModule
 from vae.training.train import train
 

@@ -65,7 +65,7 @@ def make_float16_safe(found: "LoadedWeights", images: Path, resolution: int, dev
     Raises InputError where rescaling would change the model's images, and for architectures without group norms, since
     nothing in them undoes a scale.
     """
-    from vae.models.registry import as_kl
+    from vae.models.autoencoder_kl import as_kl
     from vae.precision.rescale import rescale_checked
 
     model = as_kl(found.build(), "--fp16-safe", "none: no norm in it undoes a scale; vae inspect --audit measures it")

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from vae.errors import InputError
-from vae.metrics.appearance import appearance
-from vae.metrics.pixel import l1, psnr
+from vae.metrics.pixel import appearance, l1, psnr
 from vae.metrics.registry import OF_SETS, PAIRED
 from vae.metrics.ssim import LEAST_SIDE, WINDOW, ms_ssim, ssim
 from vae.models.arithmetic import float32_arithmetic

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae.config.model import AutoencoderConfig
+from vae.errors import require
 from vae.models.base import Autoencoder, Half
 from vae.models.fused import nearest_conv, norm_silu, norm_silu_conv, pad_conv
 from vae.models.posterior import DiagonalGaussian
@@ -281,3 +282,13 @@ def _never_in_float16(layer: nn.Module, x: Tensor) -> Tensor:
     dtype = next((parameter.dtype for parameter in layer.parameters()), torch.float32)
     with torch.autocast(device, enabled=False):
         return layer(x.to(dtype))
+
+
+def as_kl(model: Autoencoder, given: str, remedy: str) -> AutoencoderKL:
+    """Return `model` as an AutoencoderKL, for what other autoencoders do not have.
+
+    Raises InputError where it is another: `given` names what is asked of it, `remedy` what is expected instead.
+    """
+    require(isinstance(model, AutoencoderKL), f"{given} with a {model.config.architecture} autoencoder", remedy)
+    assert isinstance(model, AutoencoderKL)
+    return model

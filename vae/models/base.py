@@ -1,7 +1,11 @@
-"""The base class of autoencoders: what training, measuring and use ask of one, whatever its architecture."""
+"""The base class of autoencoders: what training, measuring and use ask of one, whatever its architecture.
+
+`build_autoencoder` builds the one that a configuration describes.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Generic, TypeVar
 
 import torch
@@ -104,3 +108,17 @@ class Autoencoder(nn.Module, ABC, Generic[E, D]):
         """
         self.encoder.gradient_checkpointing = enabled
         self.decoder.gradient_checkpointing = enabled
+
+
+def network_of(config: AutoencoderConfig) -> type[Autoencoder]:
+    """Return the class of the network.
+
+    The configuration cannot refer to it, since it imports no network. So the module is found by the architecture's
+    name: vae/models/autoencoder_NAME.py.
+    """
+    return getattr(import_module(f"vae.models.autoencoder_{config.architecture}"), config.kind.network)
+
+
+def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
+    """Build the autoencoder that `config.architecture` names, with random weights."""
+    return network_of(config)(config)

@@ -32,8 +32,7 @@ from vae.errors import InputError
 from vae.files import write_text
 from vae.latents import LatentStatistics, measure_latents
 from vae.metrics.registry import METRICS
-from vae.models.base import Autoencoder
-from vae.models.registry import build_autoencoder
+from vae.models.base import Autoencoder, build_autoencoder
 from vae.models.resize_latents import keeps_channels
 from vae.precision.audit import audit_precision
 from vae.run_dir import RunDir, step_name

@@ -17,8 +17,8 @@ from vae.data.loader import first_images
 from vae.data.sources import Source
 from vae.data.transforms import to_model_range
 from vae.errors import require
-from vae.models.base import Autoencoder
-from vae.models.registry import as_kl, build_autoencoder
+from vae.models.autoencoder_kl import as_kl
+from vae.models.base import Autoencoder, build_autoencoder
 from vae.models.resize_latents import keeps_channels, with_latent_channels
 from vae.precision.audit import audit_precision
 from vae.precision.rescale import rescale_checked

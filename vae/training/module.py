@@ -31,8 +31,8 @@ from vae.losses.autoencoder_loss import Objective, total
 from vae.losses.diff_augment import DRAWS, diff_augment
 from vae.metrics.paired import PairedMetrics
 from vae.models.arithmetic import float32_arithmetic
+from vae.models.base import build_autoencoder
 from vae.models.discriminator import PatchDiscriminator
-from vae.models.registry import build_autoencoder
 from vae.training.guard import Guard, all_finite
 from vae.training.optim import build_optimiser, freeze, learning, update_ema
 from vae.training.step import ForwardPass, detached, single_pass, uniform_for, warm_up

@@ -17,8 +17,7 @@ import torch
 from vae.config.model import AutoencoderConfig
 from vae.errors import require
 from vae.files import State, WeightsError
-from vae.models.base import Autoencoder
-from vae.models.registry import build_autoencoder
+from vae.models.base import Autoencoder, build_autoencoder
 from vae.weights.families import FAMILIES, families_of, is_published_network
 from vae.weights.safetensors_io import check_range
 

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from vae.errors import require
-from vae.models.autoencoder_kl import Decoder, Encoder
+from vae.models.autoencoder_kl import Decoder, Encoder, as_kl
 from vae.models.base import Autoencoder
 from vae.models.posterior import DiagonalGaussian
-from vae.models.registry import as_kl
 from vae.models.strips.maps import Given, freed_at_once
 from vae.models.strips.rowwise import USUAL_ROWS, Work, planned, refuse_changed
 
