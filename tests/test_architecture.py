@@ -43,7 +43,7 @@ DOORS = {  # third-party library -> the only places that may import it
     "typer": {"vae.cli"},
     "safetensors": {"vae.weights", "vae.models.lpips", "vae.models.inception"},
     "rich": {"vae.console", "vae.training", "vae.evaluation", "vae.cli"},
-    "torchvision": {"vae.data", "vae.training.callbacks", "vae.evaluation.protocols"},
+    "torchvision": {"vae.data", "vae.evaluation.protocols"},
     "datasets": {"vae.data.hub"},
     "pyarrow": {"vae.data"},
     "fsspec": {"vae.data.remote"},

@@ -90,6 +90,8 @@ OF_OTHERS = {  # keys of Lightning, diffusers' script, LDM and kohya: ours
     "ckpt_path": "init",
     "resume_from_checkpoint": "resume",
     "report_to": "logger",
+    "tracker_project_name": "wandb.project",
+    "wandb_project": "wandb.project",
     "log_with": "logger",
 }
 HYDRAS = re.compile(r"-[hmcpr]|-c[pnd]|--(help|multirun|run|cfg|package|resolve|info|config-|shell|hydra)")

@@ -51,6 +51,20 @@ IDENTIFIER = Allowed(
 
 
 @dataclass
+class WandbConfig:
+    """What a run is called at Weights & Biases, and where it is put there."""
+
+    project: str = option("vae", "The project.", may_change=True)
+    entity: str | None = option(None, "The user or team. null is the default of the account.", may_change=True)
+    group: str | None = option(None, "Runs of one group are shown together.", may_change=True)
+    tags: list[str] = option([], "Words to find the run by.", may_change=True)
+    notes: str = option("", "A longer description. Without it `about` is taken.", may_change=True)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "wandb.")
+
+
+@dataclass
 class TrainConfig:
     """A training run. Its clock is `updates`, the optimiser steps of the autoencoder."""
 
@@ -110,6 +124,7 @@ class TrainConfig:
     logger: str = option(
         "csv", "Where terms are logged besides metrics.csv.", allowed=choice(*LOGGERS), may_change=True
     )
+    wandb: WandbConfig = part(WandbConfig, "What the run is called with logger=wandb.", may_change=True)
     resume: str | None = option(
         None,
         "Continue the run in this directory. auto continues the newest run of this name and "

@@ -2,25 +2,20 @@
 
 `SkippedImages` lists images that could not be used in `skipped.jsonl` and stops the run if too many are corrupt.
 `Advice` prints what is going wrong and which setting to change. `Pictures` draws the same held-out images at every
-validation. `MetricsFile` is the logger that writes `metrics.csv`.
+validation.
 """
 
-import csv
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
-from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
 from vae.config.loss import LossConfig
 from vae.console import warn
@@ -34,6 +29,7 @@ from vae.metrics.registry import OF_SETS
 from vae.run_dir import RunDir, step_name
 from vae.training.guard import MANY, RECENT
 from vae.training.interruption import StopRequests
+from vae.training.loggers import ShowsPictures
 from vae.training.module import AutoencoderModule
 
 ALWAYS_ALLOWED = 10  # corrupt images that are allowed in a data set of any size
@@ -311,91 +307,6 @@ class Pictures(Callback):
         with replacing(path) as partial:
             sheet.save(partial, format="PNG")
 
-        log_picture(trainer.loggers, sheet, trainer.global_step)
-
-
-def log_picture(loggers: Sequence[Logger], picture: Image.Image, updates: int) -> None:
-    """Send a picture to the loggers that show pictures: Weights & Biases and TensorBoard."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.log_image("val/reconstructions", [picture], step=updates)
-        elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image("val/reconstructions", TF.pil_to_tensor(picture), updates)
-
-
-CLOCK = "updates"
-
-
-class MetricsFile(Logger):
-    """Write metrics.csv: one row for each update at which something was logged.
-
-    Rows are appended, and the file is rewritten at once if a column is new. So it is readable after a kill, and a
-    resumed run continues it. `clock` returns the updates done.
-    """
-
-    def __init__(self, path: Path, clock: Callable[[], int]) -> None:
-        super().__init__()
-        self.path = path
-        self._clock = clock
-        self._rows: dict[int, dict[str, Any]] = {}
-        self._columns: list[str] = []
-        self._written: set[int] = set()
-
-        if path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
-                for row in csv.DictReader(file):
-                    self._rows[int(row[CLOCK])] = {name: value for name, value in row.items() if value}
-
-    @property
-    def name(self) -> str:
-        """Lightning wants a name; the file has none besides its path."""
-        return ""
-
-    @property
-    def version(self) -> str:
-        """Lightning wants a version; the file has none."""
-        return ""
-
-    def log_hyperparams(self, params: object, *args: object, **kwargs: object) -> None:
-        """Do nothing: the configuration has its own file."""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Add values to the row of the current update. The step that Lightning passes is ignored: `clock` counts."""
-        updates = self._clock()
-        if updates in self._written:
-            self._columns = []  # the file has this row without the new values, so it is rewritten
-
-        row = self._rows.setdefault(updates, {CLOCK: updates})
-        row |= {name: value for name, value in metrics.items() if name != "epoch"}
-
-    def resume_at(self, updates: int) -> None:
-        """Forget the rows after `updates`: the resumed run makes these updates again."""
-        self._rows = {done: row for done, row in self._rows.items() if done <= updates}
-
-    @rank_zero_only
-    def save(self) -> None:
-        """Append the rows that are complete: all but the newest, to which a validation may still add."""
-        self._write(sorted(self._rows)[:-1])
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        """Write all rows: the run is over."""
-        self._write(sorted(self._rows))
-
-    def _write(self, complete: list[int]) -> None:
-        """Write the rows of the `complete` updates that the file does not have yet."""
-        columns = [CLOCK, *sorted({name for done in complete for name in self._rows[done]} - {CLOCK})]
-        fresh = [done for done in complete if done not in self._written]
-
-        if columns != self._columns:  # a new term, or the start of a session: rewrite the whole file
-            with replacing(self.path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, columns)
-                writer.writeheader()
-                writer.writerows(self._rows[done] for done in complete)
-            self._columns = columns
-            self._written = set(complete)
-        elif fresh:
-            with self.path.open("a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, columns).writerows(self._rows[done] for done in fresh)
-            self._written |= set(fresh)
+        for logger in trainer.loggers:
+            if isinstance(logger, ShowsPictures):
+                logger.log_picture("val/reconstructions", sheet)

@@ -26,11 +26,12 @@ from vae.data.sources import Files, Source, checked, in_words
 from vae.errors import InputError, require
 from vae.files import locked
 from vae.training.cached_latents import ImagesWithLatents
-from vae.training.callbacks import TRAINING, MetricsFile, SkippedImages
+from vae.training.callbacks import TRAINING, SkippedImages
 from vae.training.checkpointing import Best
 from vae.training.export import export, record_origin
 from vae.training.initialise import InitialState, initial_state, load_initial_weights
 from vae.training.interruption import StopRequests, reporting_failures
+from vae.training.loggers import MetricsFile, TensorBoard, WeightsAndBiases, hyperparameters
 from vae.training.module import AutoencoderModule, images_per_update
 from vae.training.resume import RUN_NAME, TIME, as_begun, folder_of, open_folder, read_progress
 from vae.training.terminal import Images, announce, conclude, counted, duration
@@ -177,8 +178,9 @@ def _record_beginning(  # noqa: PLR0917
         announce(start.config, module, best.run, _images(sources), begun.done, notes, trainer)
 
     for logger in trainer.loggers:
-        if resumed and isinstance(logger, MetricsFile):
+        if resumed and isinstance(logger, (MetricsFile, TensorBoard)):
             logger.resume_at(begun.done)
+        logger.log_hyperparams(hyperparameters(start.config))
 
 
 def _images(sources: Sources) -> Images:
@@ -219,6 +221,9 @@ def _fit(  # noqa: PLR0917
     finally:
         os.environ.pop(RUN_NAME, None)
         shut_down(batches)
+        for logger in trainer.loggers:
+            if isinstance(logger, WeightsAndBiases):
+                logger.close()
 
     return before
 

@@ -3,22 +3,20 @@
 import inspect
 import logging
 import warnings
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
 
 from vae.config.schema import TrainConfig
 from vae.errors import InputError, require
-from vae.run_dir import RunDir
-from vae.training.callbacks import Advice, MetricsFile, Pictures, SkippedImages
+from vae.training.callbacks import Advice, Pictures, SkippedImages
 from vae.training.checkpointing import Best, CheckedCheckpointIO, Checkpoints
 from vae.training.interruption import StopRequests, keep_lightning_out
+from vae.training.loggers import build_loggers
 from vae.training.terminal import Progress
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -86,7 +84,7 @@ def build_trainer(
             use_distributed_sampler=False,
             inference_mode=False,  # metrics are used again by the next validation, which inference tensors forbid
             sync_batchnorm=has_batch_norm,
-            logger=_build_loggers(config, folder, lambda: trainer.global_step),
+            logger=build_loggers(config, folder, lambda: trainer.global_step),
             callbacks=[checkpoints, skipped, Pictures(folder), best, Advice(arguments["log_every_n_steps"]), progress],
             plugins=[CheckedCheckpointIO()],
         )
@@ -158,20 +156,3 @@ def silence_lightning() -> None:
     )
     for message in (*not_ours, ".*AMP with fp16 is not supported on CPU.*"):  # build_trainer refuses the last itself
         warnings.filterwarnings("ignore", message)
-
-
-def _build_loggers(config: TrainConfig, folder: Path, clock: Callable[[], int]) -> list[Logger]:
-    """Return the loggers: always a CSV file, and the one that the configuration names.
-
-    Weights & Biases runs offline if no key is configured, so it never asks for a login.
-    """
-    loggers: list[Logger] = [MetricsFile(RunDir(folder).metrics, clock)]
-    if config.logger == "tensorboard":
-        loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
-    if config.logger == "wandb":
-        import wandb
-
-        has_key = wandb.login(prompt=False, verify=False)
-        settings = wandb.Settings(init_timeout=30, mode="online" if has_key else "offline")
-        loggers.append(WandbLogger(config.name, folder, project="vae", offline=not has_key, settings=settings))
-    return loggers
