@@ -32,6 +32,11 @@ class RunDir:
         return self.path / "metrics.csv"
 
     @property
+    def curves(self) -> Path:
+        """A page with the curves of everything in that table."""
+        return self.path / "curves.html"
+
+    @property
     def skipped(self) -> Path:
         """The images that could not be used, and why."""
         return self.path / "skipped.jsonl"

@@ -39,6 +39,7 @@ for command in (
     datasets.prepare,
     datasets.cache_latents,
     compare.compare,
+    compare.compare_runs,
     train.plan,
 ):
     app.command()(command)

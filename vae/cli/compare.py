@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vae.console import say, warn
+from vae.console import print_table, say, warn
 from vae.errors import GATE_FAILED, require
 
 if TYPE_CHECKING:
@@ -172,3 +172,24 @@ def _margins(given: list[str], metrics: list[str]) -> dict[str, float]:
             found[name] = -1.0
         require(0 <= found[name] < float("inf"), f"--margin {one}", f"a loss of 0 or more, e.g. {name}=0.1")
     return found
+
+
+def compare_runs(
+    runs: Annotated[list[Path], typer.Argument(help="the directories of two runs or more")],
+    page: Annotated[Path, typer.Option(help="where the page of their curves is written")] = Path("runs.html"),
+) -> None:
+    """Draw the curves of several runs over each other, and say in what their configurations differ.
+
+    Example: vae compare-runs runs/first runs/second --page compared.html
+    """
+    from vae import curves
+    from vae.files import write_text
+
+    require(len(runs) > 1, f"{len(runs)} run", "two or more; a run's own curves are in its curves.html")
+    read = curves.named_apart([curves.read_run(run) for run in runs])
+    names = [run.name for run in read]
+
+    for title, rows in (("differs", curves.differences(read)), ("last value", curves.last_values(read))):
+        print_table((title, *names), [(key, *values) for key, values in rows.items()])
+    write_text(page, curves.page(read, f"{len(read)} runs"))
+    say(f"curves: {page}")

@@ -5,7 +5,7 @@ list of what a resumed run may change are read from it.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
@@ -124,3 +124,11 @@ def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]
             yield from walk(value, f"{prefix}{one.name}.")
         else:
             yield f"{prefix}{one.name}", one, value
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings to keys as they are written on a command line: {"a": {"b": 1}} -> {"a.b": 1}."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found

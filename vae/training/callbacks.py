@@ -2,13 +2,15 @@
 
 `SkippedImages` lists images that could not be used in `skipped.jsonl` and stops the run if too many are corrupt.
 `Advice` prints what is going wrong and which setting to change. `Pictures` draws the same held-out images at every
-validation.
+validation, and `Curves` the page of all that was logged.
 """
 
 import json
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from vae import curves
 from vae.config.loss import LossConfig
 from vae.console import warn
 from vae.data.contact_sheet import reconstruction_sheet
@@ -29,7 +32,7 @@ from vae.metrics.registry import OF_SETS
 from vae.run_dir import RunDir, step_name
 from vae.training.guard import MANY, RECENT
 from vae.training.interruption import StopRequests
-from vae.training.loggers import ShowsPictures
+from vae.training.loggers import MetricsFile, ShowsPictures
 from vae.training.module import AutoencoderModule
 
 ALWAYS_ALLOWED = 10  # corrupt images that are allowed in a data set of any size
@@ -270,6 +273,52 @@ def _reconstruction(means: Means, loss: LossConfig) -> float:
 
 
 PICTURED = 8  # held-out images on every sheet
+
+
+REDRAW = 60.0  # seconds
+
+
+class Curves(Callback):
+    """Draw curves.html while the run goes: at every validation, and between them once in REDRAW seconds."""
+
+    def __init__(self, run: Path, every: int) -> None:
+        self.run = RunDir(run)
+        self.every = every
+        self._drawn = time.monotonic()
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Draw the page if it is time to."""
+        is_logged = not (batch_idx + 1) % (self.every * trainer.accumulate_grad_batches)
+        if is_logged and time.monotonic() - self._drawn >= REDRAW:
+            self._draw(trainer)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Draw the page, with what the validation measured."""
+        self._draw(trainer)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Draw the page for the last time."""
+        self._draw(trainer)
+
+    def _draw(self, trainer: lightning.Trainer) -> None:
+        """Draw what was logged so far. A page that cannot be written stops no run."""
+        logger = next((logger for logger in trainer.loggers if isinstance(logger, MetricsFile)), None)
+        if logger is None or not trainer.is_global_zero:
+            return
+        self._drawn = time.monotonic()
+        series = curves.series_of(logger.rows())
+        if series:
+            with suppress(OSError):
+                write_text(
+                    self.run.curves, curves.page([curves.Run(self.run.path.name, series, {})], self.run.path.name)
+                )
 
 
 class Pictures(Callback):

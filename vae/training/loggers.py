@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
+from vae.config.fields import flat
 from vae.config.schema import TrainConfig
 from vae.files import replacing
 from vae.run_dir import RunDir
@@ -67,6 +68,10 @@ class MetricsFile(Logger):
 
         row = self._rows.setdefault(updates, {CLOCK: updates})
         row |= _without_epoch(metrics)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return all rows in order, also those that are not in the file yet."""
+        return [self._rows[updates] for updates in sorted(self._rows)]
 
     def resume_at(self, updates: int) -> None:
         """Forget the rows after `updates`: the resumed run makes these updates again."""
@@ -186,15 +191,7 @@ def build_loggers(config: TrainConfig, folder: Path, clock: Clock) -> list[Logge
 def hyperparameters(config: TrainConfig) -> dict[str, Any]:
     """Return the configuration as the loggers show it: {"optim.learning_rate": 1e-4, ...}, with versions."""
     versions = {"vae": metadata.version("vae"), "torch": str(torch.__version__)}
-    return _flat(asdict(config), "") | {f"version.{name}": version for name, version in versions.items()}
-
-
-def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Flatten nested mappings to keys as they are written on a command line."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+    return flat(asdict(config)) | {f"version.{name}": version for name, version in versions.items()}
 
 
 def _without_epoch(metrics: Mapping[str, float]) -> dict[str, float]:

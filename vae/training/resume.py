@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vae.config.data import DataConfig
-from vae.config.fields import walk
+from vae.config.fields import flat, walk
 from vae.config.model import AutoencoderConfig
 from vae.config.schema import AUTO, TrainConfig, with_younger_keys
 from vae.errors import InputError, require
@@ -177,8 +177,8 @@ def _differences(config: TrainConfig, saved: Path) -> dict[str, str]:
     default.
     """
     known = _read(saved)
-    before = _flat(asdict(TrainConfig())) | known
-    now = _flat(asdict(_as_begun(config, known)))
+    before = flat(asdict(TrainConfig())) | known
+    now = flat(asdict(_as_begun(config, known)))
     return {
         key: f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -188,7 +188,7 @@ def _differences(config: TrainConfig, saved: Path) -> dict[str, str]:
 
 def _corrected(before: dict[str, Any]) -> list[str]:
     """Return notes on settings whose rule was corrected since the run began with these values."""
-    values = _flat(asdict(TrainConfig())) | before
+    values = flat(asdict(TrainConfig())) | before
     if "loss.adaptive_bound" in before or not values["loss.weights.adversarial"]:
         return []
     return [words for key, applies, words in CORRECTED if applies(values[f"loss.{key}"])]
@@ -209,16 +209,8 @@ def _as_begun(config: TrainConfig, before: dict[str, Any]) -> TrainConfig:
 def _read(saved: Path) -> dict[str, Any]:
     """Read the configuration in a run's directory, as {"a.b": value}. Raises InputError if it is not readable."""
     try:
-        return _flat(with_younger_keys(json.loads(saved.read_text(encoding="utf-8"))))
+        return flat(with_younger_keys(json.loads(saved.read_text(encoding="utf-8"))))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{saved}: not readable as a run's configuration ({error}); restore it or start a new run"
         ) from error
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested mappings: {"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

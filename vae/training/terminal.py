@@ -286,6 +286,7 @@ def conclude(  # noqa: PLR0917
     left = {
         "pictures": RunDir(run).pictures,
         "metrics": RunDir(run).metrics,
+        "curves": RunDir(run).curves,
         **({"diffusers": exports[0]} if len(exports) > 1 else {}),
         "one file": exports[-1],
         **({} if best.kept is None else {"the best": f"{best.folder}: {best.kept}"}),

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from vae.config.schema import TrainConfig
 from vae.errors import InputError, require
-from vae.training.callbacks import Advice, Pictures, SkippedImages
+from vae.training.callbacks import Advice, Curves, Pictures, SkippedImages
 from vae.training.checkpointing import Best, CheckedCheckpointIO, Checkpoints
 from vae.training.interruption import StopRequests, keep_lightning_out
 from vae.training.loggers import build_loggers
@@ -66,7 +66,8 @@ def build_trainer(
     accumulate = arguments.get("accumulate_grad_batches", 1)
     has_batch_norm = bool(config.loss.weights.adversarial) and config.loss.discriminator.mixes_images
 
-    progress = Progress(best, arguments["log_every_n_steps"], has_bar=arguments.pop("enable_progress_bar", True))
+    every = arguments["log_every_n_steps"]
+    progress = Progress(best, every, has_bar=arguments.pop("enable_progress_bar", True))
     checkpoints = Checkpoints(best, config.validate_every, config.checkpoint_minutes, requests)
     try:
         trainer = lightning.Trainer(
@@ -85,7 +86,7 @@ def build_trainer(
             inference_mode=False,  # metrics are used again by the next validation, which inference tensors forbid
             sync_batchnorm=has_batch_norm,
             logger=build_loggers(config, folder, lambda: trainer.global_step),
-            callbacks=[checkpoints, skipped, Pictures(folder), best, Advice(arguments["log_every_n_steps"]), progress],
+            callbacks=[checkpoints, skipped, Pictures(folder), best, Advice(every), Curves(folder, every), progress],
             plugins=[CheckedCheckpointIO()],
         )
     except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
