@@ -144,6 +144,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     run = train(replace(config, name="NAME", model=network, updates=1, validate_every=1, resume=None))
     shutil.copy(run / "checkpoints" / "step_0000001.ckpt", run / "checkpoints" / "step_0020000.ckpt")
+    for name in ("first", "second"):
+        shutil.copytree(run, tmp_path / "runs" / name)
     theirs = AutoencoderKL(AutoencoderConfig(block_out_channels=[32, 32], layers_per_block=1))
     state = to_ldm(dict(theirs.state_dict()), theirs.config)
     full = {f"first_stage_model.{name}": tensor.contiguous() for name, tensor in state.items()}

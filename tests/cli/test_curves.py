@@ -21,14 +21,14 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.labels: list[str] = []
-        self.fetched: list[str] = []
+        self.fetched: list[str | None] = []
         self.tags: list[str] = []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         given = dict(attrs)
         self.tags.append(tag)
-        self.labels += [given["aria-label"]] if tag == "svg" else []
+        self.labels += [given["aria-label"] or ""] if tag == "svg" else []
         self.fetched += [value for name, value in attrs if name in {"src", "href"}]
 
 

@@ -23,10 +23,22 @@ def test_inspect_says_what_a_model_is(call, capsys, model):
     assert call("inspect", model) == 0
     printed = capsys.readouterr()
     assert "AutoencoderKL f2c3, of no known family" in printed.out
-    assert "scaling_factor  0.18215" in printed.out
-    assert "finite  yes" in printed.out
-    assert "stored as  float32" in printed.out
+    lines = printed.out.splitlines()
+    assert len(lines) <= 10
+    assert lines[1] == "   verdict  sound, and loads in diffusers, kohya sd-scripts (folder)"
+    assert "4 channels" not in printed.out
+    assert "3 channels, scaling_factor 0.18215" in printed.out
+    assert "live, float32" in printed.out
     assert "warning: only diffusers and kohya sd-scripts (folder) can load it" in printed.err
+
+
+def test_inspect_says_everything_of_a_model_on_demand(call, capsys, model):
+    assert call("inspect", model, "--verbose") == 0
+    printed = capsys.readouterr().out
+    assert "scaling_factor  0.18215" in printed
+    assert "finite  yes" in printed
+    assert "stored as  float32" in printed
+    assert "mid_block_pool  False" in printed
 
 
 def test_inspect_finds_a_network_that_is_not_safe_in_float16(call, capsys, tmp_path, perturbed, tiny):
@@ -42,7 +54,7 @@ def test_inspect_names_tensors_that_are_not_finite_and_ends_with_status_two(call
     save_file(load_file(path) | {"decoder.conv_in.bias": torch.full((16,), torch.nan)}, path)
     assert call("inspect", model) == 2
     printed = capsys.readouterr()
-    assert "finite  no: 1 tensors hold NaN or infinite values" in printed.out
+    assert "damaged: 1 tensors hold NaN or infinite values" in printed.out
     assert "decoder.conv_in.bias" in printed.err
 
 

@@ -21,6 +21,16 @@ from vae.evaluation.report.page import render
 from vae.evaluation.report.sections import matrices
 
 
+def test_a_failed_gate_is_told_whole_and_only_names_are_shortened(reported):
+    """D15: a rule for names was applied to the sentence, and cut it within a word."""
+    document = reported[0]
+    name = f"{'a' * 60}/{'b' * 60}.safetensors"
+    failed = [f"photos, {name}: LPIPS (AlexNet) is 0.1216, at most 0.1 is asked"]
+    renamed = document | {"models": document["models"] | {name: {}}, "gates": {"asked": {}, "failed": failed}}
+    (gate,) = [finding for finding in findings(document | {"gates": renamed["gates"]}) if "gate" in finding.headline]
+    assert "LPIPS (AlexNet) is 0.1216, at most 0.1 is asked" in gate.detail
+
+
 def _photographs(count: int, size: int = 64) -> dict[str, Tensor]:
     """Smooth random pictures, each with its own contrast and detail."""
     generator = torch.Generator().manual_seed(0)

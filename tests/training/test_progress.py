@@ -36,6 +36,21 @@ def test_a_run_without_a_terminal_says_what_it_is_and_how_it_goes(tiny_run, monk
     assert all(re.search(r"pixel [\d.e-]+.*, [\d.e+]+ images/s, \d+ s left$", line) for line in updates)
 
 
+def test_a_run_ends_in_ten_lines_with_what_came_of_it_first(tiny_run, capsys):
+    train(replace(tiny_run, keep_best="psnr"))
+    said = capsys.readouterr().out.splitlines()
+    end = said[next(number for number, line in enumerate(said) if line.startswith("done: ")) :]
+    assert len(end) <= 10
+    assert re.match(r"done: psnr \d+\.\d+ -> \d+\.\d+, ssim .* \(EMA weights, held-out images\)$", end[0])
+    assert any("exports/best, the best: update" in line for line in end)
+    assert any("curves.html" in line for line in end)
+
+
+def test_every_table_is_printed_on_demand(tiny_run, capsys):
+    train(replace(without_adversary(tiny_run), updates=2, verbose=True))
+    assert "validation (EMA weights)" in capsys.readouterr().out
+
+
 def test_the_pace_and_the_weighted_sum_are_in_the_metrics_file(tiny_run):
     run = train(without_adversary(tiny_run))
     with (run / "metrics.csv").open(newline="") as file:

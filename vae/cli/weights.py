@@ -156,22 +156,22 @@ def inspect(
     ema: Ema = False,
     resolution: Resolution = 256,
     device: Device = "auto",
+    verbose: Annotated[bool, typer.Option("--verbose", help="every setting and every note of the file")] = False,
 ) -> None:
-    """Say what a file is: family, architecture, precision, scale, soundness, and which programs can load it.
+    """Say what a file is: soundness, who can load it, family, precision, scale, and how it was trained.
 
     Example: vae inspect runs/first --audit photos
     """
-    from dataclasses import asdict
-
     from vae.errors import InputError
-    from vae.weights.describe import facts_of, notes_of, soundness, title_of, warnings_of
+    from vae.weights.describe import everything_of, soundness, summary_of, title_of, warnings_of
 
     found = read(model, config, family, ema=ema, finite=False)
     broken, values = soundness(found)
 
     say(f"{found.file}: {title_of(found)}")
-    for name, value in (values | facts_of(found) | asdict(found.config) | notes_of(found)).items():
-        say(f"{name:>24}  {value}")
+    shown = values | everything_of(found) if verbose else summary_of(found, values)
+    for name, value in shown.items():
+        say(f"{name:>24}  {value}" if verbose else f"{name:>10}  {value}")
     for line in warnings_of(found):
         warn(line)
 

@@ -125,6 +125,12 @@ class TrainConfig:
         "csv", "Where terms are logged besides metrics.csv.", allowed=choice(*LOGGERS), may_change=True
     )
     wandb: WandbConfig = part(WandbConfig, "What the run is called with logger=wandb.", may_change=True)
+    verbose: bool = option(
+        False,
+        "At the end, print every table, not only the lines that matter most.",
+        may_change=True,
+        quiet=True,
+    )
     resume: str | None = option(
         None,
         "Continue the run in this directory. auto continues the newest run of this name and "
@@ -344,6 +350,7 @@ class EvaluateConfig:
         "Limits, e.g. {psnr: 28, lpips_alex: 0.1}. An evaluation that misses one ends with status 4. So does one "
         "with a reconstruction that is not finite.",
     )
+    verbose: bool = option(True, "Print every table, not only the verdicts on models beside the base.")
     allow_skipped: bool = option(False, "End with status 0, not 3, where images could not be read or reconstructed.")
     inception: str | None = option(None, "File with Inception's weights, for rFID and KID.", is_path=True)
     download: bool = option(False, "Allow to fetch weights that are missing.")

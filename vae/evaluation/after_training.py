@@ -53,7 +53,7 @@ def compare_with_init(run: str | Path, base: str | None = None) -> Path:
         data = DataConfig(**saved["data"])
     except (KeyError, TypeError) as error:
         raise InputError(f"{RunDir(run).config}: data is not what this version of vae writes ({error})") from error
-    return _compare(run, base, data)
+    return _compare(run, base, data, verbose=True)
 
 
 def after_training(config: TrainConfig, run: Path) -> None:
@@ -64,18 +64,18 @@ def after_training(config: TrainConfig, run: Path) -> None:
     if config.init is None or not config.compare_with_init or not leads_alone():
         return
     try:
-        _compare(run, config.init, config.data)
+        _compare(run, config.init, config.data, verbose=config.verbose)
     except (InputError, Stopped, OSError, RuntimeError) as error:
         terminal.say(f"the run is done, and not held against the weights that it began from: {error}")
         terminal.say(f"by hand: {_command(run, config.init, config.data)}")
 
 
-def _compare(run: Path, base: str, data: DataConfig) -> Path:
+def _compare(run: Path, base: str, data: DataConfig, *, verbose: bool) -> Path:
     """Evaluate the export of `run` together with `base` on `data`, unless this was done before."""
     find_export(base, "init")
     folder = _folder_of(run, base)
     if (folder / DOCUMENT_FILE).exists():
-        terminal.against_base(json.loads((folder / DOCUMENT_FILE).read_text(encoding="utf-8")))
+        terminal.against_base(json.loads((folder / DOCUMENT_FILE).read_text(encoding="utf-8")), verbose=verbose)
         terminal.say(f"measured before; delete {folder} to measure it again")
         return folder
 
@@ -90,6 +90,7 @@ def _compare(run: Path, base: str, data: DataConfig) -> Path:
         metrics=list(MEASURED),
         probe_images=0,
         allow_skipped=True,
+        verbose=verbose,
         data=replace(data, **squares),
     )
     return evaluate_as(config, Team(Place()))

@@ -32,7 +32,18 @@ from vae.evaluation.measure import Evaluator, exact_arithmetic
 from vae.evaluation.report.gallery import choose
 from vae.evaluation.report.images import Pictures, grid
 from vae.evaluation.report.page import render
-from vae.evaluation.results import SKIPPED, Collected, Document, Row, Rows, as_csv, collect, of_dataset, rows_of
+from vae.evaluation.results import (
+    SKIPPED,
+    Collected,
+    Document,
+    Row,
+    Rows,
+    as_csv,
+    as_markdown,
+    collect,
+    of_dataset,
+    rows_of,
+)
 from vae.evaluation.robustness import precision, probe, probe_steps
 from vae.evaluation.setup import CODE, Setting, notes_on, prepare
 from vae.files import locked, replacing, write_text
@@ -40,7 +51,9 @@ from vae.latents import scale_latents
 from vae.precision.audit import audit_steps
 from vae.weights.loaded import read_json
 
-REPORT_FILE, BEFORE_AFTER_FILE = "report.html", "before_after.png"
+REPORT_FILE = "report.html"
+BEFORE_AFTER_FILE = "before_after.png"
+MARKDOWN_FILE = "table.md"
 PICTURES, PICTURES_A_MODEL = 14, 10  # images in the report: typical ones, and the extremes for each model
 
 
@@ -63,8 +76,8 @@ def finish(config: EvaluateConfig, folder: Path, setting: Setting, rows: Rows) -
 
     # The document is complete on disk, so the rows that a rerun would need can go.
     rows.forget()
-    terminal.document(document)
-    terminal.written(folder, (*drawn, DOCUMENT_FILE, TABLE_FILE))
+    terminal.document(document, verbose=config.verbose)
+    terminal.written(folder, (*drawn, MARKDOWN_FILE, DOCUMENT_FILE, TABLE_FILE))
     _end(config, folder, document)
 
 
@@ -106,10 +119,11 @@ def _draw(document: Document, table: list[Row], setting: Setting, folder: Path) 
 
 
 def _write(document: Document, table: list[Row], folder: Path) -> None:
-    """Write the table and, last, the document."""
+    """Write the tables and, last, the document."""
     # Names of files may hold bytes that are not UTF-8: they are written as they are.
     with replacing(folder / TABLE_FILE) as partial:
         partial.write_bytes(as_csv(table, document).encode("utf-8", "surrogateescape"))
+    write_text(folder / MARKDOWN_FILE, as_markdown(document))
     write_text(folder / DOCUMENT_FILE, json.dumps(document, indent=2, allow_nan=False) + "\n")
 
 

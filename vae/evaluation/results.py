@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from vae.config.model import ARCHITECTURES
-from vae.errors import InputError
+from vae.errors import InputError, printable
 from vae.evaluation.compare import PIXELS, whole_models
 from vae.evaluation.latents import combine
 from vae.evaluation.statistics import FEWEST, QUANTILE, compare_pairs, summarise
-from vae.metrics.registry import CONVENTION_OF, OF_SETS, PAIRED
+from vae.metrics.registry import CONVENTION_OF, METRICS, OF_SETS, PAIRED
 from vae.metrics.set_distances import frechet_distance, kernel_estimate
 
 Line = dict[str, Any]  # a row about one image: dataset, index, image, and SKIPPED or what each model made of it
@@ -259,6 +259,45 @@ def as_csv(rows: list[Row], header: Document) -> str:
         about = [" ".join(row["flags"]), protocol, row["pixels"]]
         writer.writerow([row["dataset"], row["image"], row["model"], *cells, *about])
     return text.getvalue()
+
+
+def as_markdown(document: Document) -> str:
+    """Write the tables as Markdown, to paste into a README or a model card: metrics down, models across."""
+    protocol = document["protocol"]
+    parts = []
+    for name, about in document["datasets"].items():
+        heads = ["", *map(_escaped, whole_models(document))]
+        rows = [heads, ["---"] * len(heads), *(map(_escaped, cells) for cells in cells_of(document, name))]
+        images = f"{about['images']:,} images of {_escaped(name)} at {document['resolution']} px"
+        parts.append("\n".join([f"{images}:", "", *(f"| {' | '.join(row)} |" for row in rows)]))
+
+    measured = f"Mean [95 % interval], measured with vae {document['library']['vae']}, protocol {protocol['name']}"
+    return "\n\n".join([*parts, f"{measured} ({protocol['sha256']})."]) + "\n"
+
+
+def cells_of(document: Document, dataset: str) -> list[list[str]]:
+    """Return the table of a data set: a row for each metric, with its title and the mean of each model."""
+    rows = []
+    for metric in document["measured"]:
+        about = METRICS[metric]
+        title = f"{about.title}{f' {about.unit}' if about.unit else ''} {about.arrow}"
+        found = [document["metrics"][dataset][model][metric] for model in whole_models(document)]
+        rows.append([title, *(cell(one, about.digits) for one in found)])
+    return rows
+
+
+def cell(summary: dict[str, Any] | None, digits: int) -> str:
+    """Format a mean with its interval, or "-"."""
+    if summary is None or summary["mean"] is None:
+        return "-"
+    mean = f"{summary['mean']:.{digits}f}"
+    has_interval = summary["low"] is not None and summary["high"] is not None
+    return f"{mean} [{summary['low']:.{digits}f}, {summary['high']:.{digits}f}]" if has_interval else mean
+
+
+def _escaped(text: str) -> str:
+    """Return text as a cell of a Markdown table shows it."""
+    return printable(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 
 def _asked(header: Document) -> list[list[tuple[str, str]]]:

@@ -12,7 +12,7 @@ from vae.errors import printable
 from vae.evaluation.compare import whole_models
 from vae.evaluation.drop_in import lines_against_base
 from vae.evaluation.protocols import PROTOCOLS
-from vae.evaluation.results import SKIPPED
+from vae.evaluation.results import SKIPPED, cell, cells_of
 from vae.evaluation.statistics import NO_DIFFERENCE
 from vae.metrics.registry import METRICS, OF_SETS
 
@@ -20,8 +20,15 @@ MOST_COMPARISONS = 12  # the most that are printed; all of them are in the files
 STYLES = {"better": "green", "worse": "red"}
 
 
-def document(document: dict[str, Any]) -> None:
-    """Print the whole evaluation: tables, comparisons, what is missing, and the verdicts."""
+def document(document: dict[str, Any], *, verbose: bool = True) -> None:
+    """Print the whole evaluation: tables, comparisons, what is missing, and the verdicts.
+
+    Without `verbose` only the verdicts on each model beside the base are printed.
+    """
+    if not verbose:
+        against_base(document, verbose=False)
+        return
+
     print(PROTOCOLS[document["protocol"]["name"]])
     for name, about in document["datasets"].items():
         print()
@@ -49,13 +56,13 @@ def document(document: dict[str, Any]) -> None:
     against_base(document)
 
 
-def against_base(document: dict[str, Any]) -> None:
-    """Print each model beside the base, metric by metric, and whether it is harmless.
+def against_base(document: dict[str, Any], *, verbose: bool = True) -> None:
+    """Print each model beside the base, metric by metric if `verbose`, and whether it is harmless.
 
     Nothing is printed if there is no base.
     """
     for model, about in document["against_base"].items():
-        for dataset in document["datasets"]:
+        for dataset in document["datasets"] if verbose else ():
             title = f"{dataset}: {printable(model)} against {printable(document['base'])}"
             table = Table("", "before", "after", "better by\n[95 % interval]", "wins", "", title=title)
             for one in lines_against_base(document, dataset, model):
@@ -64,7 +71,7 @@ def against_base(document: dict[str, Any]) -> None:
             Console(markup=False, highlight=False).print(table)
         say(f"{model}: {about['latents']['verdict']}")
 
-    if document["against_base"]:
+    if document["against_base"] and verbose:
         say("better by: mean over the images; of a metric that should be 1, of each image's own distance from 1")
     for about in document["against_base"].values():
         say(about["verdict"])
@@ -74,11 +81,8 @@ def _table(document: dict[str, Any], dataset: str) -> None:
     """Print the table of one data set: metrics down, models across."""
     whole = whole_models(document)
     table = Table(Column("", no_wrap=True), *(Column(printable(model), overflow="fold") for model in whole))
-    for metric in document["measured"]:
-        about = METRICS[metric]
-        cells = [_cell(document["metrics"][dataset][model][metric], about.digits) for model in whole]
-        unit = f" {about.unit}" if about.unit else ""
-        table.add_row(f"{about.title}{unit} {about.arrow}", *cells)
+    for cells in cells_of(document, dataset):
+        table.add_row(*cells)
 
     console = Console(markup=False, highlight=False)
     console.print(table)
@@ -98,17 +102,8 @@ def _matrix(document: dict[str, Any], dataset: str, whole: list[str]) -> Table:
         paths = [(document["models"][encoder]["encoder"], document["models"][other]["decoder"]) for other in whole]
         found = [document["metrics"][dataset][names[pair]][metric] if pair in names else None for pair in paths]
         means = [{"mean": one["mean"], "low": None, "high": None} if one else None for one in found]
-        table.add_row(printable(encoder), *(_cell(one, METRICS[metric].digits) for one in means))
+        table.add_row(printable(encoder), *(cell(one, METRICS[metric].digits) for one in means))
     return table
-
-
-def _cell(summary: dict[str, Any] | None, digits: int) -> str:
-    """Format a mean with its interval, or "-"."""
-    if summary is None or summary["mean"] is None:
-        return "-"
-    mean = f"{summary['mean']:.{digits}f}"
-    has_interval = summary["low"] is not None and summary["high"] is not None
-    return f"{mean} [{summary['low']:.{digits}f}, {summary['high']:.{digits}f}]" if has_interval else mean
 
 
 def _comparisons(comparisons: Sequence[dict[str, Any]]) -> None:
@@ -119,7 +114,18 @@ def _comparisons(comparisons: Sequence[dict[str, Any]]) -> None:
     if len(shown) > MOST_COMPARISONS:
         say(f"and {len(shown) - MOST_COMPARISONS} more differences, in the report")
     if len(comparisons) > len(shown):
-        say(f"no difference shown in {len(comparisons) - len(shown)} of {len(comparisons)} comparisons")
+        none = f"no difference shown in {len(comparisons) - len(shown)} of {len(comparisons)} comparisons"
+        perhaps = sum(_is_perhaps(one) for one in comparisons)
+        alone = f", though {perhaps} of them, looked at alone, may be one" if perhaps else ""
+        say(f"{none}, corrected for their number{alone}")
+
+
+def _is_perhaps(comparison: dict[str, Any]) -> bool:
+    """Return whether a comparison shows no difference, and its own interval, uncorrected, excludes 0."""
+    low, high = comparison["low"], comparison["high"]
+    if not comparison["verdict"].startswith(NO_DIFFERENCE) or low is None or high is None:
+        return False
+    return low > 0 or high < 0
 
 
 def written(folder: Path, names: Sequence[str]) -> None:

@@ -265,6 +265,17 @@ def _same_images(data: DataConfig, images: Images) -> str:
     return " ".join(f"{key}={shlex.quote(str(value))}" for key, value in chosen.items())
 
 
+def _came(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """Say what the first and the last validation measured, the reconstructions' metrics alone."""
+    parts = []
+    for name, about in METRICS.items():
+        key = f"val/{name}"
+        if key in after:
+            begun = f"{before[key]:.{about.digits}f} -> " if key in before else ""
+            parts.append(f"{name} {begun}{after[key]:.{about.digits}f}")
+    return f"done: {', '.join(parts)} (EMA weights, held-out images)"
+
+
 def conclude(  # noqa: PLR0917
     config: TrainConfig,
     images: Images,
@@ -273,27 +284,27 @@ def conclude(  # noqa: PLR0917
     best: Best,
     pace: str,
 ) -> None:
-    """Print the validation before and after, the files that the run made, and notes about the exported weights.
+    """Print what came of the run, the files that it made, and notes about the exported weights.
 
     `metrics` are those of the first and the last validation; `pace` is the last line.
     """
     before, after = metrics
-    names = sorted(name for name in after if not name.startswith("val/kl_"))
-    rows = [(name, f"{before[name]:.4f}" if name in before else "", f"{after[name]:.4f}") for name in names]
-    print_table(("validation (EMA weights)", "at the start", "at the end"), rows)
+    say(_came(before, after))
+    if config.verbose:
+        names = sorted(name for name in after if not name.startswith("val/kl_"))
+        rows = [(name, f"{before[name]:.4f}" if name in before else "", f"{after[name]:.4f}") for name in names]
+        print_table(("validation (EMA weights)", "at the start", "at the end"), rows)
 
     run = exports[0].parents[2]
+    folder = exports[0].parent if best.kept is None else best.folder
     left = {
-        "pictures": RunDir(run).pictures,
-        "metrics": RunDir(run).metrics,
-        "curves": RunDir(run).curves,
-        **({"diffusers": exports[0]} if len(exports) > 1 else {}),
-        "one file": exports[-1],
-        **({} if best.kept is None else {"the best": f"{best.folder}: {best.kept}"}),
+        "weights": f"{folder}{'' if best.kept is None else f', the best: {best.kept}'}",
+        "look at": f"{RunDir(run).curves} and {RunDir(run).pictures}",
         "measure": f"vae evaluate model={shlex.quote(str(run))} {_same_images(config.data, images)}",
+        "install": f"vae install {shlex.quote(str(run))} --webui FOLDER_OF_THE_WEB_UI",
     }
     for label, text in left.items():
-        say(f"{label:>10}  {text}")
+        say(f"{label:>8}  {text}")
 
     index = read_index(exports[-1])
     configured = config.model.scaling_factor

@@ -94,6 +94,39 @@ def notes_of(found: LoadedWeights) -> dict[str, str]:
     return {f"{topic}: {name}": _short(value) for topic, noted in topics.items() for name, value in noted.items()}
 
 
+def everything_of(found: LoadedWeights) -> dict[str, Any]:
+    """Return all that is known of a file: facts, every setting of the network, and every note."""
+    return facts_of(found) | asdict(found.config) | notes_of(found)
+
+
+def summary_of(found: LoadedWeights, values: dict[str, str]) -> dict[str, str]:
+    """Return the little that most people want to know of a file. `values` are those of `soundness`."""
+    config = found.config
+    facts = facts_of(found)
+    is_sound = values["finite"] == "yes"
+    groups = "no groups" if not config.kind.has_group_norms else f"{config.norm_num_groups} groups"
+    shift = "" if config.shift_factor is None else f", shift_factor {config.shift_factor:g}"
+    assumed = "" if found.scale_is_known else ", assumed"
+    scale = f"scaling_factor {config.scaling_factor:.6g}{shift}{assumed}"
+    scale = "normalised by channel" if config.latents_std else scale
+
+    summary = {
+        "verdict": f"sound, and loads in {facts['loads in']}"
+        if is_sound
+        else f"damaged: {values['finite'].removeprefix('no: ')}",
+        "weights": f"{found.kind}, {facts['stored as']}, {facts['parameters']}; {facts['layout']}",
+        "float16": f"{values['small in float16']}; largest weight {values['largest weight']}",
+        "latents": f"{config.latent_channels} channels, {scale}",
+        "network": f"widths {config.block_out_channels}, {config.layers_per_block} layers a block, {groups}",
+    }
+    training = found.notes.training
+    if training:
+        measured = (training.get("validation") or {}).get("metrics") or {}
+        metrics = "".join(f", {name} {value:.4g}" for name, value in measured.items())
+        summary["trained"] = f"{training.get('updates')} updates at {training.get('resolution')} px{metrics}"
+    return summary | {"more": "--verbose lists every setting and note"}
+
+
 def family_words(found: LoadedWeights) -> str:
     """Name the family that the file states, or else the families that it may belong to."""
     if found.family is not None and found.config.latents_are_scaled:

@@ -31,9 +31,17 @@ def findings(document: dict[str, Any]) -> list[Finding]:
     """Return the findings of an evaluation, the verdict against the base first."""
     found = [finding for dataset in document["datasets"] for finding in _of_dataset(document, dataset)]
     failed = (document.get("gates") or {}).get("failed") or []
-    gates = [Finding("bad", f"{counted(len(failed), 'gate')} failed.", "; ".join(map(short, failed)))] if failed else []
+    told = "; ".join(_with_short_names(document, sentence) for sentence in failed)
+    gates = [Finding("bad", f"{counted(len(failed), 'gate')} failed.", told)] if failed else []
     bears = _disturbed(document.get("robustness") or {})
     return [*_against_base(document), *gates, *found, *bears, *_precision(document.get("precision") or {})]
+
+
+def _with_short_names(document: dict[str, Any], sentence: str) -> str:
+    """Shorten the names of models and data sets in a sentence, and nothing else of it."""
+    for name in sorted([*document["models"], *document["datasets"]], key=len, reverse=True):
+        sentence = sentence.replace(name, short(name))
+    return sentence
 
 
 def _against_base(document: dict[str, Any]) -> Iterator[Finding]:
