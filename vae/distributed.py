@@ -7,7 +7,9 @@ needs no GPU. `spread` runs jobs in forked workers of one process.
 
 import os
 import signal
+import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,6 +25,8 @@ from torch import Tensor
 from vae.errors import InputError, require
 
 WORLDS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+MUCH_SLOWER = 1.5  # times; below it more threads are kept
+TIMINGS = 9
 MOST_WORKERS = 4  # per process, unless data.workers asks for another number
 
 
@@ -51,6 +55,44 @@ def place() -> Place:
 def workers_for(wanted: int | None) -> int:
     """Return `wanted`, or, where it is None, the number of cores but at most `MOST_WORKERS`."""
     return min(MOST_WORKERS, cores()) if wanted is None else wanted
+
+
+def sensible_threads() -> int:
+    """Return how many threads convolutions on this CPU should have: torch's number, unless fewer are clearly faster.
+
+    Where other programs use the cores too, threads wait for each other, and more of them can take several times as
+    long. So convolutions are timed with all of them, with a half, a quarter and so on, which takes about a second.
+    OMP_NUM_THREADS in the environment is taken as it is.
+    """
+    import torch
+
+    most = torch.get_num_threads()
+    if most == 1 or "OMP_NUM_THREADS" in os.environ:
+        return most
+
+    numbers = [most >> halvings for halvings in range(most.bit_length())]
+    try:
+        seconds = {number: _seconds_of_convolutions(number) for number in numbers}
+    finally:
+        torch.set_num_threads(most)
+    fastest = min(seconds, key=lambda number: seconds[number])
+    return fastest if seconds[most] > MUCH_SLOWER * seconds[fastest] else most
+
+
+def _seconds_of_convolutions(threads: int) -> float:
+    """Return the median seconds of a convolution such as autoencoders have, with so many threads."""
+    import torch
+    import torch.nn.functional as F
+
+    torch.set_num_threads(threads)
+    images = torch.ones(2, 64, 64, 64)
+    weight = torch.ones(64, 64, 3, 3)
+    taken = []
+    for _ in range(TIMINGS):
+        began = time.perf_counter()
+        F.conv2d(images, weight, padding=1)
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
 
 
 def cores() -> int:

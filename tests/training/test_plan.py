@@ -165,7 +165,7 @@ def test_phases_are_those_of_the_schedule(config, planned):
 
 
 def test_time_is_a_line_through_the_two_largest_updates():
-    small, large = (planning._Made(1, (side, side), flops, passing, 0.5) for side, flops, passing in SMALL_UPDATES)
+    small, large = (planning._Made(1, (side, side), flops, passing, 0.5, 0.0) for side, flops, passing in SMALL_UPDATES)
     found = planning._pace([small, large])
     assert found.seconds(10, batches=1) == pytest.approx(10 * 0.1 + 1.0 + 0.5)
     assert found.seconds(20, batches=2) == pytest.approx(20 * 0.1 + 2.0 + 0.5)

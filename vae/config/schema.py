@@ -148,6 +148,13 @@ class TrainConfig:
     timeout_minutes: float = option(
         10.0, "How long processes wait for one of them.", unit="minutes", allowed=MINUTES, may_change=True
     )
+    threads: int | None = option(
+        None,
+        "Threads of a CPU. null takes torch's number, or fewer where a short measurement shows that they are faster. "
+        "A run keeps its number, since another one changes the last bits of sums.",
+        allowed=at_least(1).or_null(),
+        may_change=True,
+    )
     channels_last: bool = option(False, "Store activations with channels last.", may_change=True)
     compile: bool = option(False, "Compile the networks with torch.compile.", may_change=True)
     gradient_checkpointing: bool = option(

@@ -200,6 +200,9 @@ def _as_begun(config: TrainConfig, before: dict[str, Any]) -> TrainConfig:
     if least is not None and config.data.validation_at_least == DataConfig.validation_at_least:
         config = replace(config, data=replace(config.data, validation_at_least=least))
 
+    if config.threads is None:
+        config = replace(config, threads=before.get("threads"))
+
     older = before.get("loss.adaptive_maximum")
     if older is None or "loss.adaptive_bound" in before or config.loss.adaptive_maximum is not None:
         return config

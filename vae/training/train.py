@@ -33,9 +33,9 @@ from vae.training.initialise import InitialState, initial_state, load_initial_we
 from vae.training.interruption import StopRequests, reporting_failures
 from vae.training.loggers import MetricsFile, TensorBoard, WeightsAndBiases, hyperparameters
 from vae.training.module import AutoencoderModule, images_per_update
-from vae.training.resume import RUN_NAME, TIME, as_begun, folder_of, open_folder, read_progress
+from vae.training.resume import RUN_NAME, TIME, as_begun, folder_of, is_resumed, open_folder, read_progress
 from vae.training.terminal import Images, announce, conclude, counted, duration
-from vae.training.trainer import build_trainer
+from vae.training.trainer import build_trainer, cpu_threads
 
 Sources = tuple[Source, Source]  # training, validation
 
@@ -64,8 +64,9 @@ def train(config: TrainConfig, sources: Sources | None = None) -> Path:
         folder = folder_of(config)
         config = as_begun(config, folder)
         opened = _open(config, sources)
-        start = initial_state(config, folder, opened[0])
-        _train(start, folder, opened, requests)
+        with cpu_threads(config, is_new=not is_resumed(config, folder)) as config_of_run:
+            start = initial_state(config_of_run, folder, opened[0])
+            _train(start, folder, opened, requests)
     return folder
 
 

@@ -3,15 +3,21 @@
 import inspect
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 
 from vae.config.schema import TrainConfig
+from vae.console import warn
+from vae.distributed import sensible_threads
 from vae.errors import InputError, require
 from vae.training.callbacks import Advice, Curves, Pictures, SkippedImages
 from vae.training.checkpointing import Best, CheckedCheckpointIO, Checkpoints
@@ -103,6 +109,28 @@ def build_trainer(
     if on_cpu and has_batch_norm and trainer.world_size > 1:
         raise InputError("loss.discriminator.norm='batch' over several CPU processes; choose 'group' or use GPUs")
     return trainer
+
+
+@contextmanager
+def cpu_threads(config: TrainConfig, *, is_new: bool) -> Iterator[TrainConfig]:
+    """Compute with `config.threads` threads within the block, and yield the config with their number.
+
+    A new run of one process on a CPU measures how many are sensible, if `config` states none. Elsewhere torch's number
+    is taken. It is restored at the end.
+    """
+    before = torch.get_num_threads()
+    on_cpu = config.trainer.get("accelerator") == "cpu" or not torch.cuda.is_available()
+    is_alone = config.trainer.get("devices", 1) in (1, "1") and config.trainer.get("num_nodes", 1) == 1
+    if config.threads is None and is_new and on_cpu and is_alone:
+        config = replace(config, threads=sensible_threads())
+        if config.threads != before:
+            warn(f"threads={config.threads}, since the {before} that torch would take are slower here just now", "note")
+
+    torch.set_num_threads(config.threads or before)
+    try:
+        yield config
+    finally:
+        torch.set_num_threads(before)
 
 
 def _strategy(arguments: dict[str, Any], timeout_minutes: float) -> str | DDPStrategy:

@@ -36,6 +36,7 @@ from vae.training.plan.cost import (
 )
 from vae.training.resume import folder_of
 from vae.training.train import build_module
+from vae.training.trainer import cpu_threads
 
 MARGIN = 1.1  # as measured on CPUs: for kernels' workspaces, and for memory that an allocator cannot use again
 
@@ -153,7 +154,7 @@ def _resident() -> int:
 
 
 SECONDS = 8.0  # once they are spent, no larger update is tried
-TIMED = 2  # repetitions, of which the fastest counts, since other programs only make an update slower
+TIMED = 3  # repetitions, of which the fastest counts, since other programs only make an update slower
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,8 @@ class Pace:
 
     `per_flop` is for a floating-point operation of forward and backward. `per_batch` is for each batch besides, to walk
     through the weights. `per_step` is for the optimiser and the EMA. They follow from the two largest updates that were
-    made; the largest had so many `images` of `size`.
+    made; the largest had so many `images` of `size`, and the slowest of its repetitions took longer than the fastest by
+    the share `scatter`.
     """
 
     per_flop: float
@@ -170,6 +172,7 @@ class Pace:
     per_step: float
     images: int
     size: Size
+    scatter: float
 
     def seconds(self, flops: float, batches: int = 1) -> float:
         """Return the seconds of an update with so many operations in so many batches."""
@@ -178,13 +181,17 @@ class Pace:
 
 @dataclass(frozen=True)
 class _Made:
-    """A real update of one batch: its operations, and its seconds before (`passing`) and in the step (`stepping`)."""
+    """A real update of one batch: its operations, and its seconds before (`passing`) and in the step (`stepping`).
+
+    `scatter` is by which share the slowest repetition took longer than the fastest, which counts.
+    """
 
     images: int
     size: Size
     flops: int
     passing: float
     stepping: float
+    scatter: float
 
 
 def measure_pace(
@@ -220,7 +227,7 @@ def _pace(made: list[_Made]) -> Pace:
     # Noise can make the slope or the rest negative. The line then goes through the origin.
     if not 0 < per_flop * last.flops <= last.passing:
         per_flop = last.passing / last.flops
-    return Pace(per_flop, last.passing - per_flop * last.flops, last.stepping, last.images, last.size)
+    return Pace(per_flop, last.passing - per_flop * last.flops, last.stepping, last.images, last.size, last.scatter)
 
 
 def _expected(last: _Made, images: int, size: Size) -> float:
@@ -270,15 +277,17 @@ def _make(config: TrainConfig, update: Update, updates: int, images: int, size: 
     update.step()
 
     passing = stepping = math.inf
+    slowest = 0.0
     for _ in range(TIMED):
         began = _now(update.target.device)
         update.backward(update.forward(batch, updates))
         between = _now(update.target.device)
         update.step()
         passing = min(passing, between - began)
+        slowest = max(slowest, between - began)
         stepping = min(stepping, _now(update.target.device) - between)
 
-    return _Made(images, size, meter.flops, passing, stepping)
+    return _Made(images, size, meter.flops, passing, stepping, slowest / passing - 1)
 
 
 def _now(device: str) -> float:
@@ -372,7 +381,8 @@ def plan(config: TrainConfig) -> Plan:
 
     pace = None
     if available is not None:
-        pace = measure_pace(config, target, start, lambda images, size: sizing.for_size(images, size) <= available)
+        with cpu_threads(config, is_new=True) as config:
+            pace = measure_pace(config, target, start, lambda images, size: sizing.for_size(images, size) <= available)
 
     asleep = dry.cost(1, ASLEEP).flops
     flops = [

@@ -7,6 +7,8 @@ from vae.console import say
 from vae.training.plan.plan import Memory, Plan
 
 GIB, MIB = 2**30, 2**20
+SCATTERED = 0.25
+BUSY = ", as on a machine with other work: the run may take that much longer"
 FLOPS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
 DURATIONS = ((48 * 3600, 24 * 3600, "days"), (2 * 3600, 3600, "hours"), (120, 60, "minutes"))
 
@@ -81,7 +83,8 @@ def _time(plan: Plan) -> str:
     height, width = plan.pace.size
     return (
         f"about {_duration(3600 * plan.hours)}, predicted by the operations from real updates of up to "
-        f"{pace.images} x {width} x {height} px, {_flops(1 / pace.per_flop)}/s"
+        f"{pace.images} x {width} x {height} px, {_flops(1 / pace.per_flop)}/s; "
+        f"their timings scattered by {pace.scatter:.0%}{BUSY if pace.scatter > SCATTERED else ''}"
     )
 
 
