@@ -23,6 +23,7 @@ from vae.config.data import DataConfig
 from vae.config.loss import DiscriminatorConfig, LossConfig, LossWeights
 from vae.config.model import AutoencoderConfig
 from vae.config.schema import TrainConfig
+from vae.errors import InputError
 from vae.training.module import AutoencoderModule
 from vae.training.plan import plan as planning
 from vae.training.plan.cost import DryRun, Meter, Target, Update, largest_size, random_batch
@@ -174,7 +175,7 @@ def test_time_is_a_line_through_the_two_largest_updates():
 
 
 def test_what_does_not_fit_is_told_with_remedies_and_what_would(config, monkeypatch):
-    monkeypatch.setattr(planning, "_resident", lambda: 0)
+    monkeypatch.setattr(planning, "resident_bytes", lambda: 0)
     sizing = Sizing(DryRun(config, Target()), PLAYING)
     memory = sizing.memory(sizing.needed(4.5))
     assert memory.fits is False
@@ -263,3 +264,45 @@ def test_the_command_gives_the_numbers_as_json(planned, monkeypatch):
     assert found["networks"]["autoencoder"]["parameters"] == planned.networks["autoencoder"].parameters
     assert found["memory"]["fits"] is True
     assert found["hours"] == planned.hours
+
+
+def test_a_batch_that_fits_is_found_and_the_images_of_an_update_stay(config, monkeypatch):
+    """Six images an update: three at a time where memory is for four, all of them where there is enough."""
+    monkeypatch.setattr(planning, "resident_bytes", lambda: 0)
+    six = replace(config, data=replace(config.data, batch_size=6), auto_batch_size=True)
+    needed = {size: Sizing(DryRun(in_batches(six, size), Target(accumulate=6 // size)), PLAYING) for size in (1, 3, 6)}
+
+    for available, size in ((needed[6].needed(6), 6), (needed[3].needed(3) + 1, 3), (needed[1].needed(1) + 1, 1)):
+        monkeypatch.setattr(planning, "available_to", lambda _, bytes_=available: bytes_)
+        found = planning.with_fitting_batch(six)
+        assert (found.data.batch_size, found.trainer["accumulate_grad_batches"]) == (size, 6 // size)
+        assert not found.auto_batch_size
+
+    monkeypatch.setattr(planning, "available_to", lambda _: 1000)
+    with pytest.raises(InputError, match="not even one image of an update fits"):
+        planning.with_fitting_batch(six)
+
+
+def in_batches(config, size):
+    trainer = config.trainer | {"accumulate_grad_batches": 6 // size}
+    return replace(config, data=replace(config.data, batch_size=size), trainer=trainer)
+
+
+def test_a_batch_that_the_plan_lets_in_and_the_gpu_does_not_is_made_smaller(config, monkeypatch):
+    """One real update tells: kernels take memory that no plan knows."""
+    tried: list[int] = []
+
+    def make(config, update, updates, images, size):
+        tried.append(images)
+        if images > 2:
+            raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(planning, "_make", make)
+    six = replace(config, data=replace(config.data, batch_size=6))
+    assert planning.with_fitting_batch(six).data.batch_size == 2
+    assert tried == [6, 3, 2]
+
+
+def test_auto_is_typed_as_the_batch_size():
+    assert compose("experiment=quickstart", "data.batch_size=auto").auto_batch_size
+    assert compose("experiment=quickstart", "data.batch_size=auto").data.batch_size == 8

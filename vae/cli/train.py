@@ -33,8 +33,16 @@ def train_and_compare(config: TrainConfig) -> None:
         show(plan(config))
         return
 
+    from vae.console import say
     from vae.evaluation.after_training import after_training
     from vae.training.train import train
+
+    if config.auto_batch_size:
+        from vae.training.plan.plan import with_fitting_batch
+
+        config = with_fitting_batch(config)
+        by = config.trainer["accumulate_grad_batches"]
+        say(f"note: auto chose data.batch_size={config.data.batch_size} trainer.accumulate_grad_batches={by}")
 
     after_training(config, train(config))
 

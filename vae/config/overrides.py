@@ -16,6 +16,7 @@ from typing import Any
 from vae.config.fields import walk
 from vae.errors import InputError
 
+AUTO_BATCH = "data.batch_size=auto"
 RENAMED = {"allow_left_out": "allow_skipped"}  # keys of earlier versions, which still work
 OF_OTHERS = {  # keys of Lightning, diffusers' script, LDM and kohya: ours
     "trainer.max_steps": "updates",
@@ -109,6 +110,8 @@ def prepared(words: Sequence[str], config: Any) -> list[str]:
 def _prepared(word: str, known: dict[str, Field[Any]]) -> str:
     """Return one override as Hydra is to read it."""
     given, equals, value = word.partition("=")
+    if word == AUTO_BATCH and "auto_batch_size" in known:
+        return "auto_batch_size=true"
     if word.startswith("-") and not HYDRAS.match(word):
         raise InputError(f"{word}: settings have no dashes; write {_ours(given.lstrip('-'))}={value or 'VALUE'}")
 

@@ -155,6 +155,13 @@ class TrainConfig:
         allowed=at_least(1).or_null(),
         may_change=True,
     )
+    auto_batch_size: bool = option(
+        False,
+        "Take as many images of an update at a time as fit into memory, and accumulate gradients over the rest. "
+        "The images of an update stay as many as before. data.batch_size=auto means the same.",
+        may_change=True,
+        quiet=True,
+    )
     channels_last: bool = option(False, "Store activations with channels last.", may_change=True)
     compile: bool = option(False, "Compile the networks with torch.compile.", may_change=True)
     gradient_checkpointing: bool = option(

@@ -124,6 +124,12 @@ def available_to(target: Target) -> int | None:
     return min(whole, int(text) if text.isdigit() else whole) // target.processes
 
 
+def resident_bytes() -> int:
+    """Return the bytes of this program as it is now, which a training run needs too."""
+    statistics = Path("/proc/self/statm")
+    return int(statistics.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statistics.is_file() else 0
+
+
 def name_of(target: Target) -> str:
     """Return the name of the target's device, for people."""
     if target.device == "cpu":

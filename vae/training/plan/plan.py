@@ -6,18 +6,17 @@ opened and nothing is written.
 """
 
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from vae.config.schema import SMALLEST_PERCEPTUAL_IMAGE, TrainConfig
 from vae.data.build import open_sources
+from vae.errors import InputError
 from vae.training.checkpointing import KEPT, Best, bytes_in, checkpoint_bytes
 from vae.training.initialise import teacher_of
 from vae.training.plan.cost import (
@@ -32,6 +31,7 @@ from vae.training.plan.cost import (
     name_of,
     notes_about,
     random_batch,
+    resident_bytes,
     target_of,
 )
 from vae.training.resume import folder_of
@@ -81,7 +81,7 @@ class Sizing:
         self.cost = dry.cost(self.batch, updates)
         other = 1 if self.batch > 1 else 2
         self._slope = (self.cost.peak - dry.cost(other, updates).peak) / (self.batch - other)
-        self.program = _resident() if dry.target.device == "cpu" else 0
+        self.program = resident_bytes() if dry.target.device == "cpu" else 0
 
     def needed(self, images: float) -> int:
         """Return the bytes for a batch of so many images of the largest size, with the margin."""
@@ -145,12 +145,6 @@ class Sizing:
 
         if target.precision == "32-true":
             yield remedy("trainer.precision=bf16-mixed", config, replace(target, precision="bf16-mixed"))
-
-
-def _resident() -> int:
-    """Return the bytes of this program as it is now, which a training run needs too."""
-    statistics = Path("/proc/self/statm")
-    return int(statistics.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statistics.is_file() else 0
 
 
 SECONDS = 8.0  # once they are spent, no larger update is tried
@@ -295,6 +289,44 @@ def _now(device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def with_fitting_batch(config: TrainConfig) -> TrainConfig:
+    """Return `config` with as many images in a batch as fit, and with gradients accumulated over the rest of an update.
+
+    The images of an update stay the same in number. The batch is the largest that divides them, that the plan lets in,
+    and of which one real update can be made. Raises InputError where not even one image fits, or there is no device.
+    """
+    target = target_of(config)
+    available = available_to(target)
+    if available is None:
+        raise InputError("data.batch_size=auto for a GPU that is not here, expected a number")
+
+    whole = checked(config, target)
+    images = config.data.batch_size * target.accumulate
+    *_, (_, start, _) = _spans(whole)
+    for batch in (size for size in range(images, 0, -1) if images % size == 0):
+        smaller = _in_batches(whole, batch, images)
+        aim = replace(target, accumulate=images // batch)
+        if Sizing(DryRun(smaller, aim), start).needed(batch) <= available and _is_made(smaller, aim, start):
+            return replace(_in_batches(config, batch, images), auto_batch_size=False)
+    remedy = "gradient_checkpointing=true, a smaller data.resolution or bf16-mixed: vae plan says what each needs"
+    raise InputError(f"data.batch_size=auto: not even one image of an update fits into memory; {remedy}")
+
+
+def _in_batches(config: TrainConfig, batch: int, images: int) -> TrainConfig:
+    """Return `config` with `images` an update, so many in a batch."""
+    accumulate = {"accumulate_grad_batches": images // batch}
+    return replace(config, data=replace(config.data, batch_size=batch), trainer=config.trainer | accumulate)
+
+
+def _is_made(config: TrainConfig, target: Target, updates: int) -> bool:
+    """Return whether a real update of a whole batch can be made, without running out of the GPU's memory."""
+    try:
+        _make(config, _real_update(config, target), updates, config.data.batch_size, largest_size(config))
+        return True
+    except torch.OutOfMemoryError:
+        return False
 
 
 ASLEEP = -1  # a number of updates before any discriminator starts
