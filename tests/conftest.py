@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,14 @@ def _reproducible(request: pytest.FixtureRequest) -> None:
     """Whole runs take one thread: they gain nothing from two, and lose much where something else runs."""
     torch.manual_seed(0)
     torch.set_num_threads(1 if request.path.parent.name in {"training", "traps"} else THREADS)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _threads_are_not_measured() -> Iterator[None]:
+    """Else two runs that must be equal could have different numbers of them. tests/training/test_threads.py measures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vae.training.trainer.sensible_threads", torch.get_num_threads)
+        yield
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ def write_factors(model: Path, statistics: "LatentStatistics", images: int, *, p
         # A folder's card is written with the folder. A single file's card lies beside the file.
         card = target.parent / CARD_FILE
         if target.is_file() and target.parent.parent.name == "exports" and card.is_file() and may_be_written(card):
-            write_text(card, model_card(config, notes, sum(tensor.numel() for tensor in found.state.values())))
+            write_text(card, model_card(config, notes, sum(t.numel() for t in found.state.values()), found.family))
         warnings = warnings_about(config)
 
     for line in warnings:

@@ -306,7 +306,7 @@ def publish(
 
     if len(paths) == 1 and may_be_written(folder / CARD_FILE):
         parameters = sum(tensor.numel() for tensor in model.state_dict().values())
-        write_text(folder / CARD_FILE, model_card(model.config, notes, parameters))
+        write_text(folder / CARD_FILE, model_card(model.config, notes, parameters, family))
     return paths
 
 

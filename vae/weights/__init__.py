@@ -205,7 +205,7 @@ def _write_folder(folder: Path, export: _Export, dtype: torch.dtype | None) -> N
         if may_be_written(folder / CARD_FILE):
             parameters = sum(tensor.numel() for tensor in export.state.values())
             card = files.enter_context(replacing(folder / CARD_FILE))
-            card.write_text(model_card(export.config, export.notes, parameters), encoding="utf-8")
+            card.write_text(model_card(export.config, export.notes, parameters, export.family), encoding="utf-8")
 
     # A float16 variant of the weights that were there before would not fit the new ones.
     if in_half is None:

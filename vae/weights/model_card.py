@@ -14,7 +14,8 @@ from typing import Any
 
 from vae.config.model import AutoencoderConfig
 from vae.run_dir import FILE_ENDING
-from vae.weights.describe import clients_of, warnings_about
+from vae.weights.describe import FAMILY_NAMES, clients_of, warnings_about
+from vae.weights.families import families_of
 from vae.weights.loaded import ASSUMED, ASSUMED_GROUPS, Notes
 
 LONGEST = 1_000  # characters of a value that are shown
@@ -96,16 +97,20 @@ def may_be_written(path: Path) -> bool:
     return not path.exists() or (path.is_file() and MARK.encode() in path.read_bytes())
 
 
-def model_card(config: AutoencoderConfig, notes: Notes, parameters: int) -> str:
-    """Return the card of an autoencoder with this number of `parameters`: Markdown with YAML in front."""
+def model_card(config: AutoencoderConfig, notes: Notes, parameters: int, family: str | None = None) -> str:
+    """Return the card of an autoencoder with this number of `parameters`: Markdown with YAML in front.
+
+    `family` is the one whose latents a tiny autoencoder has, where the weights tell it.
+    """
     known = Facts(notes.training)
+    families = families_of(config) if config.latents_are_scaled and family is None else []
     sections = {
         "Data": _data(known),
         "Training": _training(known),
         "Validation": _validation(known),
         "Latents and float16": _latents(config, notes, known),
-        "How to load it": _loading(config, known),
-        "Known limits": _limits(config, notes),
+        "How to load it": _loading(config, known, families),
+        "Known limits": _limits(config, notes, families),
         "Licence": [_licence(known)],
     }
 
@@ -242,8 +247,12 @@ def _whence(config: AutoencoderConfig, latents: Facts, known: Facts) -> str:
     return "kept from the weights it was begun from" if known.of("base").text("file") else "as its configuration says"
 
 
-def _loading(config: AutoencoderConfig, known: Facts) -> list[str]:
-    """Show how to load the weights in Python, and into which folder of which program they go."""
+def _loading(config: AutoencoderConfig, known: Facts, families: list[str]) -> list[str]:
+    """Show how to load the weights in Python, and into which folder of which program they go.
+
+    `families` are those whose latents a tiny autoencoder may have, where nothing tells which: one file has to say it.
+    """
+    asked = f" --family {' or '.join(families)}" if families else ""
     file = f"{known.matching('name', FILE_NAME) or 'NAME'}{FILE_ENDING}"
     programs = {client: client.partition(" (")[0] for client in clients_of(config)}
     there = ", ".join(f"`{FOLDERS[name]}` of {client}" for client, name in programs.items() if name in FOLDERS)
@@ -251,7 +260,7 @@ def _loading(config: AutoencoderConfig, known: Facts) -> list[str]:
     if _is_theirs(config):
         library, kind = "diffusers", config.kind.network
         call = f'{kind}.from_pretrained("THIS_FOLDER")  # or its name on the hub'
-        single = f"As one file, `{file}` (`vae convert THIS_FOLDER {file}`), it goes to {there}."
+        single = f"As one file, `{file}` (`vae convert THIS_FOLDER {file}{asked}`), it goes to {there}."
     else:
         library = "vae"
         kind = "load_autoencoder"
@@ -269,9 +278,12 @@ def _loading(config: AutoencoderConfig, known: Facts) -> list[str]:
     ]
 
 
-def _limits(config: AutoencoderConfig, notes: Notes) -> list[str]:
+def _limits(config: AutoencoderConfig, notes: Notes, families: list[str]) -> list[str]:
     """List the known limits of the network."""
     lines = [f"- {line}." for line in warnings_about(config)]
+    if families:
+        whose = " or ".join(FAMILY_NAMES[family] for family in families)
+        lines.append(f"- Nothing tells whether its latents are those of {whose}: ComfyUI has to be told by `--family`.")
     if any(Facts(notes.architecture).text(name) for name in ASSUMED_GROUPS):
         lines.append(f"- Its norms have {config.norm_num_groups} groups, which is assumed: nothing told their number.")
     return lines or ["None that the file tells of."]
