@@ -34,7 +34,7 @@ def _reproducible(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _threads_are_not_measured() -> Iterator[None]:
-    """Else two runs that must be equal could have different numbers of them. tests/training/test_threads.py measures."""
+    """Else runs that must be equal could have different numbers of them. tests/training/test_threads.py measures."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vae.training.trainer.sensible_threads", torch.get_num_threads)
         yield
