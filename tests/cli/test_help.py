@@ -78,3 +78,20 @@ def test_help_and_typos_are_answered_before_anything_slow_is_imported(words, tmp
 def test_python_m_vae_is_the_same_command(tmp_path):
     done = subprocess.run([sys.executable, "-m", "vae", "--version"], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.startswith("vae ")
+
+
+@pytest.mark.parametrize(
+    ("words", "refusal"),
+    [
+        (["data=folder", "data.root=/nope"], "data.root='/nope': no such folder; name an existing one"),
+        (["data=list", "data.root=/nope.txt"], "data.root='/nope.txt': no such file or folder; name a .txt, .csv"),
+        (["experiment=finetune_taesd", "init=/nope.pth"], "init='/nope.pth': no such file or folder; name an export"),
+    ],
+)
+def test_a_path_that_is_not_there_is_refused_before_anything_slow_is_imported(words, refusal, tmp_path):
+    code = "import sys\nfrom vae.cli.train import main\ntry:\n    main()\nfinally:\n    print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert refusal in done.stderr
+    assert done.stdout.strip() == "False"

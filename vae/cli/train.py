@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vae.config.schema import TrainConfig
+from vae.errors import InputError
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="as of vae train: model=sd data.batch_size=8")]
 Json = Annotated[bool, typer.Option("--json", help="the numbers as JSON")]
@@ -33,6 +34,7 @@ def train_and_compare(config: TrainConfig) -> None:
         show(plan(config))
         return
 
+    _check_places(config)
     from vae.console import say
     from vae.evaluation.after_training import after_training
     from vae.training.train import train
@@ -45,6 +47,22 @@ def train_and_compare(config: TrainConfig) -> None:
         say(f"note: auto chose data.batch_size={config.data.batch_size} trainer.accumulate_grad_batches={by}")
 
     after_training(config, train(config))
+
+
+def _check_places(config: TrainConfig) -> None:
+    """Raise InputError for a path that is not there, before anything slow is imported."""
+    from pathlib import Path
+
+    weights = "an export, a weights file or a run"
+    places = {"init": (config.init, weights), "teacher": (config.teacher, weights)}
+    if config.data.source in {"folder", "list"}:
+        images = {"folder": "an existing one", "list": "a .txt, .csv or .jsonl list of images"}[config.data.source]
+        places |= {f"data.{key}": (getattr(config.data, key), images) for key in ("root", "validation_root")}
+
+    for key, (path, wanted) in places.items():
+        if path is not None and not Path(path).expanduser().exists():
+            kind = "folder" if key.startswith("data") and config.data.source == "folder" else "file or folder"
+            raise InputError(f"{key}={path!r}: no such {kind}; name {wanted}")
 
 
 def train(context: typer.Context) -> None:
