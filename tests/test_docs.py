@@ -39,7 +39,6 @@ NOT_RUN = {  # the beginnings of lines
     "make ": "sets up an environment first; CI runs `make check` and `make test`",
     "pip ": "installs; `make` does the same",
     "source ": "changes the shell",
-    "cp ": "into a web UI that is not here",
     "python -m pytest": "is what runs this; that its files exist is tested here",
     "python -c": "opens an export in diffusers; tests/weights/test_formats.py does",
     "torchrun ": "starts processes; tests/training/test_processes.py and tests/evaluation/test_many.py do",
