@@ -133,7 +133,7 @@ def test_an_early_end_is_one_line_with_its_status(command, capsys):
         raise Stopped(143, "stopped by SIGTERM after update 3")
 
     assert command("train", action=ends)[0] == 143
-    assert capsys.readouterr().err == "error: stopped by SIGTERM after update 3\n"
+    assert capsys.readouterr().err == "stopped by SIGTERM after update 3\n"
 
 
 def test_a_model_to_measure_is_a_path_and_not_a_group(command):

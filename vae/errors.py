@@ -24,6 +24,11 @@ class Stopped(SystemExit):
     def __str__(self) -> str:
         return self.message
 
+    @property
+    def was_asked_for(self) -> bool:
+        """Whether somebody wanted the end: by a signal, as Ctrl-C sends one, or by max_minutes."""
+        return isinstance(self.code, int) and self.code >= TIME_IS_UP
+
 
 def printable(text: str) -> str:
     """Return text that can be printed.

@@ -67,7 +67,7 @@ def run(command: str, action: Callable[[Any], object], words: Sequence[str]) -> 
                 raise
             _exit(_sentence(error), BAD_INPUT)
         except Stopped as stop:
-            _exit(stop.message, stop.code)
+            _exit(stop.message, stop.code, "" if stop.was_asked_for else "error: ")
 
     started_with = list(sys.argv)
     try:
@@ -161,9 +161,9 @@ def _raising_hydra() -> Iterator[None]:
             os.environ[TRACEBACKS] = before
 
 
-def _exit(sentence: str, status: "str | int | None") -> None:
-    """Print an error on stderr and end the process with this status."""
-    print(f"error: {sentence}", file=sys.stderr)
+def _exit(sentence: str, status: "str | int | None", kind: str = "error: ") -> None:
+    """Print a sentence on stderr and end the process with this status."""
+    print(f"{kind}{sentence}", file=sys.stderr)
     sys.exit(status)
 
 

@@ -99,7 +99,7 @@ class Progress(Callback):
             self._bar.update(TaskID(0), completed=trainer.global_step, numbers=numbers)
         elif now - self._said >= LINE_EVERY:
             self._said = now
-            say(f"update {trainer.global_step} of {trainer.max_steps}: {self._numbers(trainer, rate, SHOWN)}")
+            say(f"update {trainer.global_step:,} of {trainer.max_steps:,}: {self._numbers(trainer, rate, SHOWN)}")
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Stop counting the time as training."""
@@ -120,7 +120,7 @@ class Progress(Callback):
         if kept is not None and kept.updates == pl_module.updates:
             shown.append(f"new best {kept.metric}")
         self._said = time.monotonic()
-        say(f"validation at update {pl_module.updates} of {trainer.max_steps}: {', '.join(shown)}")
+        say(f"validation at update {pl_module.updates:,} of {trainer.max_steps:,}: {', '.join(shown)}")
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Take the bar away."""
