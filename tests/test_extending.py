@@ -89,7 +89,7 @@ ADDITIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "A loss term": {
         "vae/losses/autoencoder_loss.py": (
-            "# Each is built once from the config",
+            "# {name: a function that is called once with the config",
             f"{TERM}",
         ),
         "vae/config/loss.py": (
@@ -109,7 +109,7 @@ ADDITIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 ENTRIES = {  # the registry's line beside a function: in the same place, so it is not counted again
-    "vae/losses/autoencoder_loss.py": ('    "pixel": lambda config', '    "edges": lambda config: edge_loss,\n'),
+    "vae/losses/autoencoder_loss.py": ('    "pixel": lambda config', '    "edges": lambda _: edge_loss,\n'),
     "vae/data/build.py": ('    "photos": _photos,', '    "noise": _noise,\n'),
 }
 IMPORTS = {"vae/data/build.py": "import torch\n\n"}

@@ -39,6 +39,9 @@ class DiscriminatorConfig:
         return 3 * 2**self.layers
 
 
+COMPARES_NOTHING = ("kl", "adversarial", "latent", "activation")  # terms that alone reconstruct no image
+
+
 @dataclass
 class LossWeights:
     """Weights of the terms. Each term is a mean per image element. A term of weight 0 is not computed."""
@@ -58,8 +61,9 @@ class LossWeights:
 
     def __post_init__(self) -> None:
         check_fields(self, "loss.weights.")
+        compares = any(getattr(self, one.name) for one in fields(self) if one.name not in COMPARES_NOTHING)
         require(
-            bool(self.pixel or self.perceptual),
+            compares,
             "loss.weights.pixel=0 and loss.weights.perceptual=0",
             "one above 0: there is nothing to reconstruct with",
         )

@@ -1,9 +1,9 @@
 """The training objective: what each term measures, their weights, and one sum.
 
-total = pixel + perceptual + kl + adversarial, each times its weight. The adversarial term is in
-vae/losses/adversarial.py; it is also multiplied by the adaptive weight and a ramp. Every term is a mean per image
-element, so a weight means the same at any size of image and batch. Images are in [-1, 1]; reconstructions are not
-clamped.
+total = the sum of all terms, each times its weight: pixel, perceptual and further terms of RECONSTRUCTION_TERMS, the KL
+term, and the adversarial term. That one is in vae/losses/adversarial.py; it is also multiplied by the adaptive weight
+and a ramp. A term does not depend on the size of image or batch, so a weight means the same everywhere. Images are in
+[-1, 1], float32 outside autocast; reconstructions are not clamped.
 
 A new term is a function with its entry in RECONSTRUCTION_TERMS or POSTERIOR_TERMS, and a weight of its name in
 LossWeights.
@@ -65,7 +65,8 @@ def lpips_of(config: LossConfig) -> LPIPS:
     return LPIPS(config.perceptual_net, config.perceptual_weights, config.perceptual_channels)
 
 
-# Each is built once from the config; then (images, reconstructions) -> a scalar, or a value for each image.
+# {name: a function that is called once with the config, and returns the term}. The term takes (images, reconstructions)
+# and returns a scalar, or a value for each image, of which the objective takes the mean.
 RECONSTRUCTION_TERMS: dict[str, Callable[[LossConfig], Callable[[Tensor, Tensor], Tensor]]] = {
     "pixel": lambda config: PIXEL_LOSSES[config.pixel],
     "perceptual": lpips_of,

@@ -46,7 +46,7 @@ def similarity_maps(
 ) -> tuple[Tensor, Tensor]:
     """Return luminance and contrast-structure (B, C, h, w), float64; SSIM is the mean of their product.
 
-    Images and reconstructions (B, C, H, W) may have any range whose black and white are `peak` apart. `average` is the
+    Images and reconstructions (B, C, H, W) have black at 0 and white at `peak`. `average` is the
     local mean, float64 (B, C, H, W) -> (B, C, h, w). Variances are multiplied by `unbiased`.
     """
     x, y = images.double(), reconstructions.double()

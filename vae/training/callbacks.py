@@ -28,6 +28,7 @@ from vae.data.sources import Skipped
 from vae.errors import printable
 from vae.files import replacing, write_text
 from vae.latents import ACTIVE
+from vae.losses.autoencoder_loss import RECONSTRUCTION_TERMS
 from vae.metrics.registry import OF_SETS
 from vae.run_dir import RunDir, step_name
 from vae.training.guard import MANY, RECENT
@@ -268,8 +269,8 @@ class Advice(Callback):
 
 
 def _reconstruction(means: Means, loss: LossConfig) -> float:
-    """Return the weighted sum of the pixel and perceptual means."""
-    return sum(getattr(loss.weights, name) * means.get(name, 0.0) for name in ("pixel", "perceptual"))
+    """Return the weighted sum of the means of all terms that compare images with reconstructions."""
+    return sum(getattr(loss.weights, name) * means.get(name, 0.0) for name in RECONSTRUCTION_TERMS)
 
 
 PICTURED = 8  # held-out images on every sheet

@@ -31,6 +31,7 @@ from vae.data.transforms import to_model_range
 from vae.errors import InputError
 from vae.files import write_text
 from vae.latents import LatentStatistics, measure_latents
+from vae.losses.autoencoder_loss import RECONSTRUCTION_TERMS
 from vae.metrics.registry import METRICS
 from vae.models.base import Autoencoder, build_autoencoder
 from vae.models.resize_latents import keeps_channels
@@ -167,7 +168,7 @@ def _loss(config: dict[str, Any], autoencoder: Autoencoder) -> dict[str, Any]:
     is_taught = config.get("teacher") is not None
     learns = posterior_learns(autoencoder)
     decodes = not is_taught or decoder_learns(autoencoder)
-    computed = dict.fromkeys(("pixel", "perceptual", "adversarial"), decodes)
+    computed = dict.fromkeys((*RECONSTRUCTION_TERMS, "adversarial"), decodes)
     computed |= {"latent": learns and is_taught, "kl": learns and not is_taught and autoencoder.is_variational}
 
     weights = {name: value for name, value in config["loss"]["weights"].items() if value and computed.get(name, True)}

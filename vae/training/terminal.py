@@ -19,6 +19,7 @@ from vae.config.data import DataConfig
 from vae.config.schema import TrainConfig
 from vae.console import print_table, say
 from vae.distributed import workers_for
+from vae.losses.autoencoder_loss import RECONSTRUCTION_TERMS
 from vae.metrics.registry import METRICS
 from vae.run_dir import RunDir
 from vae.training.checkpointing import Best
@@ -33,7 +34,7 @@ from vae.weights.taesd import SCALE
 
 FEW_IMAGES = 8  # below it a validation shows whether a run learns, and not which of two exports is better
 LINE_EVERY = 30.0  # seconds
-SHOWN = ("total", "pixel", "perceptual", "adversarial")  # terms beside the pace
+SHOWN = ("total", *RECONSTRUCTION_TERMS, "adversarial")  # terms beside the pace
 
 
 class Images(NamedTuple):
