@@ -61,7 +61,7 @@ def read_run(path: Path) -> Run:
             series = series_of(list(csv.DictReader(file)))
         config = flat(json.loads(run.config.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a run with metrics.csv and config.json ({error}); name its directory") from error
+        raise InputError(f"{path}: not a run with metrics.csv and config.json; name the directory of a run") from error
     return Run(run.path.name, series, config)
 
 
@@ -106,6 +106,7 @@ def page(runs: Sequence[Run], title: str) -> str:
         tables = f'<ul class="key">{key}</ul>{tables}'
 
     reached = ", ".join(f"{run.name} at update {_reached(run):,}" for run in runs)
+    reached = f"Update {_reached(runs[0]):,}" if len(runs) == 1 else reached
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"

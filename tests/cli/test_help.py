@@ -95,3 +95,17 @@ def test_a_path_that_is_not_there_is_refused_before_anything_slow_is_imported(wo
     assert done.returncode == 2
     assert refusal in done.stderr
     assert done.stdout.strip() == "False"
+
+
+def test_the_help_of_a_key_has_a_line_of_its_own_for_each_sentence(call, capsys):
+    """It was printed with the line breaks escaped."""
+    assert call("help", "data.crop_scale") == 0
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == "data.crop_scale=null  (vae train, vae evaluate)"
+    assert len(rest) > 1
+    assert all(line.startswith("  ") for line in rest)
+
+
+def test_the_help_of_another_trainers_key_names_ours(call, capsys):
+    assert call("help", "lr") == 2
+    assert "lr: not a key of vae; ours is optim.learning_rate" in capsys.readouterr().err

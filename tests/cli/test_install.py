@@ -36,7 +36,7 @@ def test_the_best_export_of_a_run_is_copied_and_the_menu_is_named(call, capsys, 
         "choose first.vae.safetensors in: Settings > VAE > SD VAE",
         "if A1111 is running, first press the refresh button beside that menu, or restart it",
     ]
-    made = f"the best export of {run.path}, made at update 1 by psnr; the newest is step_0000002"
+    made = f"the best export of {run.path}, of update 1 by psnr; the newest is step_0000002"
     assert printed.err.splitlines() == [f"note: {made}"]
     ours, theirs = (load_autoencoder(path).state_dict() for path in (run.weights_file("best"), file))
     assert all((ours[name] == theirs[name]).all() for name in ours)

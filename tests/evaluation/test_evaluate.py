@@ -128,7 +128,7 @@ def test_a_run_means_its_best_export_else_its_newest_and_it_is_said_which(tmp_pa
 
     run.best_record.write_text('{"updates": 5, "metric": "psnr", "value": 25.0}')
     assert find_export(run.path) == run.best / "diffusers"
-    made = f"the best export of {run.path}, made at update 5 by psnr; the newest is step_0000010"
+    made = f"the best export of {run.path}, of update 5 by psnr; the newest is step_0000010"
     assert which_export(run.path) == made
     assert which_export(run.best) == ""
 

@@ -51,7 +51,7 @@ def agree(theirs: Values, ours: Values) -> None:
 
 def test_tensorboard_has_the_steps_values_pictures_and_the_configuration_of_the_run(tiny_run):
     """D7: its steps were 9, 19, 29 where metrics.csv has 10, 20, 30, and its hparams.yaml was empty."""
-    config = without_adversary(replace(tiny_run, logger="tensorboard"))
+    config = without_adversary(replace(tiny_run, logger="tensorboard", threads=1))
     run = train(config)
     events = read_events(run)
     agree(in_events(events), in_metrics_file(run))
@@ -61,7 +61,7 @@ def test_tensorboard_has_the_steps_values_pictures_and_the_configuration_of_the_
 
 
 def test_tensorboard_forgets_the_updates_that_a_resumed_run_makes_again(tiny_run):
-    config = without_adversary(replace(tiny_run, logger="tensorboard"))
+    config = without_adversary(replace(tiny_run, logger="tensorboard", threads=1))
     run = train(replace(config, updates=4))
     before = sorted(in_metrics_file(run)["train/pixel"])
     train(replace(config, resume=str(run)))
@@ -135,7 +135,7 @@ def test_wandb_offline_has_the_steps_values_pictures_and_the_configuration_witho
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     named = WandbConfig(project="faces", entity="team", group="first tries", tags=["f8", "small"], notes="It's (mine)")
-    config = without_adversary(replace(tiny_run, logger="wandb", wandb=named))
+    config = without_adversary(replace(tiny_run, logger="wandb", wandb=named, threads=1))
     run = train(config)
     assert "WARNING" not in capfd.readouterr().err
 

@@ -66,7 +66,8 @@ def help_with(key: Annotated[str, typer.Argument(help="a key, as data.crop_scale
     """
     from vae.config.reference import help_of
 
-    say(help_of(key))
+    for line in help_of(key).splitlines():
+        say(line)
 
 
 def main() -> None:

@@ -176,7 +176,7 @@ def _margins(given: list[str], metrics: list[str]) -> dict[str, float]:
 
 def compare_runs(
     runs: Annotated[list[Path], typer.Argument(help="the directories of two runs or more")],
-    page: Annotated[Path, typer.Option(help="where the page of their curves is written")] = Path("runs.html"),
+    page: Annotated[Path, typer.Option(help="where the page of their curves is written")] = Path("compared.html"),
 ) -> None:
     """Draw the curves of several runs over each other, and say in what their configurations differ.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vae.config.fields import walk
+from vae.config.overrides import OF_OTHERS
 from vae.config.schema import EvaluateConfig, TrainConfig
 from vae.errors import InputError
 
@@ -86,6 +87,8 @@ def help_of(asked: str) -> str:
         for key, one, value in exact or [entry for entry in known if asked in entry[0]]:
             found.setdefault((f"{key}={_shown(value)}", _sentence(one)), []).append(f"vae {command}")
 
+    if not found and asked in OF_OTHERS:
+        raise InputError(f"{asked}: not a key of vae; ours is {OF_OTHERS[asked]}")
     if not found:
         near = difflib.get_close_matches(asked, [key for key, _, _ in walk(TrainConfig())], n=1, cutoff=0.4)
         raise InputError(f"{asked}: no such key{f'; did you mean {near[0]}?' if near else ''}")

@@ -271,7 +271,9 @@ def as_markdown(document: Document) -> str:
         images = f"{about['images']:,} images of {_escaped(name)} at {document['resolution']} px"
         parts.append("\n".join([f"{images}:", "", *(f"| {' | '.join(row)} |" for row in rows)]))
 
-    measured = f"Mean [95 % interval], measured with vae {document['library']['vae']}, protocol {protocol['name']}"
+    has_intervals = any(about["images"] >= FEWEST for about in document["datasets"].values())
+    mean = "Mean [95 % interval]" if has_intervals else "Mean"
+    measured = f"{mean}, measured with vae {document['library']['vae']}, protocol {protocol['name']}"
     return "\n\n".join([*parts, f"{measured} ({protocol['sha256']})."]) + "\n"
 
 

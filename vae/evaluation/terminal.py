@@ -13,7 +13,7 @@ from vae.evaluation.compare import whole_models
 from vae.evaluation.drop_in import lines_against_base
 from vae.evaluation.protocols import PROTOCOLS
 from vae.evaluation.results import SKIPPED, cell, cells_of
-from vae.evaluation.statistics import NO_DIFFERENCE
+from vae.evaluation.statistics import FEWEST, NO_DIFFERENCE
 from vae.metrics.registry import METRICS, OF_SETS
 
 MOST_COMPARISONS = 12  # the most that are printed; all of them are in the files
@@ -87,7 +87,8 @@ def _table(document: dict[str, Any], dataset: str) -> None:
     console = Console(markup=False, highlight=False)
     console.print(table)
     if any(metric not in OF_SETS for metric in document["measured"]):
-        say("mean [95 % interval, from 8 images on]; ↑ higher is better, ↓ lower, → 1 nearer to 1")
+        interval = " [95 % interval]" if document["datasets"][dataset]["images"] >= FEWEST else ""
+        say(f"mean{interval}; ↑ higher is better, ↓ lower, → 1 nearer to 1")
     if len(whole) < len(document["models"]):
         console.print(_matrix(document, dataset, whole))
 

@@ -26,12 +26,13 @@ from vae.training.checkpointing import Best
 from vae.training.module import AutoencoderModule, images_per_update
 from vae.training.optim import learning
 from vae.weights import lost_in_half
-from vae.weights.describe import warnings_about
+from vae.weights.describe import clients_of, warnings_about
 from vae.weights.families import families_of
 from vae.weights.loaded import config_in
 from vae.weights.safetensors_io import read_index
 from vae.weights.taesd import SCALE
 
+ALWAYS = ("diffusers", "kohya sd-scripts (folder)")  # they load a network of any size
 FEW_IMAGES = 8  # below it a validation shows whether a run learns, and not which of two exports is better
 LINE_EVERY = 30.0  # seconds
 SHOWN = ("total", *RECONSTRUCTION_TERMS, "adversarial")  # terms beside the pace
@@ -197,10 +198,12 @@ def announce(  # noqa: PLR0917
         more = "raise data.validation_fraction, or name others"
         more = "your own are named by data=folder data.root=FOLDER" if config.data.source == "photos" else more
         more = "give more of them" if images.own else more
-        say(
-            f"note: {counted(images.validation, 'validation image')} can show that a run learns, and not which of two "
-            f"exports is better{'' if config.best_metric is None else '; exports/best is chosen by so few'}: {more}"
-        )
+        few = counted(images.validation, "validation image")
+        say(f"note: {few} can show that a run learns, and not which of two exports is better: {more}")
+    together = images_per_update(config, trainer)
+    if images.training < together:
+        few = counted(images.training, "training image")
+        say(f"note: {few}, and {together} in an update: the same ones come again in it")
     if config.loss.weights.adversarial and config.loss.adversarial_start >= config.updates:
         say(
             f"The adversarial term starts at update {config.loss.adversarial_start}, after this run ends: "
@@ -302,20 +305,21 @@ def conclude(  # noqa: PLR0917
         "weights": f"{folder}{'' if best.kept is None else f', the best: {best.kept}'}",
         "look at": f"{RunDir(run).curves} and {RunDir(run).pictures}",
         "measure": f"vae evaluate model={shlex.quote(str(run))} {_same_images(config.data, images)}",
-        "install": f"vae install {shlex.quote(str(run))} --webui FOLDER_OF_THE_WEB_UI",
     }
+
+    file = exports[-1] if best.kept is None else RunDir(run).weights_file(folder.name)
+    index = read_index(file)
+    exported = config_in(file, index.metadata)
+    assert exported is not None
+    if len(clients_of(exported)) > len(ALWAYS):
+        left["install"] = f"vae install {shlex.quote(str(run))} --webui FOLDER_OF_THE_WEB_UI"
+
     for label, text in left.items():
         say(f"{label:>8}  {text}")
 
-    index = read_index(exports[-1])
-    configured = config.model.scaling_factor
-    exported = config_in(exports[-1], index.metadata)
-    assert exported is not None
-
-    is_kept = exported.scaling_factor == configured
-    kept = "as before, is in the export" if exported.scale_is_known else "assumed, is marked so in the export"
-    whence = kept if is_kept else f"measured, is in the export; configured was {configured:g}"
-    say(f"scaling factor {exported.scaling_factor:.5g}, {whence}")
+    is_kept = exported.scaling_factor == config.model.scaling_factor
+    kept = "as before" if exported.scale_is_known else "assumed, and marked so in the file"
+    say(f"scaling factor {exported.scaling_factor:.5g}, {kept if is_kept else 'measured'}")
 
     for warning in warnings_about(exported):
         say(f"note: {warning}")

@@ -121,7 +121,7 @@ def _train(start: InitialState, folder: Path, sources: Sources, requests: StopRe
             after = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
             shut_down(validation)
             taken = duration(time.monotonic() - started)
-            pace = f"{counted(trainer.global_step - begun.done, 'update')} in {taken}, start-up included"
+            pace = f"{counted(trainer.global_step - begun.done, 'update')} in {taken}, validations included"
             conclude(config, _images(sources), export(module, folder), (before, after), best, pace)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vae.errors import InputError
 from vae.files import State, WeightsError
-from vae.run_dir import FILE_ENDING, RunDir
+from vae.run_dir import FILE_ENDING, RunDir, step_name
 from vae.weights.formats import CONFIG_FILE, WEIGHTS_FILE, autoencoder_names, read_config
 from vae.weights.loaded import WeightsFile, config_in, read_json, read_notes
 from vae.weights.pickle_io import read_pickle
@@ -110,7 +110,7 @@ def _read_shards(index: Path) -> State:
 
 
 def which_export(path: str | Path) -> str:
-    """Say which export of a run `find_export` takes, or "" where `path` is no run's directory."""
+    """Say which export of a run `find_export` takes, or "" where there is no choice."""
     run = RunDir(path)
     taken = run.published()
     if taken is None:
@@ -120,8 +120,11 @@ def which_export(path: str | Path) -> str:
     if taken != run.best:
         return f"the newest export of {run.path}, {newest.name}; it has no best one"
     best = read_json(run.best_record)
-    words = f"the best export of {run.path}, made at update {best.get('updates')} by {best.get('metric')}"
-    return words if newest == run.best else f"{words}; the newest is {newest.name}"
+    if newest.name in (run.best.name, step_name(best["updates"])):
+        return ""
+    return (
+        f"the best export of {run.path}, of update {best['updates']} by {best['metric']}; the newest is {newest.name}"
+    )
 
 
 def find_export(path: str | Path, key: str = "model") -> Path:
