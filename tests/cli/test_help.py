@@ -84,14 +84,19 @@ def test_python_m_vae_is_the_same_command(tmp_path):
     ("words", "refusal"),
     [
         (["data=folder", "data.root=/nope"], "data.root='/nope': no such folder; name an existing one"),
-        (["data=list", "data.root=/nope.txt"], "data.root='/nope.txt': no such file or folder; name a .txt, .csv"),
+        (["data=list", "data.root=/nope.txt"], "data.root='/nope.txt': no such file; name a .txt, .csv"),
+        (["model=runs/firts"], "model='runs/firts': no such file or folder; name an export, a weights file or a run"),
         (["experiment=finetune_taesd", "init=/nope.pth"], "init='/nope.pth': no such file or folder; name an export"),
     ],
 )
 def test_a_path_that_is_not_there_is_refused_before_anything_slow_is_imported(words, refusal, tmp_path):
-    code = "import sys\nfrom vae.cli.train import main\ntry:\n    main()\nfinally:\n    print('torch' in sys.modules)"
-    command = [sys.executable, "-c", code, *words]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    command = "evaluate" if "model=runs/firts" in words else "train"
+    code = (
+        f"import sys\nfrom vae.cli.{command} import main\ntry:\n    main()\nfinally:\n    print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
     assert done.returncode == 2
     assert refusal in done.stderr
     assert done.stdout.strip() == "False"

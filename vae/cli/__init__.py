@@ -16,11 +16,13 @@ app = typer.Typer(
     epilog="Exit status: 0 done; 2 something given cannot be used (one line on stderr says what, and what to do); "
     "3 images could not be read; 4 a gate failed, or compare shows a loss; 5 something was not finite; "
     "6 another process was lost; 124 max_minutes are over; 130 and 143 stopped by Ctrl-C or SIGTERM.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+for command in (train.train, evaluate.evaluate):  # first, since most people come for them
+    app.command(add_help_option=False, context_settings=train.PASSED_ON)(command)
 for command in (
+    train.plan,
     weights.inspect,
     weights.convert,
     weights.export,
@@ -40,22 +42,21 @@ for command in (
     datasets.cache_latents,
     compare.compare,
     compare.compare_runs,
-    train.plan,
 ):
     app.command()(command)
-for command in (train.train, evaluate.evaluate):
-    app.command(add_help_option=False, context_settings=train.PASSED_ON)(command)
 
 
 Version = Annotated[bool, typer.Option("--version", help="the version of vae, and of torch")]
 
 
 @app.callback(invoke_without_command=True)
-def options(version: Version = False) -> None:
+def options(context: typer.Context, version: Version = False) -> None:
     """Train, measure, convert and use the autoencoders of latent diffusion."""
     if version:
         say(f"vae {metadata.version('vae')}, torch {metadata.version('torch')}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command("help")

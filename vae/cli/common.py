@@ -44,9 +44,20 @@ Memory = Annotated[
     ),
 ]
 
+WEIGHTS = "an export, a weights file or a run"
+IMAGES = {  # data.source: what is named by its root, and what that is called
+    "folder": ("an existing one", "folder"),
+    "list": ("a .txt, .csv or .jsonl list of images", "file"),
+}
 PHOTOS = "photos"  # in place of a folder: the photographs embedded in the installation
 AUDITED = 2  # images; saturated and noisy images and latents of the prior are added
 UNITS = {"MB": 1e6, "GB": 1e9, "MIB": 2**20, "GIB": 2**30}
+
+
+def check_there(key: str, path: str | None, wanted: str, kind: str = "file or folder") -> None:
+    """Raise InputError for a path that is not there, in words of its key. It costs no slow import."""
+    if path is not None and not Path(path).expanduser().exists():
+        raise InputError(f"{key}={path!r}: no such {kind}; name {wanted}")
 
 
 def dtype_named(name: str | None) -> "torch.dtype | None":

@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from vae.cli.common import WEIGHTS, check_there
 from vae.config.schema import EvaluateConfig
 
 
@@ -16,6 +17,9 @@ def main() -> None:
 
 def measure(config: EvaluateConfig) -> None:
     """Evaluate as `config` says, and write tables and a report below `config.output`."""
+    for key, path in (*(("model", model) for model in config.models), ("base", config.base)):
+        check_there(key, path, WEIGHTS)
+
     from vae.evaluation.evaluate import evaluate
 
     evaluate(config)

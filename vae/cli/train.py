@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from vae.cli.common import IMAGES, WEIGHTS, check_there
 from vae.config.schema import TrainConfig
-from vae.errors import InputError
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="as of vae train: model=sd data.batch_size=8")]
 Json = Annotated[bool, typer.Option("--json", help="the numbers as JSON")]
@@ -51,18 +51,11 @@ def train_and_compare(config: TrainConfig) -> None:
 
 def _check_places(config: TrainConfig) -> None:
     """Raise InputError for a path that is not there, before anything slow is imported."""
-    from pathlib import Path
-
-    weights = "an export, a weights file or a run"
-    places = {"init": (config.init, weights), "teacher": (config.teacher, weights)}
-    if config.data.source in {"folder", "list"}:
-        images = {"folder": "an existing one", "list": "a .txt, .csv or .jsonl list of images"}[config.data.source]
-        places |= {f"data.{key}": (getattr(config.data, key), images) for key in ("root", "validation_root")}
-
-    for key, (path, wanted) in places.items():
-        if path is not None and not Path(path).expanduser().exists():
-            kind = "folder" if key.startswith("data") and config.data.source == "folder" else "file or folder"
-            raise InputError(f"{key}={path!r}: no such {kind}; name {wanted}")
+    for key in ("init", "teacher"):
+        check_there(key, getattr(config, key), WEIGHTS)
+    if config.data.source in IMAGES:
+        for key in ("root", "validation_root"):
+            check_there(f"data.{key}", getattr(config.data, key), *IMAGES[config.data.source])
 
 
 def train(context: typer.Context) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from vae.errors import InputError, printable, require
 from vae.metrics.registry import PAIRED
+from vae.run_dir import RunDir
 
 SCHEMA = 1
 DOCUMENT_FILE, TABLE_FILE = "metrics.json", "images.csv"
@@ -101,9 +102,10 @@ def read_evaluation(path: Path) -> Evaluation:
     """
     path = path.expanduser()
     file = path / DOCUMENT_FILE if path.is_dir() else path
-    require(
-        file.is_file(), f"{path}: no such evaluation", f"a folder that vae evaluate wrote, or the {DOCUMENT_FILE} in it"
-    )
+    wanted = f"a folder that vae evaluate wrote, or the {DOCUMENT_FILE} in it"
+    if RunDir(path).config.is_file():
+        wanted += "; vae compare-runs compares runs"
+    require(file.is_file(), f"{path}: no such evaluation", wanted)
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

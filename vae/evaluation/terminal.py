@@ -49,7 +49,9 @@ def document(document: dict[str, Any], *, verbose: bool = True) -> None:
     # Metrics that are missing for one reason share a line.
     for reason in dict.fromkeys(document["missing"].values()):
         names = ", ".join(name for name, why in document["missing"].items() if why == reason)
-        say(f"{names}: not measured. {reason}")
+        cause, _, remedies = reason.partition(" Remedies: ")
+        more = " download=true fetches them; metrics.json has other ways" if remedies else ""
+        say(f"{names}: not measured. {cause}{more}")
 
     for model, about in document["precision"].items():
         say(f"{model}: {about['verdict']}")
