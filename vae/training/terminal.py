@@ -21,7 +21,7 @@ from vae.console import print_table, say
 from vae.distributed import workers_for
 from vae.losses.autoencoder_loss import RECONSTRUCTION_TERMS
 from vae.metrics.registry import METRICS
-from vae.run_dir import RunDir
+from vae.run_dir import FILE_ENDING, RunDir
 from vae.training.checkpointing import Best
 from vae.training.module import AutoencoderModule, images_per_update
 from vae.training.optim import learning
@@ -307,7 +307,7 @@ def conclude(  # noqa: PLR0917
         "measure": f"vae evaluate model={shlex.quote(str(run))} {_same_images(config.data, images)}",
     }
 
-    file = exports[-1] if best.kept is None else RunDir(run).weights_file(folder.name)
+    file = exports[-1] if best.kept is None else next(folder.glob(f"*{FILE_ENDING}"))  # a moved run's has its old name
     index = read_index(file)
     exported = config_in(file, index.metadata)
     assert exported is not None
