@@ -1,5 +1,6 @@
 """Evaluations by several processes, forked from this one: nothing is imported again."""
 
+import faulthandler
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -58,6 +59,7 @@ def in_processes(world: int, configs: Sequence[EvaluateConfig]) -> None:
     ports = [_free_port() for _ in configs]
 
     def work(rank: int) -> None:
+        faulthandler.dump_traceback_later(100, exit=True)  # a process that hangs says where, and frees the others
         torch.set_num_threads(1)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         os.environ["MASTER_ADDR"] = "127.0.0.1"
