@@ -54,6 +54,19 @@ def test_a_run_draws_every_logged_column_while_it_goes_and_loads_nothing(tiny_ru
     assert f"val/psnr, last {float(last):.4g}" in page.labels
 
 
+def test_a_page_that_cannot_be_written_stops_no_run_and_is_said(tiny_run, monkeypatch, capsys):
+    """A full disk, for one."""
+
+    def refuse(path, text):
+        raise InputError(f"{path}: cannot be written")
+
+    monkeypatch.setattr(callbacks, "write_text", refuse)
+    run = train(without_adversary(replace(tiny_run, updates=2, validate_every=2)))
+    assert (run / "exports").is_dir()
+    assert "warning: " in (said := capsys.readouterr().err)
+    assert "curves.html: cannot be written" in said
+
+
 def _reached(runs):
     return int(max(line[-1][0] for line in runs[0].series.values()))
 

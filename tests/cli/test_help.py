@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from vae.cli import train
 from vae.config.fields import walk
 from vae.config.schema import TrainConfig
+from vae.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -114,3 +117,10 @@ def test_the_help_of_a_key_has_a_line_of_its_own_for_each_sentence(call, capsys)
 def test_the_help_of_another_trainers_key_names_ours(call, capsys):
     assert call("help", "lr") == 2
     assert "lr: not a key of vae; ours is optim.learning_rate" in capsys.readouterr().err
+
+
+def test_a_resumed_run_may_have_lost_what_it_began_from():
+    config = TrainConfig(init="/nope.safetensors", resume="runs/first")
+    train._check_places(config)
+    with pytest.raises(InputError, match=r"init='/nope\.safetensors': no such file"):
+        train._check_places(replace(config, resume=None))

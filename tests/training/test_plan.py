@@ -28,6 +28,7 @@ from vae.training.module import AutoencoderModule
 from vae.training.plan import plan as planning
 from vae.training.plan.cost import DryRun, Meter, Target, Update, largest_size, random_batch
 from vae.training.plan.plan import Plan, Sizing, plan
+from vae.training.train import train
 
 PLAYING = 6  # updates done when every part of a tiny run is awake
 SMALL_UPDATES = ((32, 4, 1.4), (48, 9, 1.9))  # side, operations, seconds
@@ -307,3 +308,11 @@ def test_a_batch_that_the_plan_lets_in_and_the_gpu_does_not_is_made_smaller(conf
 def test_auto_is_typed_as_the_batch_size():
     assert compose("experiment=quickstart", "data.batch_size=auto").auto_batch_size
     assert compose("experiment=quickstart", "data.batch_size=auto").data.batch_size == 8
+
+
+def test_auto_needs_one_device_and_is_chosen_before_training(config):
+    two = replace(config, trainer=config.trainer | {"devices": 2})
+    with pytest.raises(InputError, match="without one device, here: expected a number"):
+        planning.with_fitting_batch(two)
+    with pytest.raises(InputError, match=r"auto_batch_size=true, expected a number of data\.batch_size"):
+        train(replace(config, auto_batch_size=True))

@@ -50,9 +50,12 @@ def train_and_compare(config: TrainConfig) -> None:
 
 
 def _check_places(config: TrainConfig) -> None:
-    """Raise InputError for a path that is not there, before anything slow is imported."""
-    for key in ("init", "teacher"):
-        check_there(key, getattr(config, key), WEIGHTS)
+    """Raise InputError for a path that is not there, before anything slow is imported.
+
+    A run that is resumed does not read `init` again, so it may be gone.
+    """
+    check_there("init", config.init if config.resume is None else None, WEIGHTS)
+    check_there("teacher", config.teacher, WEIGHTS)
     if config.data.source in IMAGES:
         for key in ("root", "validation_root"):
             check_there(f"data.{key}", getattr(config.data, key), *IMAGES[config.data.source])

@@ -180,9 +180,11 @@ def _seen(path: str, data: DataConfig, source: Source) -> str:
     if run is None or seen == 0:
         return ""
 
-    share = with_younger_keys(read_json(run.config))["data"]["validation_fraction"]
+    saved = with_younger_keys(read_json(run.config))["data"]
+    held_out = f"data.validation_fraction={saved['validation_fraction']}"
+    held_out = f"data.root={saved['validation_root']}" if saved["validation_root"] else held_out
     told = f"{seen:,} of these {len(source):,} images were trained on by {run.path}: numbers of new images may be worse"
-    return f"{told}; data.validation_fraction={share} measures those that were held out"
+    return f"{told}; {held_out} measures those that were held out"
 
 
 def trained_on(run: RunDir, data: DataConfig, source: Source) -> int:

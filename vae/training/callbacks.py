@@ -10,7 +10,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from vae.console import warn
 from vae.data.contact_sheet import reconstruction_sheet
 from vae.data.pixels import as_depth
 from vae.data.sources import Skipped
-from vae.errors import printable
+from vae.errors import InputError, printable
 from vae.files import replacing, write_text
 from vae.latents import ACTIVE
 from vae.losses.autoencoder_loss import RECONSTRUCTION_TERMS
@@ -316,10 +315,11 @@ class Curves(Callback):
         self._drawn = time.monotonic()
         series = curves.series_of(logger.rows())
         if series:
-            with suppress(OSError):
-                write_text(
-                    self.run.curves, curves.page([curves.Run(self.run.path.name, series, {})], self.run.path.name)
-                )
+            name = self.run.path.name
+            try:
+                write_text(self.run.curves, curves.page([curves.Run(name, series, {})], name))
+            except InputError as error:
+                warn(str(error))
 
 
 class Pictures(Callback):

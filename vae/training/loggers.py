@@ -175,7 +175,8 @@ class WeightsAndBiases(WandbLogger):
     @rank_zero_only
     def close(self) -> None:
         """Write what is not written yet, and end the run: another one in this process is its own."""
-        self.experiment.finish()
+        if self._experiment is not None:
+            self._experiment.finish()
 
 
 def build_loggers(config: TrainConfig, folder: Path, clock: Clock) -> list[Logger]:

@@ -307,7 +307,7 @@ def conclude(  # noqa: PLR0917
         "measure": f"vae evaluate model={shlex.quote(str(run))} {_same_images(config.data, images)}",
     }
 
-    file = exports[-1] if best.kept is None else next(folder.glob(f"*{FILE_ENDING}"))  # a moved run's has its old name
+    file = exports[-1] if best.kept is None else next(folder.glob(f"*{FILE_ENDING}"), exports[-1])  # by any name
     index = read_index(file)
     exported = config_in(file, index.metadata)
     assert exported is not None

@@ -58,6 +58,8 @@ def train(config: TrainConfig, sources: Sources | None = None) -> Path:
     by the clock, on values that are not finite, or because a process was lost. What it has learned is then in a
     checkpoint.
     """
+    unchosen = "a number of data.batch_size; vae.training.plan.plan.with_fitting_batch chooses one"
+    require(not config.auto_batch_size, "auto_batch_size=true", unchosen)
     require(not config.plan, "plan=true", "false to train; vae.training.plan.plan makes plans")
 
     with StopRequests(config.max_minutes) as requests:

@@ -299,8 +299,8 @@ def with_fitting_batch(config: TrainConfig) -> TrainConfig:
     """
     target = target_of(config)
     available = available_to(target)
-    if available is None:
-        raise InputError("data.batch_size=auto for a GPU that is not here, expected a number")
+    if available is None or target.processes > 1:  # each process would choose by itself
+        raise InputError("data.batch_size=auto without one device, here: expected a number, which vae plan proposes")
 
     whole = checked(config, target)
     images = config.data.batch_size * target.accumulate
@@ -310,8 +310,7 @@ def with_fitting_batch(config: TrainConfig) -> TrainConfig:
         aim = replace(target, accumulate=images // batch)
         if Sizing(DryRun(smaller, aim), start).needed(batch) <= available and _is_made(smaller, aim, start):
             return replace(_in_batches(config, batch, images), auto_batch_size=False)
-    remedy = "gradient_checkpointing=true, a smaller data.resolution or bf16-mixed: vae plan says what each needs"
-    raise InputError(f"data.batch_size=auto: not even one image of an update fits into memory; {remedy}")
+    raise InputError("data.batch_size=auto: not even one image of an update fits into memory; vae plan has remedies")
 
 
 def _in_batches(config: TrainConfig, batch: int, images: int) -> TrainConfig:
